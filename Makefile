@@ -1,0 +1,26 @@
+# Two commands: `make demo` and `make test`. Both make the environment in .venv first, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs/demo
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(BIN)/fedgradnorm run configs/demo.toml run.dir=$(RUNS)/equal weighting.name=equal --overwrite
+	$(BIN)/fedgradnorm run configs/demo.toml run.dir=$(RUNS)/fedgradnorm --overwrite
+	$(BIN)/fedgradnorm report $(RUNS)/equal $(RUNS)/fedgradnorm
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n auto
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv
