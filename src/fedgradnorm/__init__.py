@@ -1,0 +1,33 @@
+"""Federated multi-task learning: one shared encoder, a different task at every client, weights that keep them in balance.
+
+Everything here follows FedGradNorm (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022); docs/algorithm.md says what is ours.
+"""
+
+from fedgradnorm.errors import ConfigError, DataError, FederationError, FedGradNormError, RunError
+from fedgradnorm.federation import Client, Federation
+from fedgradnorm.run import Result, evaluate_run, load_model, train
+from fedgradnorm.task import Metric, Task
+from fedgradnorm.weighting import Equal, FedGradNorm, Weighting, WeightingState, Weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Client",
+    "ConfigError",
+    "DataError",
+    "Equal",
+    "FedGradNorm",
+    "FedGradNormError",
+    "Federation",
+    "FederationError",
+    "Metric",
+    "Result",
+    "RunError",
+    "Task",
+    "Weighting",
+    "WeightingState",
+    "Weights",
+    "evaluate_run",
+    "load_model",
+    "train",
+]

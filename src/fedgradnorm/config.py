@@ -1,0 +1,241 @@
+"""The settings of a run: frozen, from a TOML file and ``key=value`` words, checked before anything else happens."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedgradnorm.errors import ConfigError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+__all__ = [
+    "Component",
+    "EngineConfig",
+    "FederationConfig",
+    "ModelConfig",
+    "RunConfig",
+    "RunSettings",
+    "TrainConfig",
+    "WeightingConfig",
+    "load_config",
+    "validated",
+]
+
+
+class Section(BaseModel):
+    """A table of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TrainConfig(Section):
+    """How to train: the table ``[train]``."""
+
+    num_rounds: int = Field(50, ge=1, description="Rounds to train.")
+    head_steps: int = Field(10, ge=1, description="SGD steps on the head in a round, the encoder fixed: τ_h.")
+    encoder_steps: int = Field(10, ge=1, description="SGD steps on the encoder in a round, the head fixed: τ_ω.")
+    head_lr: float = Field(0.05, gt=0, description="Step size of the head: α.")
+    head_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the head's SGD; it is kept from round to round.")
+    encoder_lr: float = Field(0.05, gt=0, description="Step size of the encoder at a client: β.")
+    server_lr: float = Field(1.0, gt=0, description="The server's step is η = encoder_steps · encoder_lr · server_lr.")
+    server_optimizer: Literal["sgd", "adam"] = Field("sgd", description="What takes the aggregated direction.")
+    server_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the server's SGD.")
+    batch_size: int = Field(64, ge=1, description="Examples in a mini-batch; a smaller client uses all that it has.")
+    fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the clients that takes part in a round, drawn anew each time.")
+    participants: tuple[tuple[str, ...], ...] = Field(
+        (), description="Client ids that take part, one list a round, the last one from then on; in place of fraction_train."
+    )
+    eval_every: int = Field(5, ge=1, description="Test after the first and the last round, and after every so many.")
+    loss_estimate: Literal["batches", "exact"] = Field(
+        "batches", description="The loss F(k) in a report: the mean over the encoder's mini-batches, or re-evaluated on the data."
+    )
+    loss_examples: int = Field(4096, ge=1, description="At most so many training examples for F(0), and for an exact F(k).")
+    seed: int = Field(0, ge=0, description="All randomness comes from it.")
+
+
+class Component(BaseModel):
+    """A table that names a part and gives its options: the other keys of the table."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, without the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The same part with these options in place of its own."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**own, **options)
+
+
+class FederationConfig(Component):
+    """Who trains on what: the table ``[federation]``."""
+
+    name: str = Field("radcom", description="`radcom`, `mtfl`, `digits`, or your own `module:function`; its options beside it.")
+
+
+class WeightingConfig(Component):
+    """How the server weights the clients: the table ``[weighting]``."""
+
+    name: str = Field("fedgradnorm", description="`fedgradnorm`, `equal`, or your own `module:Class`; its options beside it.")
+
+
+class EngineConfig(Component):
+    """What runs the clients: the table ``[engine]``."""
+
+    name: str = Field("reference", description="`reference`, or your own `module:Class`; its options beside it.")
+
+
+class ModelConfig(Component):
+    """The encoder: the table ``[model]``."""
+
+    name: str = Field("default", description="`default` is the federation's own encoder; else a model, with its options beside it.")
+    norm_layer: Annotated[str, Field(coerce_numbers_to_str=True)] | tuple[str, ...] | None = Field(
+        None, description="Encoder parameters of the norm layer; by default its last layer."
+    )
+    buffers: Literal["local", "averaged"] | None = Field(
+        None, description="The encoder's buffers (BatchNorm statistics): by default as the federation says, which is `local`."
+    )
+
+
+class RunSettings(Section):
+    """What is written, and where: the table ``[run]``."""
+
+    dir: str | None = Field(
+        None, coerce_numbers_to_str=True, description="The run's folder; by default `runs/` and the name of the config file."
+    )
+    loss_targets: tuple[float, ...] = Field(
+        (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
+    )
+    metric_targets: dict[str, float] = Field({}, description="The summary counts the rounds until a task's test metric reaches this.")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    federation: FederationConfig = FederationConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    engine: EngineConfig = EngineConfig()
+    run: RunSettings = RunSettings()
+    versions: dict[str, str] = Field({}, description="Written into a run's folder, and not read.")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a file and of words from the command line, which win over the file.
+
+    A word that names another part, such as ``weighting.name=equal``, drops the options that the file gives to its own part.
+
+    Args:
+        path: a TOML file; None for the defaults alone.
+        overrides: words like ``train.num_rounds=5``. The value is read as TOML, or as a plain string where it is none.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, or a value of the wrong type or out of range.
+    """
+    values = {} if path is None else _read_toml(path)
+    places = {}
+    parsed = [(*_parse_override(word), word) for word in overrides]
+    for dotted, value, _ in parsed:
+        _drop_options_of_another_part(values, dotted, value)
+    for dotted, value, word in parsed:
+        _set(values, dotted, value, word)
+        places[dotted] = "on the command line"
+    return validated(RunConfig, values, prefix="", places=places, place="" if path is None else f"in {path}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: expected a readable TOML file; {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
+
+
+def _parse_override(word: str) -> tuple[str, Any]:
+    dotted, equals, text = word.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"'{word}': expected table.key=value, such as train.num_rounds=5")
+    try:
+        return dotted, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return dotted, text
+
+
+def _drop_options_of_another_part(values: dict[str, Any], dotted: str, name: Any) -> None:
+    table, _, key = dotted.partition(".")
+    field, part = RunConfig.model_fields.get(table), values.get(table)
+    kind = field.annotation if field is not None else None
+    if key == "name" and isinstance(kind, type) and issubclass(kind, Component) and isinstance(part, dict) and part.get("name") != name:
+        values[table] = {key: value for key, value in part.items() if key in kind.model_fields}
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any, word: str) -> None:
+    *tables, key = dotted.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{word}': '{table}' is a value, not a table")
+    values[key] = value
+
+
+def validated(
+    model: type[Model], values: Mapping[str, Any], prefix: str, places: Mapping[str, str] | None = None, place: str = ""
+) -> Model:
+    """A pydantic model of these values.
+
+    Args:
+        model: the model.
+        values: the values.
+        prefix: the dotted name of the table, which a message begins with.
+        places: where single keys (dotted) came from.
+        place: where the others came from.
+
+    Raises:
+        ConfigError: the first thing that is wrong, with its key, what was expected, what was found, and where.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_message(model, error, values, prefix, places or {}, place)) from error
+
+
+def _message(
+    model: type[BaseModel], error: ValidationError, values: Mapping[str, Any], prefix: str, places: Mapping[str, str], place: str
+) -> str:
+    first, *others = error.errors()
+    keys: list[str] = []
+    table: Any = values
+    for part in first["loc"]:  # pydantic ends some locations with the names of types: those are no keys of ours
+        if not isinstance(table, Mapping) or part not in table:
+            break
+        keys.append(str(part))
+        table = table[part]
+    dotted = ".".join(keys)
+    where = places.get(dotted, place)
+    full = ".".join(filter(None, (prefix, dotted)))
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key '{full}'; {nearest(keys[-1], _known_keys(model, keys[:-1]))}"
+    elif first["type"] == "missing":
+        message = f"'{'.'.join(filter(None, (full, str(first['loc'][-1]))))}' is missing"
+    else:
+        expected = first["msg"].removeprefix("Input should be ")
+        message = f"{full}: expected {expected}, found {first['input']!r}"
+    more = f" (and {len(others)} more)" if others else ""
+    return " ".join(filter(None, (message, where))) + more
+
+
+def _known_keys(model: type[BaseModel], tables: Sequence[str]) -> list[str]:
+    for table in tables:
+        annotation = model.model_fields[table].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)

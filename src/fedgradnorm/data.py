@@ -1,0 +1,57 @@
+"""The data of one client: a pair of tensors (the fast path), or any map-style dataset, now or on first use."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Data", "Dataset", "batches", "load", "size", "take"]
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Anything with a length that gives ``(input, target)`` for an index, such as ``torch.utils.data.Dataset``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
+
+
+Data: TypeAlias = tuple[Tensor, Tensor] | Dataset
+"""Inputs and targets with the examples along dimension 0, or a dataset of such pairs without that dimension."""
+
+
+def load(source: Data | Callable[[], Data]) -> Data:
+    """The data themselves: a source that is a function is called."""
+    if isinstance(source, tuple) or not callable(source):
+        return source
+    return source()
+
+
+def size(data: Data) -> int:
+    """The number of examples."""
+    return len(data[0]) if isinstance(data, tuple) else len(data)
+
+
+def take(data: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The examples at these indices as one batch."""
+    if isinstance(data, tuple):
+        index = torch.from_numpy(indices)
+        return data[0][index], data[1][index]
+    pairs = [data[int(index)] for index in indices]
+    return torch.stack([torch.as_tensor(x) for x, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
+
+
+def batches(data: Data, batch_size: int, num_batches: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random batches, drawn without replacement: one shuffled pass over the data after another.
+
+    A batch holds ``batch_size`` examples, or all of them where there are fewer.
+    """
+    num_examples = size(data)
+    batch_size = min(batch_size, num_examples)
+    num_passes = -(-num_batches * batch_size // num_examples)
+    order = np.concatenate([rng.permutation(num_examples) for _ in range(num_passes)])
+    for start in range(0, num_batches * batch_size, batch_size):
+        yield take(data, order[start : start + batch_size])

@@ -1,0 +1,6 @@
+"""Engines: how the clients are run. One engine a file."""
+
+from fedgradnorm.engines.base import Engine
+from fedgradnorm.engines.reference import ReferenceEngine
+
+__all__ = ["Engine", "ReferenceEngine"]

@@ -1,0 +1,28 @@
+"""What an engine is: it moves values between the server and the clients, and knows no weighting."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.messages import Instruction, Report
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states."""
+
+    @property
+    def client_states(self) -> Mapping[str, ClientState]:
+        """The state of every client, by id."""
+        ...
+
+    def execute(self, instructions: Sequence[Instruction]) -> Sequence[Report]:
+        """Let the instructed clients train. A client that fails has no report."""
+        ...
+
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> Mapping[str, Evaluation]:
+        """Test every client that has test data with this encoder and its own head, by client id."""
+        ...

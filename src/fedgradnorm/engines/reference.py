@@ -1,0 +1,54 @@
+"""One client after another, in plain torch: the oracle that every other engine is held against."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedgradnorm.client import ClientState, Evaluation, evaluate, initial_state, load_model, local_update
+from fedgradnorm.federation import Federation
+from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.parameters import buffers_of, norm_layer_slices
+
+__all__ = ["ReferenceEngine"]
+
+
+class ReferenceEngine:
+    """A plain loop over the clients, on the CPU.
+
+    Args:
+        federation: whose clients it runs.
+        seed: of the heads' initialisation.
+    """
+
+    def __init__(self, federation: Federation, seed: int) -> None:
+        self.federation = federation
+        self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
+        self.heads = {client.id: federation.make_head(client, seed) for client in federation.clients}
+        self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
+        buffers = buffers_of(self.encoder)
+        self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
+
+    @property
+    def client_states(self) -> Mapping[str, ClientState]:
+        """The state of every client, by id."""
+        return self._states
+
+    def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
+        """Let the instructed clients train, one after another."""
+        reports = []
+        for instruction in instructions:
+            client = self.federation.client(instruction.client)
+            report, self._states[client.id] = local_update(
+                client, self.encoder, self.heads[client.id], self.norm_layer, self._states[client.id], instruction
+            )
+            reports.append(report)
+        return reports
+
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
+        """Test every client that has test data."""
+        evaluations = {}
+        for client in self.federation.clients:
+            if client.test_data is not None:
+                load_model(self.encoder, self.heads[client.id], self._states[client.id], encoder, buffers)
+                evaluations[client.id] = evaluate(client.task, self.encoder, self.heads[client.id], client.test_data)
+        return evaluations

@@ -1,0 +1,73 @@
+"""What goes down to a client and what comes back. Values only: no module, no data, no head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedgradnorm.config import TrainConfig
+
+__all__ = ["Instruction", "Report"]
+
+SCALAR_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server sends to one client at the start of a round.
+
+    Attributes:
+        round: the round k, from 1.
+        client: the id of the client that it is for.
+        encoder: the trainable encoder parameters ω_k, flat, shape ``(P,)``.
+        buffers: the encoder's buffers by name, when the federation averages them; empty otherwise.
+        training: how to train.
+    """
+
+    round: int
+    client: str
+    encoder: Tensor
+    buffers: Mapping[str, Tensor]
+    training: TrainConfig
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this message brings down: tensors only, without the envelope of a transport."""
+        return self.encoder.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one client sends back at the end of a round.
+
+    Attributes:
+        client: its id.
+        task: the name of its task.
+        gradient: its mean encoder gradient g_i over the encoder steps, flat, shape ``(P,)``.
+        loss: its training loss F_i(k).
+        initial_loss: F_i(0), its training loss before its first step ever.
+        grad_norm: n_i, the 2-norm of ``gradient`` over the norm layer.
+        num_examples: the number of training examples that it has.
+        buffers: the encoder's buffers after the round, when the federation averages them; empty otherwise.
+        seconds: how long the local update took; it enters no computation.
+    """
+
+    client: str
+    task: str
+    gradient: Tensor
+    loss: float
+    initial_loss: float
+    grad_norm: float
+    num_examples: int
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def inverse_training_rate(self) -> float:
+        """F̃_i = F_i(k) / F_i(0): 1 at the start, smaller the further the task has got."""
+        return self.loss / self.initial_loss
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this message takes up: the tensors, and the three scalars that the server needs."""
+        return self.gradient.nbytes + sum(buffer.nbytes for buffer in self.buffers.values()) + 3 * SCALAR_BYTES

@@ -1,0 +1,29 @@
+"""Metrics that the built-in tasks share."""
+
+from sklearn.metrics import recall_score
+from torch import Tensor
+
+from fedgradnorm.task import Metric
+
+__all__ = ["ACCURACY", "BALANCED_ACCURACY", "MEAN_ABSOLUTE_ERROR"]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """The share of examples whose largest output is that of their class. Outputs ``(n, classes)``, targets ``(n,)``."""
+    return float((outputs.argmax(dim=1) == targets).double().mean())
+
+
+def balanced_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """The mean over the classes present of the share of their examples that is found: chance level whatever the majority."""
+    labels = targets.unique().tolist()
+    return float(recall_score(targets.tolist(), outputs.argmax(dim=1).tolist(), labels=labels, average="macro"))
+
+
+def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
+    """The mean of the absolute differences, in the unit of the targets."""
+    return float((outputs.double() - targets.double()).abs().mean())
+
+
+ACCURACY = Metric("accuracy", accuracy, higher_is_better=True, percent=True)
+BALANCED_ACCURACY = Metric("balanced accuracy", balanced_accuracy, higher_is_better=True, percent=True)
+MEAN_ABSOLUTE_ERROR = Metric("mean absolute error", mean_absolute_error, higher_is_better=False)

@@ -1,0 +1,91 @@
+"""A module's trainable parameters as one flat vector, and the place of the norm layer in it."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fedgradnorm.errors import FederationError, nearest
+
+__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "norm_layer_slices", "trainable"]
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The names and parameters that are trained and sent, in the order of the flat vector."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def concatenated(tensors: Iterable[Tensor]) -> Tensor:
+    """The tensors' values one after another as one new vector, whatever their layout in memory."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def flatten(module: nn.Module) -> Tensor:
+    """A copy of the trainable parameters, shape ``(P,)``."""
+    return concatenated(parameter for _, parameter in trainable(module))
+
+
+@torch.no_grad()
+def load_flat(module: nn.Module, vector: Tensor) -> None:
+    """Copy a flat vector of shape ``(P,)`` into the trainable parameters, in place."""
+    parameters = [parameter for _, parameter in trainable(module)]
+    parts = vector.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.copy_(part.view(parameter.shape))
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the module's buffers (the running statistics of BatchNorm, for example), by name."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+@torch.no_grad()
+def load_buffers(module: nn.Module, buffers: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy buffers into the module, in place."""
+    own = dict(module.named_buffers())
+    for name, buffer in buffers:
+        own[name].copy_(buffer)
+
+
+def default_norm_layer(module: nn.Module) -> str:
+    """The name of the last layer with a weight matrix: the paper's last shared layer.
+
+    "Last" is the order in which the encoder registers its layers. Layers without a matrix, BatchNorm for one, are passed over.
+    """
+    names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
+    if not names:
+        raise FederationError("norm_layer: the encoder has no layer with a weight matrix; name the parameters to use")
+    layer, _, parameter = names[-1].rpartition(".")
+    return layer or parameter
+
+
+def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None) -> tuple[slice, ...]:
+    """Where the parameters of the norm layer ω̃ lie in the flat vector.
+
+    Args:
+        module: the encoder.
+        norm_layer: the name of a layer (``"fc"``) or of a parameter (``"fc.weight"``), a pattern (``"block*.weight"``,
+            ``"*"`` for the whole encoder), or several of these. None takes the last layer with a weight matrix.
+
+    Raises:
+        FederationError: a name that fits no trainable parameter.
+    """
+    if norm_layer is None:
+        norm_layer = default_norm_layer(module)
+    patterns = [norm_layer] if isinstance(norm_layer, str) else list(norm_layer)
+    names = [name for name, _ in trainable(module)]
+    for pattern in patterns:
+        if not any(_fits(name, pattern) for name in names):
+            layers = {name.rpartition(".")[0] for name in names} - {""}
+            raise FederationError(f"norm_layer '{pattern}' names no encoder parameter; {nearest(pattern, layers | set(names))}")
+    slices, start = [], 0
+    for name, parameter in trainable(module):
+        if any(_fits(name, pattern) for pattern in patterns):
+            slices.append(slice(start, start + parameter.numel()))
+        start += parameter.numel()
+    return tuple(slices)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

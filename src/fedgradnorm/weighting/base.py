@@ -1,0 +1,59 @@
+"""What a weighting is: a pure pair ``init`` / ``update`` from reports to weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedgradnorm.messages import Report
+
+__all__ = ["Weighting", "WeightingState", "Weights"]
+
+
+@dataclass(frozen=True)
+class WeightingState:
+    """What a weighting remembers from one round to the next. It holds JSON values only, so that it can be saved and sent.
+
+    Attributes:
+        weights: p_i for every client known so far, by client id; they sum to their number N.
+        memory: whatever else the method needs.
+    """
+
+    weights: Mapping[str, float]
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one round's participants, by client id.
+
+    Attributes:
+        values: p_i, which multiply the gradients g_i.
+        targets: what p_i n_i should be, where the method has such a target; for the record.
+        scale: a factor on the aggregated direction.
+    """
+
+    values: Mapping[str, float]
+    targets: Mapping[str, float] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+class Weighting(Protocol):
+    """A method that weights the clients: a frozen dataclass of its options with these two methods.
+
+    Both are pure: the state is handed in and handed back, never kept.
+    """
+
+    def init(self, client_ids: Sequence[str]) -> WeightingState:
+        """The state before the first round."""
+        ...
+
+    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+        """The weights of this round, and the next state.
+
+        Args:
+            state: the state so far.
+            reports: the sound reports of this round, at least one, sorted by client id: every number in them is finite,
+                ``grad_norm`` and ``initial_loss`` are above 0. A client that is missing keeps its weight; a client that is
+                not in the state yet starts with weight 1.
+        """
+        ...

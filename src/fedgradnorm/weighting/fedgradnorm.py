@@ -1,0 +1,133 @@
+"""FedGradNorm: weights that make the weighted gradient norms follow the training rates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedgradnorm.errors import require
+from fedgradnorm.messages import Report
+from fedgradnorm.weighting.base import WeightingState, Weights
+
+__all__ = ["FedGradNorm"]
+
+ROUNDING = 1e-12
+"""Gaps below this share of the mean are rounding, not a reason to move: their sign would be noise."""
+
+
+@dataclass(frozen=True)
+class FedGradNorm:
+    r"""GradNorm at the server (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022; GradNorm: Chen et al., ICML 2018).
+
+    With n_i the gradient norm of client i over the norm layer, F̃_i its inverse training rate and S the participants::
+
+        G_i = p_i n_i     Ḡ = mean over S of G_i     r_i = F̃_i / mean over S of F̃_j     target_i = Ḡ r_i^γ
+
+        F_grad(p) = Σ_{i∈S} |p_i n_i - target_i|,   the targets held constant
+
+    The solver ``"step"`` takes ``weight_steps`` subgradient steps, p_i ← p_i - α_p sign(G_i - target_i) n_i. The solver
+    ``"exact"`` goes to the minimiser p* ∝ r^γ / n that those steps approach: p ← (1 - ρ) p + ρ p*. Either way p is then raised
+    to at least ``min_weight`` and the participants are rescaled to the sum that they had, so that all weights sum to N.
+
+    Args:
+        gamma: γ ≥ 0, the strength of the restoring force: 0 equalises the norms only, more pushes slow tasks harder.
+        solver: ``"step"`` or ``"exact"``.
+        weight_lr: α_p > 0, the step size of ``"step"``.
+        weight_steps: D ≥ 1, its steps a round.
+        damping: ρ in (0, 1], the share of the way that ``"exact"`` goes.
+        min_weight: p_min in (0, 1).
+        normalize: ``"sum"`` leaves the aggregated direction as the weights make it. ``"norm"`` scales it by Σ n_i / Σ p_i n_i, so that
+            its length stays comparable to that of equal weights.
+        group_by: ``"client"`` for a weight per client; ``"task"`` pools n and F̃ over the clients of a task (their means), and gives
+            these clients one weight.
+
+    Raises:
+        ConfigError: an option out of range.
+
+    >>> import torch
+    >>> def report(client, grad_norm):
+    ...     return Report(client, "a task", torch.zeros(1), loss=1.0, initial_loss=1.0, grad_norm=grad_norm, num_examples=9)
+    >>> method = FedGradNorm(solver="exact", damping=1.0)
+    >>> weights, state = method.update(method.init(["a", "b"]), [report("a", 1.0), report("b", 3.0)])
+    >>> weights.values
+    {'a': 1.5, 'b': 0.5}
+    """
+
+    gamma: float = 0.9
+    solver: Literal["step", "exact"] = "step"
+    weight_lr: float = 0.1
+    weight_steps: int = 1
+    damping: float = 0.5
+    min_weight: float = 1e-3
+    normalize: Literal["sum", "norm"] = "sum"
+    group_by: Literal["client", "task"] = "client"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 10, "gamma", "a number from 0 to 10", self.gamma)
+        require(self.solver in ("step", "exact"), "solver", "'step' or 'exact'", self.solver)
+        require(0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr)
+        require(self.weight_steps >= 1, "weight_steps", "at least 1", self.weight_steps)
+        require(0 < self.damping <= 1, "damping", "a number above 0, at most 1", self.damping)
+        require(0 < self.min_weight < 1, "min_weight", "a number between 0 and 1", self.min_weight)
+        require(self.normalize in ("sum", "norm"), "normalize", "'sum' or 'norm'", self.normalize)
+        require(self.group_by in ("client", "task"), "group_by", "'client' or 'task'", self.group_by)
+
+    def init(self, client_ids: Sequence[str]) -> WeightingState:
+        """Weight 1 for everyone."""
+        return WeightingState(dict.fromkeys(client_ids, 1.0), {"groups": {}})
+
+    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+        """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
+        weights = {**state.weights, **{report.client: state.weights.get(report.client, 1.0) for report in reports}}
+        groups = {**state.memory["groups"], **{report.client: self._group(report) for report in reports}}
+        members: dict[str, list[str]] = {self._group(report): [] for report in reports}
+        reporting: dict[str, list[Report]] = {group: [] for group in members}
+        for client, group in groups.items():
+            if group in members:
+                members[group].append(client)
+        for report in reports:
+            reporting[self._group(report)].append(report)
+
+        p = np.array([np.mean([weights[client] for client in clients]) for clients in members.values()])
+        n = np.array([np.mean([report.grad_norm for report in some]) for some in reporting.values()])
+        rates = np.array([np.mean([report.inverse_training_rate for report in some]) for some in reporting.values()])
+        counts = np.array([len(clients) for clients in members.values()])
+
+        relative_rates = rates / rates.mean() if rates.any() else np.ones_like(rates)
+        targets = (p * n).mean() * relative_rates**self.gamma
+        moved = self._step(p, n, targets) if self.solver == "step" else self._exact(p, n, relative_rates, counts)
+        moved = np.maximum(moved, self.min_weight)
+        moved *= (counts @ p) / (counts @ moved)
+
+        for clients, weight in zip(members.values(), moved.tolist(), strict=True):
+            weights.update(dict.fromkeys(clients, weight))
+        values = {report.client: weights[report.client] for report in reports}
+        target_of = dict(zip(members, targets.tolist(), strict=True))
+        record = {report.client: target_of[self._group(report)] for report in reports}
+        return Weights(values, record, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
+
+    def _group(self, report: Report) -> str:
+        return report.client if self.group_by == "client" else report.task
+
+    def _step(self, p: np.ndarray, n: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """D subgradient steps on F_grad, the targets held."""
+        for _ in range(self.weight_steps):
+            gap = p * n - targets
+            sign = np.where(np.abs(gap) > ROUNDING * targets.mean(), np.sign(gap), 0.0)
+            p = p - self.weight_lr * sign * n
+        return p
+
+    def _exact(self, p: np.ndarray, n: np.ndarray, relative_rates: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum; in logarithms, so that it cannot overflow."""
+        with np.errstate(divide="ignore"):
+            logarithms = (self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0) - np.log(n)
+        minimiser = np.exp(logarithms - logarithms.max())
+        minimiser *= (counts @ p) / (counts @ minimiser)
+        damped: np.ndarray = (1 - self.damping) * p + self.damping * minimiser
+        return damped
+
+    def _scale(self, values: dict[str, float], reports: Sequence[Report]) -> float:
+        if self.normalize == "sum":
+            return 1.0
+        return sum(report.grad_norm for report in reports) / sum(values[report.client] * report.grad_norm for report in reports)

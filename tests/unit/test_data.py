@@ -1,0 +1,45 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgradnorm.data import Dataset, batches, load, size, take
+
+
+class Squares:
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)]), index * index
+
+
+def test_a_dataset_and_the_same_tensors_give_the_same_batches():
+    tensors = (torch.arange(7.0).unsqueeze(1), torch.arange(7) ** 2)
+    assert isinstance(Squares(), Dataset)
+    for one, other in zip(
+        batches(Squares(), 3, 5, np.random.default_rng(0)), batches(tensors, 3, 5, np.random.default_rng(0)), strict=True
+    ):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_sources():
+    tensors = (torch.zeros(2, 1), torch.zeros(2))
+    assert load(tensors) is tensors
+    assert load(lambda: tensors) is tensors
+    assert isinstance(load(Squares()), Squares)
+    assert size(Squares()) == 7
+    assert torch.equal(take(Squares(), np.array([2, 5]))[1], torch.tensor([4, 25]))
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
+def test_batches_go_through_all_examples_before_one_comes_again(num_examples, batch_size, num_batches, seed):
+    data = (torch.arange(num_examples), torch.arange(num_examples))
+    drawn = list(batches(data, batch_size, num_batches, np.random.default_rng(seed)))
+    assert len(drawn) == num_batches
+    assert {len(inputs) for inputs, _ in drawn} == {min(batch_size, num_examples)}
+    seen = torch.cat([inputs for inputs, _ in drawn])
+    for start in range(0, len(seen), num_examples):
+        one_pass = seen[start : start + num_examples]
+        assert len(one_pass.unique()) == len(one_pass)

@@ -1,0 +1,198 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedgradnorm import Equal, FederationError, FedGradNorm, WeightingState
+from fedgradnorm.aggregation import mean
+from fedgradnorm.config import TrainConfig
+from fedgradnorm.engines import ReferenceEngine
+from fedgradnorm.messages import Instruction
+from fedgradnorm.server import ServerState, advance, initial_state, instruct, participants, run_round, screen
+from fedgradnorm.weighting import Weights
+from tests.helpers import batch_norm_encoder, report, small_federation
+
+TRAINING = TrainConfig(head_steps=2, encoder_steps=3, encoder_lr=0.1, server_lr=0.5, batch_size=8)
+
+
+def state_of(encoder=(1.0, 2.0, 3.0), **fields):
+    return ServerState(0, torch.tensor(encoder), fields.pop("buffers", {}), WeightingState({}), **fields)
+
+
+def test_aggregation_is_the_weighted_mean():
+    some = [report("a", 1, gradient=torch.tensor([1.0, 0.0])), report("b", 1, gradient=torch.tensor([0.0, 2.0]))]
+    direction = mean(some, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
+    torch.testing.assert_close(direction, torch.tensor([1.5, 1.0]))
+
+
+def test_the_plain_step_is_eta_times_the_direction():
+    after = advance(state_of(), [], torch.tensor([1.0, -1.0, 0.0]), WeightingState({"a": 1.0}), TRAINING)
+    torch.testing.assert_close(after.encoder, torch.tensor([1 - 0.15, 2 + 0.15, 3.0]))  # η = 3 · 0.1 · 0.5
+    assert (after.round, after.weighting, after.optimizer) == (1, WeightingState({"a": 1.0}), {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer"),
+    [
+        ({"server_momentum": 0.9}, lambda parameters: torch.optim.SGD(parameters, lr=0.15, momentum=0.9)),
+        ({"server_optimizer": "adam"}, lambda parameters: torch.optim.Adam(parameters, lr=0.15)),
+    ],
+)
+def test_a_server_optimiser_is_torchs_own_over_all_rounds(settings, optimizer):
+    training = TRAINING.model_copy(update=settings)
+    state, parameter = state_of(), torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    whole = optimizer([parameter])
+    for step in range(1, 4):
+        direction = torch.tensor([0.5, -1.0, 0.1]) * step
+        state = advance(state, [], direction, state.weighting, training)
+        parameter.grad = direction
+        whole.step()
+    torch.testing.assert_close(state.encoder, parameter.detach())
+
+
+def test_buffers_are_averaged_and_counts_rounded():
+    buffers = {"mean": torch.zeros(2), "count": torch.tensor(0)}
+    some = [
+        report("a", 1, buffers={"mean": torch.tensor([1.0, 2.0]), "count": torch.tensor(3)}),
+        report("b", 1, buffers={"mean": torch.tensor([3.0, 2.0]), "count": torch.tensor(4)}),
+    ]
+    after = advance(state_of(buffers=buffers), some, torch.zeros(3), WeightingState({}), TRAINING)
+    torch.testing.assert_close(after.buffers["mean"], torch.tensor([2.0, 2.0]))
+    assert after.buffers["count"].dtype == torch.int64
+    assert after.buffers["count"] in (3, 4)
+
+
+def test_everyone_takes_part_by_default_in_sorted_order():
+    federation = small_federation(("c", "a", "b"))
+    assert participants(federation, TRAINING, 1) == ["a", "b", "c"]
+    assert [one.client for one in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)] == ["a", "b", "c"]
+
+
+def test_a_share_is_drawn_anew_each_round_from_the_seed():
+    federation = small_federation("abcdefghij")
+    training = TRAINING.model_copy(update={"fraction_train": 0.3})
+    drawn = [participants(federation, training, round) for round in range(1, 21)]
+    assert {len(some) for some in drawn} == {3}
+    assert len({tuple(some) for some in drawn}) > 10
+    assert set().union(*drawn) == set("abcdefghij")
+    assert drawn == [participants(small_federation("jihgfedcba"), training, round) for round in range(1, 21)]
+    assert drawn != [participants(federation, training.model_copy(update={"seed": 1}), round) for round in range(1, 21)]
+    assert len(participants(federation, training.model_copy(update={"fraction_train": 0.01}), 1)) == 1
+
+
+def test_participants_may_be_listed_by_round_and_the_last_list_holds():
+    training = TRAINING.model_copy(update={"participants": (("b", "a"), ("c",))})
+    federation = small_federation()
+    assert [participants(federation, training, round) for round in (1, 2, 3, 9)] == [["a", "b"], ["c"], ["c"], ["c"]]
+    with pytest.raises(FederationError, match="no client 'd'"):
+        participants(federation, training.model_copy(update={"participants": (("d",),)}), 1)
+
+
+SOUND = report("a", 0.5, 0.9)
+INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("unsound", "reason"),
+    [
+        (replace(SOUND, gradient=torch.zeros(4)), "gradient: expected torch.float32 of shape"),
+        (replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)), "gradient: expected torch.float32"),
+        (replace(SOUND, gradient=torch.tensor([0.0, float("nan"), 0.0])), "gradient: not finite"),
+        (replace(SOUND, loss=float("nan")), "loss"),
+        (replace(SOUND, loss=-1.0), "loss"),
+        (replace(SOUND, loss=float("inf")), "loss"),
+        (replace(SOUND, initial_loss=0.0), "initial_loss"),
+        (replace(SOUND, grad_norm=0.0), "grad_norm"),
+        (replace(SOUND, grad_norm=float("inf")), "grad_norm"),
+        (replace(SOUND, grad_norm=1e200), "grad_norm"),
+        (replace(SOUND, initial_loss=1e-90, loss=1e90), "inverse_training_rate"),
+        (replace(SOUND, buffers={"x": torch.zeros(1)}), "buffers"),
+    ],
+)
+def test_an_unsound_report_is_dropped_with_its_reason(unsound, reason):
+    sound, dropped = screen([unsound], [INSTRUCTION])
+    assert sound == []
+    assert reason in dropped["a"]
+
+
+def test_a_missing_report_is_a_dropped_one_and_a_sound_one_passes():
+    sound, dropped = screen([SOUND], [INSTRUCTION, replace(INSTRUCTION, client="b")])
+    assert sound == [SOUND]
+    assert dropped == {"b": "no report"}
+
+
+def test_buffers_are_screened_too():
+    instruction = replace(INSTRUCTION, buffers={"x": torch.zeros(2)})
+    for bad in (torch.zeros(3), torch.tensor([0.0, float("inf")])):
+        assert "buffer x" in screen([replace(SOUND, buffers={"x": bad})], [instruction])[1]["a"]
+
+
+class Faulty(ReferenceEngine):
+    """An engine whose clients answer as ``spoil`` says."""
+
+    def __init__(self, federation, spoil):
+        super().__init__(federation, seed=0)
+        self.spoil = spoil
+
+    def execute(self, instructions):
+        return [self.spoil(one) for one in super().execute(instructions)]
+
+
+def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
+    federation, weighting = small_federation(), FedGradNorm()
+    engine = Faulty(federation, lambda one: replace(one, loss=float("nan")))
+    before = initial_state(federation, weighting, 0)
+    after, record = run_round(before, federation, engine, weighting, mean, TRAINING)
+    assert after.round == 1
+    assert torch.equal(after.encoder, before.encoder)
+    assert after.weighting == before.weighting
+    assert record.weights is None
+    assert record.dropped.keys() == {"a", "b", "c"}
+
+
+def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
+    federation, weighting = small_federation(), FedGradNorm(solver="exact")
+    engine = Faulty(federation, lambda one: replace(one, grad_norm=0.0) if one.client == "b" else one)
+    state = initial_state(federation, weighting, 0)
+    for _ in range(3):
+        state, record = run_round(state, federation, engine, weighting, mean, TRAINING)
+    assert record.dropped.keys() == {"b"}
+    assert state.weighting.weights["b"] == 1.0
+    assert state.weighting.weights["a"] != 1.0
+    assert sum(state.weighting.weights.values()) == pytest.approx(3)
+
+
+def test_the_order_of_clients_and_replies_does_not_matter():
+    states = []
+    for ids, turn in ((("a", "b", "c"), list), (("c", "a", "b"), reversed)):
+        federation, weighting = small_federation(ids, batch_norm_encoder, buffers="averaged"), FedGradNorm()
+        engine = ReferenceEngine(federation, seed=0)
+        execute = engine.execute
+        engine.execute = lambda instructions, execute=execute, turn=turn: list(turn(execute(list(turn(instructions)))))
+        state = initial_state(federation, weighting, 0)
+        for _ in range(3):
+            state, _ = run_round(state, federation, engine, weighting, mean, TRAINING)
+        states.append(state)
+    assert torch.equal(states[0].encoder, states[1].encoder)
+    assert states[0].weighting == states[1].weighting
+    assert torch.equal(states[0].buffers["1.running_mean"], states[1].buffers["1.running_mean"])
+
+
+def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
+    federation, weighting = small_federation(), FedGradNorm(solver="exact")
+    training = TRAINING.model_copy(update={"participants": (("a", "b"), ("a", "b"), ("a", "b", "c"))})
+    engine, state = ReferenceEngine(federation, seed=0), initial_state(federation, weighting, 0)
+    for round in (1, 2, 3):
+        encoder = state.encoder
+        state, record = run_round(state, federation, engine, weighting, mean, training)
+        assert ("c" in record.weights.values) == (round == 3)
+        assert (engine.client_states["c"].initial_loss is None) == (round < 3)
+        if round < 3:
+            assert state.weighting.weights["c"] == 1.0
+    module, head = federation.make_encoder(0), federation.make_head(federation.client("c"), 0)
+    torch.nn.utils.vector_to_parameters(encoder, module.parameters())
+    inputs, targets = federation.client("c").train_data
+    with torch.no_grad():
+        expected = federation.client("c").task.loss(head(module(inputs)), targets).item()
+    assert engine.client_states["c"].initial_loss == pytest.approx(expected, rel=1e-5)
+    assert sum(state.weighting.weights.values()) == pytest.approx(3)
