@@ -1,0 +1,1 @@
+"""Built-in federations: functions ``(seed, **options) -> Federation``."""

@@ -1,0 +1,83 @@
+"""scikit-learn's 1,797 handwritten digits with four tasks: bundled, and small enough for every test."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional
+
+from fedgradnorm.errors import ConfigError
+from fedgradnorm.federation import Client, Federation
+from fedgradnorm.federations.partition import client_ids_of, partition
+from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY, MEAN_ABSOLUTE_ERROR
+from fedgradnorm.models import linear_head, mlp
+from fedgradnorm.task import Task
+
+__all__ = ["TASKS", "make"]
+
+HAS_LOOP = torch.tensor([True, False, False, False, False, False, True, False, True, True])
+BRIGHTEST = 16
+
+
+def _classification(name: str, num_classes: int) -> Task:
+    head = partial(linear_head, out_features=num_classes)
+    return Task(name, head, functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
+
+
+TASKS = {
+    "class": _classification("class", 10),
+    "parity": _classification("parity", 2),
+    "loop": _classification("loop", 2),
+    "mass": Task("mass", partial(linear_head, out_features=1), functional.mse_loss, (MEAN_ABSOLUTE_ERROR,)),
+}
+
+
+@cache
+def _pool() -> tuple[Tensor, dict[str, Tensor]]:
+    """All images, shape (1797, 64), standardised over all pixels, and the targets of every task."""
+    digits = load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32) / BRIGHTEST
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    mass = images.sum(dim=1, keepdim=True)
+    targets = {"class": labels, "parity": labels % 2, "loop": HAS_LOOP[labels].long(), "mass": (mass - mass.mean()) / mass.std()}
+    return (images - images.mean()) / images.std(), targets
+
+
+def make(
+    seed: int,
+    tasks: Sequence[str] = ("class", "parity", "loop", "mass"),
+    clients_per_task: int = 1,
+    sizes: str | Mapping[str, int] = "equal",
+    alpha: float = 0.5,
+    test_fraction: float = 0.25,
+) -> Federation:
+    """Handwritten digits of 8 x 8 pixels: which digit, odd or even, has a loop (0, 6, 8, 9), and the stroke mass (regression).
+
+    Args:
+        seed: of the split into clients; the test split is the same for every seed.
+        tasks: which of ``class``, ``parity``, ``loop``, ``mass``.
+        clients_per_task: how many clients each task has.
+        sizes: how the training images are dealt out; see `partition`.
+        alpha: for ``sizes="dirichlet"``.
+        test_fraction: the share of the images that is kept for testing, whole, at every client.
+
+    Raises:
+        ConfigError: an unknown task, or a value out of range.
+    """
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"test_fraction: expected a number between 0 and 1, found {test_fraction}")
+    images, targets = _pool()
+    train, test = train_test_split(np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"])
+    clients = client_ids_of(tasks, clients_per_task, TASKS)
+    parts = partition(len(train), clients, sizes, alpha, seed)
+    return Federation(
+        [
+            Client(id, TASKS[task], (images[train[parts[id]]], targets[task][train[parts[id]]]), (images[test], targets[task][test]))
+            for id, task in clients.items()
+        ],
+        encoder=partial(mlp, input_shape=(64,), hidden=(64, 32)),
+    )

@@ -1,0 +1,85 @@
+"""Who gets which training examples: disjoint parts of one pool, equal, Dirichlet or explicit in size."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.randomness import generator
+
+__all__ = ["client_ids_of", "partition"]
+
+
+def client_ids_of(tasks: Sequence[str], clients_per_task: int, known: Collection[str]) -> dict[str, str]:
+    """Client ids to task names: the task's own name for one client a task, else ``name-0``, ``name-1``, ...
+
+    Raises ConfigError for no task, a task that is not in ``known`` or is named twice, or fewer than one client a task.
+
+    >>> client_ids_of(["smile", "pose"], 1, {"smile", "pose"})
+    {'smile': 'smile', 'pose': 'pose'}
+    >>> list(client_ids_of(["smile"], 2, {"smile", "pose"}))
+    ['smile-0', 'smile-1']
+    """
+    if not tasks:
+        raise ConfigError("tasks: expected at least one task, found none")
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"tasks: there is no task '{task}'; {nearest(task, known)}")
+    if len(set(tasks)) < len(tasks):
+        raise ConfigError(f"tasks: a task is named twice in {list(tasks)}; for several clients use clients_per_task")
+    if clients_per_task < 1:
+        raise ConfigError(f"clients_per_task: expected at least 1, found {clients_per_task}")
+    if clients_per_task == 1:
+        return {task: task for task in tasks}
+    return {f"{task}-{index}": task for task in tasks for index in range(clients_per_task)}
+
+
+def partition(
+    num_examples: int, clients: Mapping[str, str], sizes: str | Mapping[str, int], alpha: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Disjoint random parts of ``range(num_examples)``, one a client; they do not depend on the order of the clients.
+
+    Args:
+        num_examples: the size of the pool.
+        clients: client ids to task names, as `client_ids_of` gives them.
+        sizes: ``"equal"``; ``"dirichlet"``, sizes in proportions drawn from Dir(alpha, ..., alpha), at least 1 each; or a number of
+            examples by client id or by task name (for each client of that task), the others getting ``num_examples // len(clients)``.
+        alpha: the concentration for ``"dirichlet"``: the smaller, the more unequal.
+        seed: of the shuffle and of the Dirichlet draw.
+
+    Raises:
+        ConfigError: an unknown kind or name, a size below 1, or sizes that add up to more than the pool.
+    """
+    ids = sorted(clients)
+    if num_examples < len(ids):
+        raise ConfigError(f"sizes: {num_examples} examples cannot give each of {len(ids)} clients one")
+    rng = generator(seed, 0, "", "partition")
+    order = rng.permutation(num_examples)
+    if isinstance(sizes, Mapping):
+        counts = _explicit(sizes, clients, ids, num_examples)
+    elif sizes == "equal":
+        counts = [len(part) for part in np.array_split(order, len(ids))]
+    elif sizes == "dirichlet":
+        if alpha <= 0:
+            raise ConfigError(f"alpha: expected a number above 0, found {alpha}")
+        shares = np.cumsum(rng.dirichlet(np.full(len(ids), alpha)))[:-1]
+        spare = num_examples - len(ids)
+        counts = [int(count) + 1 for count in np.diff(np.rint(shares * spare), prepend=0, append=spare)]
+    else:
+        raise ConfigError(f"sizes: expected 'equal', 'dirichlet' or a table of numbers, found '{sizes}'")
+    bounds = np.cumsum([0, *counts])
+    return {id: order[start:end] for id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)}
+
+
+def _explicit(sizes: Mapping[str, int], clients: Mapping[str, str], ids: Sequence[str], num_examples: int) -> list[int]:
+    known = set(clients) | set(clients.values())
+    for name, count in sizes.items():
+        if name not in known:
+            raise ConfigError(f"sizes.{name}: no such client or task; {nearest(name, known)}")
+        if count < 1:
+            raise ConfigError(f"sizes.{name}: expected at least 1 example, found {count}")
+    equal = num_examples // len(ids)
+    counts = [sizes.get(id, sizes.get(clients[id], equal)) for id in ids]
+    if sum(counts) > num_examples:
+        raise ConfigError(f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}")
+    return counts

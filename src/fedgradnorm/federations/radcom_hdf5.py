@@ -1,0 +1,169 @@
+"""The HDF5 format of RadComDynamic: one data set for each snapshot, under a key that spells out its labels."""
+
+import ast
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedgradnorm.errors import DataError, nearest
+from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS, WAVEFORMS
+
+__all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5"]
+
+KEY_FORM = "a key like \"('bpsk', 'Satcom', 10, 0)\": modulation, signal, SNR in dB, number"
+
+
+class Snapshots(NamedTuple):
+    """Labelled snapshots: ``data`` of shape ``(n, 256)``, float32, and ``snr`` in dB of shape ``(n,)``, int64."""
+
+    data: np.ndarray
+    modulation: list[str]
+    signal: list[str]
+    snr: np.ndarray
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path of a file that is there. Raises DataError where there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"path: there is no file '{file}', expected an HDF5 file in the format of RadComDynamic")
+    return file
+
+
+def read_hdf5(path: str | Path) -> Snapshots:
+    """All snapshots of an HDF5 file in the format of RadComDynamic, ordered by pair, SNR and number.
+
+    Each snapshot is a data set of shape ``(256, 1)``, 128 in-phase then 128 quadrature samples, under a key such as
+    ``"('bpsk', 'Satcom', 10, 0)"``: modulation, signal, SNR in dB, number.
+
+    Raises:
+        DataError: no such file, one that is not HDF5 or is empty, a key of another form or with an unknown modulation or signal,
+            data of another shape, or numbers that are not finite; it names the file and the key.
+    """
+    arrays = read_arrays(existing_file(path))
+    names = [PAIRS[index] for index in arrays["pair"]]
+    return Snapshots(arrays["data"], [modulation for modulation, _ in names], [signal for _, signal in names], arrays["snr"])
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """As `read_hdf5`, but as numbers: ``data`` ``(n, 256)``, ``pair`` ``(n,)``, an index into ``PAIRS``, and ``snr`` ``(n,)``."""
+    h5py = _h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            keys = {key: _parse_key(path, key) for key in file}
+            ordered = sorted(keys, key=keys.__getitem__)
+            values = [_read_snapshot(h5py, path, file, key) for key in ordered]
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DataError(f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}") from error
+    if not values:
+        raise DataError(f"{path}: expected a data set for each snapshot, found none")
+    for one, other in pairwise(ordered):
+        if keys[one] == keys[other]:
+            raise DataError(f"{path}: the keys {one!r} and {other!r} are of one snapshot, expected different ones")
+    pair, snr, _ = zip(*(keys[key] for key in ordered), strict=True)
+    return {"data": np.stack(values), "pair": np.array(pair), "snr": np.array(snr)}
+
+
+def write_hdf5(
+    path: str | Path,
+    data: np.ndarray,
+    modulation: Sequence[str],
+    signal: Sequence[str],
+    snr: Sequence[int] | np.ndarray,
+    overwrite: bool = False,
+) -> None:
+    """Write snapshots in the format that `read_hdf5` reads, numbered within each pair and SNR; all of the file or nothing.
+
+    Args:
+        path: where to.
+        data: shape ``(n, 256)``.
+        modulation: n names.
+        signal: n names.
+        snr: n whole numbers, in dB.
+        overwrite: whether to replace a file that is there.
+
+    Raises:
+        DataError: an existing file without ``overwrite``, no folder to write to, arrays that do not fit together, or values that
+            `read_hdf5` refuses.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: there is such a file, expected a new name or overwrite=True")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder '{path.parent}'")
+    _check_to_write(path, data, modulation, signal, snr)
+    keys = _keys(path, modulation, signal, snr)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        aside = Path(folder) / path.name
+        with _h5py().File(aside, "w") as file:
+            for key, values in zip(keys, np.asarray(data, dtype=np.float32), strict=True):
+                file.create_dataset(key, data=values[:, None])
+        aside.replace(path)
+
+
+def _check_to_write(
+    path: Path, data: np.ndarray, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray
+) -> None:
+    lengths = {len(data), len(modulation), len(signal), len(snr)}
+    if np.shape(data)[1:] != (NUM_VALUES,) or len(lengths) != 1 or lengths == {0}:
+        found = f"{np.shape(data)} with {len(modulation)}, {len(signal)} and {len(snr)} labels"
+        raise DataError(f"{path}: expected data of shape (n, {NUM_VALUES}) with n labels of each kind, found {found}")
+    if not (np.abs(data) <= np.finfo(np.float32).max).all():
+        raise DataError(f"{path}: expected finite float32 numbers to write")
+    if not np.array_equal(snr, np.rint(snr)):
+        raise DataError(f"{path}: expected SNRs in whole dB to write")
+
+
+def _keys(path: Path, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray) -> list[str]:
+    keys: list[str] = []
+    numbers: Counter[tuple[str, str, int]] = Counter()
+    for label in zip(map(str, modulation), map(str, signal), map(int, snr), strict=True):
+        keys.append(str((*label, numbers[label])))
+        numbers[label] += 1
+        _parse_key(path, keys[-1])
+    return keys
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError('HDF5 files need h5py: pip install "fedgradnorm[hdf5]"') from error
+    return h5py
+
+
+def _parse_key(path: Path, key: str) -> tuple[int, int, int]:
+    """The index of the pair, the SNR in dB and the number that a key gives."""
+    try:
+        parts = ast.literal_eval(key) if len(key) <= 200 else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        parts = None
+    if not isinstance(parts, tuple) or [type(part) for part in parts] != [str, str, int, int]:
+        raise DataError(f"{path}: key {key[:200]!r}, expected {KEY_FORM}")
+    modulation, signal, snr, number = parts
+    for kind, name, known in (("modulation", modulation, MODULATIONS), ("signal", signal, SIGNALS)):
+        if name not in known:
+            raise DataError(f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}")
+    if (modulation, signal) not in WAVEFORMS:
+        raise DataError(f"{path}: key {key!r}, expected a pair of RadComDynamic: {', '.join(' / '.join(pair) for pair in PAIRS)}")
+    if not -200 <= snr <= 200 or number < 0:
+        raise DataError(f"{path}: key {key!r}, expected an SNR from -200 to 200 dB and a number from 0")
+    return PAIRS.index((modulation, signal)), snr, number
+
+
+def _read_snapshot(h5py: Any, path: Path, file: Any, key: str) -> np.ndarray:
+    # A soft or external link, or external storage, could make this read some other file.
+    item = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
+    if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+        raise DataError(f"{path}: key {key!r}, expected a plain data set of shape ({NUM_VALUES}, 1)")
+    if item.shape != (NUM_VALUES, 1) or item.dtype.kind != "f":
+        raise DataError(f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), found {item.dtype} of shape {item.shape}")
+    values: np.ndarray = item[:, 0].astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: key {key!r}, expected finite numbers")
+    return values
