@@ -1,0 +1,110 @@
+"""What a report says in words: who was first, how sure that is, and in which settings the runs differ."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedgradnorm.history import Run
+from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
+from fedgradnorm.report.loading import Loaded
+from fedgradnorm.summary import LOSS_RATIO
+
+__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of"]
+
+
+def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
+    """What the runs show, in a sentence or two."""
+    if len(loaded) == 1:
+        return _findings_of_one([row for group in groups for row in group], loaded[0])
+    shared = [group for group in groups if len(group) == len(loaded)]
+    if not shared:
+        return "These runs have no task in common."
+    last = [{row.run: score for row in group if (score := cell_of(row, "metric", "last")[1]) is not None} for group in shared]
+    tested = [scores for scores in last if scores]
+    return _fastest(shared) + (f" Best last test metric: {_places(tested)}." if tested else "")
+
+
+def caveat(loaded: Sequence[Loaded]) -> str:
+    """How far the findings can be trusted."""
+    if len(loaded) == 1:
+        return "A single run: another seed can end elsewhere."
+    differing = listed(sorted({key.replace("weighting.", "weighting ", 1).split()[0] for key in differing_settings(loaded)}))
+    return f"Single runs: small differences can be chance. Settings that differ: {differing or 'none'}."
+
+
+def differing_settings(loaded: Sequence[Loaded]) -> dict[str, list[str]]:
+    """The dotted keys whose values differ between the runs, with every run's value."""
+    flat = [_flat(settings_of(one.run)) for one in loaded]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    values = {key: [settings.get(key, ABSENT) for settings in flat] for key in keys}
+    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings, less the folder: a page is passed on, and a path may name its owner."""
+    settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
+    settings["run"].pop("dir", None)
+    return settings
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence, such as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def plural(count: int, word: str) -> str:
+    """A count with its word, such as "1 task" or "2 tasks"."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _fastest(shared: Sequence[Sequence[ComparisonRow]]) -> str:
+    """Who was first, at a target that a rule chooses and not the outcome: the lowest of those that most tasks reached in some run."""
+    keys = {key for key in shared[0][0].rounds_to if key.startswith(LOSS_RATIO)}
+    keys = {key for key in keys if all(key in row.rounds_to for group in shared for row in group)}
+    scores = {
+        key: [{row.run: -round for row in group if (round := row.rounds_to[key]) is not None} for group in shared]
+        for key in sorted(keys, key=_share_of)
+    }
+    target = max(scores, key=lambda key: sum(map(bool, scores[key])), default=None)
+    if target is None or not any(scores[target]):
+        return "In no task did the training loss fall to a target that all of these runs watched."
+    return f"First to {percentage(_share_of(target))} of the initial training loss: {_places(scores[target])}."
+
+
+def _share_of(key: str) -> float:
+    return float(key.removeprefix(LOSS_RATIO))
+
+
+def _places(tasks: Sequence[Mapping[str, float]]) -> str:
+    """In how many tasks each run has the highest score, such as "a in 2 of 4 tasks, b in 1, a tie in 1"."""
+    won: Counter[str] = Counter()
+    for scores in tasks:
+        winners = [run for run, score in scores.items() if score == max(scores.values())]
+        won[winners[0] if len(winners) == 1 else "a tie" if winners else "no run"] += 1
+    (most, count), *others = won.most_common()
+    return ", ".join([f"{most} in {count} of {plural(len(tasks), 'task')}", *(f"{run} in {count}" for run, count in others)])
+
+
+def _findings_of_one(rows: Sequence[ComparisonRow], one: Loaded) -> str:
+    ratios = {row.task: row.loss_ratio for row in rows if row.loss_ratio is not None}
+    text = f"After {plural(one.summary['rounds'], 'round')} no task has a training loss to report."
+    if ratios:
+        shares = listed([f"{percentage(ratio)} in {task}" for task, ratio in ratios.items()])
+        text = f"After {plural(one.summary['rounds'], 'round')} the training loss, as a share of the initial one, is {shares}."
+    if len(ratios) > 1 and min(ratios.values()) > 0:
+        text += f" The slowest task's share is {max(ratios.values()) / min(ratios.values()):.1f} times the fastest one's; 1 would be equal."
+    beaten = [
+        row.last != row.guess and (row.last > row.guess) == row.higher_is_better
+        for row in rows
+        if row.last is not None and row.guess is not None
+    ]
+    if beaten:
+        text += f" The last test metric beats the best constant guess in {sum(beaten)} of {plural(len(beaten), 'task')}."
+    return text
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+    return flat

@@ -1,0 +1,114 @@
+"""A run in figures: per task and client the first, best and last metric, and the rounds to each target."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import ge, le
+from statistics import fmean
+from typing import Any
+
+from fedgradnorm.config import RunSettings
+from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.federation import Federation
+from fedgradnorm.task import Task
+
+__all__ = ["LOSS_RATIO", "check_targets", "rounds_to", "summarise", "task_curve"]
+
+Row = Mapping[str, Any]
+
+LOSS_RATIO = "loss ratio "
+"""A target of the training loss is named by this and its share of the initial loss, such as "loss ratio 0.6"."""
+
+
+def task_curve(rows: Sequence[Row], task: str, key: str) -> dict[int, float]:
+    """By round, the mean of one figure over the clients of a task that have it in that round."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["task"] == task and row[key] is not None:
+            values.setdefault(row["round"], []).append(row[key])
+    return {round: fmean(numbers) for round, numbers in values.items()}
+
+
+def rounds_to(curve: Mapping[int, float], reached: Callable[[float], bool]) -> int | None:
+    """The first round in which a curve has reached its target, or None."""
+    return next((round for round, value in curve.items() if reached(value)), None)
+
+
+def check_targets(settings: RunSettings, federation: Federation) -> None:
+    """Raise ConfigError where a metric target names no task, or one without a metric."""
+    tasks = _tasks(federation)
+    for name in settings.metric_targets:
+        if name not in tasks:
+            raise ConfigError(f"run.metric_targets.{name}: there is no task '{name}'; {nearest(name, tasks)}")
+        if tasks[name].main_metric is None:
+            raise ConfigError(f"run.metric_targets.{name}: task '{name}' has no metric")
+
+
+def summarise(
+    federation: Federation, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings, seconds: float
+) -> dict[str, Any]:
+    """The contents of summary.json.
+
+    Args:
+        federation: what was trained.
+        rows: the lines of metrics.jsonl.
+        guesses: by client, the metrics of the best guess that looks at no input.
+        settings: which targets to look for.
+        seconds: how long the run took.
+    """
+    last = {row["client"]: row for row in rows}
+    return {
+        "rounds": max(row["round"] for row in rows),
+        "seconds": seconds,
+        "dropped": sum(row["dropped"] is not None for row in rows),
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "tasks": {name: _summarise_task(task, rows, guesses, settings) for name, task in _tasks(federation).items()},
+        "clients": {
+            client.id: {
+                "task": client.task.name,
+                "examples": last[client.id]["examples"],
+                "weight": last[client.id]["weight"],
+                "test_loss": last[client.id]["test_loss"],
+                "metrics": last[client.id]["metrics"],
+                "guess": guesses.get(client.id, {}),
+            }
+            for client in federation.clients
+        },
+    }
+
+
+def _tasks(federation: Federation) -> dict[str, Task]:
+    return {client.task.name: client.task for client in federation.clients}
+
+
+def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> dict[str, Any]:
+    clients = sorted({row["client"] for row in rows if row["task"] == task.name})
+    ratios, weights = task_curve(rows, task.name, "inverse_training_rate"), task_curve(rows, task.name, "weight")
+    rounds = {f"{LOSS_RATIO}{target:g}": rounds_to(ratios, partial(ge, target)) for target in settings.loss_targets}
+    summary: dict[str, Any] = {
+        "clients": len(clients),
+        "loss_ratio": list(ratios.values())[-1] if ratios else None,
+        "weight": list(weights.values())[-1],
+        "metric": None,
+        "rounds_to": rounds,
+    }
+    metric, curve = task.main_metric, task_curve(rows, task.name, "metric")
+    if metric is None or not curve:
+        return summary
+    best = (max if metric.higher_is_better else min)(curve, key=curve.__getitem__)
+    if task.name in settings.metric_targets:
+        target = settings.metric_targets[task.name]
+        reached = partial(le, target) if metric.higher_is_better else partial(ge, target)
+        rounds[f"{metric.name} {target:g}"] = rounds_to(curve, reached)
+    known = [guesses[client][metric.name] for client in clients if metric.name in guesses.get(client, {})]
+    summary["metric"] = {
+        "name": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "percent": metric.percent,
+        "guess": fmean(known) if known else None,
+        "first": next(iter(curve.values())),
+        "best": curve[best],
+        "best_round": best,
+        "last": list(curve.values())[-1],
+    }
+    return summary

@@ -1,0 +1,169 @@
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedgradnorm.cli import main
+from fedgradnorm.history import Run
+
+QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
+CONFIG = '[federation]\nname = "digits"\n[weighting]\nname = "fedgradnorm"\ngamma = 0.5\n'
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    path = tmp_path / "my.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(*words):
+        """Exit code, standard output and standard error of a command."""
+        monkeypatch.setattr(sys, "argv", ["fedgradnorm", *map(str, words)])
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_run_writes_a_whole_run_folder_and_says_where_the_report_is(config, call):
+    code, out, _ = call("run", config, *QUICK)
+    assert code == 0
+    folder = Path("runs/my")
+    assert "round 1/2" in out
+    assert "round 2/2" in out
+    assert f"report: {folder / 'report.html'}" in out
+    for name in (
+        "config.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "models/encoder.safetensors",
+        "models/heads/class.safetensors",
+        "report.html",
+    ):
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").iterdir())
+    assert Run(folder).config.weighting.options["gamma"] == 0.5
+
+
+def test_the_terminal_shows_a_bar_and_no_terminal_plain_lines(config, call, monkeypatch):
+    _, plain, _ = call("run", config, *QUICK)
+    assert "\x1b[" not in plain
+    monkeypatch.setattr("fedgradnorm.cli.console", __import__("rich.console").console.Console(force_terminal=True, width=100))
+    _, live, _ = call("run", config, *QUICK, "--overwrite")
+    assert "time left" in live
+    assert "2/2" in live
+    assert "parity" in live
+    assert "round 1/2" not in live
+
+
+def test_evaluate_gives_the_figures_of_the_summary(config, call):
+    call("run", config, *QUICK)
+    code, out, _ = call("evaluate", "runs/my")
+    assert code == 0
+    for client, entry in Run(Path("runs/my")).summary()["clients"].items():
+        assert client in out
+        for name, value in entry["metrics"].items():
+            assert f"{name} {value:.4f}" in re.sub(r"\s+", " ", out)
+
+
+def test_report_overlays_runs_beside_them_or_where_told(config, call):
+    for name in ("equal", "fedgradnorm"):
+        call("run", config, *QUICK, f"weighting.name={name}", f"run.dir=runs/{name}")
+    code, out, _ = call("report", "runs/equal", "runs/fedgradnorm")
+    assert code == 0
+    assert "report: runs/report.html" in out
+    page = Path("runs/report.html").read_text()
+    assert "equal" in page
+    assert "fedgradnorm" in page
+    call("report", "runs/equal", "--output", "elsewhere/page.html")
+    assert Path("elsewhere/page.html").exists()
+
+
+def test_list_names_every_part_with_its_options(call):
+    code, out, _ = call("list")
+    assert code == 0
+    for word in ("radcom", "mtfl", "digits", "equal", "fedgradnorm", "gamma = 0.9", "cnn", "mlp", "reference"):
+        assert word in out
+    assert "Undefined" not in out
+
+
+def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedgradnorm import Equal\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Equal):\n"
+        '    """Equal weights, but mine."""\n'
+        "    strength: float = 1.0\n"
+    )
+    code, _, err = call("run", config, *QUICK, "weighting.name=mine:Mine", "weighting.strength=2")
+    assert (code, err) == (0, "")
+    assert Run(Path("runs/my")).config.weighting.options == {"strength": 2.0}
+    code, _, err = call("run", config, *QUICK, "weighting.name=mine:Mine", "weighting.strenth=2", "--overwrite")
+    assert code == 2
+    assert "unknown key 'weighting.strenth'; did you mean 'strength'?" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "absent.toml"], "config file absent.toml: expected a readable TOML file"),
+        (["run", "my.toml", "train.num_round=3"], "unknown key 'train.num_round'; did you mean 'num_rounds'? on the command line"),
+        (["run", "my.toml", "train.num_rounds=0"], "train.num_rounds: expected greater than or equal to 1, found 0"),
+        (["run", "my.toml", "weighting.gamma=-1"], "weighting.gamma: expected a number from 0 to 10, found -1"),
+        (["run", "my.toml", "weighting.gama=1"], "unknown key 'weighting.gama'; did you mean 'gamma'?"),
+        (["run", "my.toml", "federation.name=digit"], "federation.name: there is no federation 'digit'; did you mean 'digits'?"),
+        (["run", "my.toml", "federation.name=mtfl", "federation.path=no.zip"], "no.zip: no such file or folder"),
+        (["run", "my.toml", "federation.name=mtfl", "federation.path=my.toml"], "my.toml: expected MTFL.zip or its unpacked folder"),
+        (["run", "my.toml", "federation.name=radcom", "federation.path=no.hdf5"], "there is no file 'no.hdf5'"),
+        (["run", "my.toml", "federation.name=radcom", "federation.path=my.toml"], "my.toml: expected an HDF5 file"),
+        (["run", "my.toml", "model.norm_layer=fc"], "norm_layer 'fc' names no encoder parameter"),
+        (["run", "my.toml", "federation.tasks=['class', 'class']"], "federation.tasks: a task is named twice"),
+        (["run", "my.toml", "federation.sizes.class=0"], "federation.sizes.class: expected at least 1 example, found 0"),
+        (["run", "my.toml", "run.dir=my.toml"], "run folder my.toml exists"),
+        (["report", "absent"], "absent is no run"),
+        (["evaluate", "absent"], "absent is no run"),
+    ],
+)
+def test_bad_input_is_one_error_with_exit_code_2_and_nothing_written(config, call, words, message):
+    before = sorted(config.parent.rglob("*"))
+    code, out, err = call(*words)
+    assert code == 2
+    assert message in err.replace("\n", " ")
+    assert err.startswith("error: ")
+    assert err.count("\n") <= 2
+    assert "Traceback" not in out + err
+    assert sorted(config.parent.rglob("*")) == before
+
+
+def test_an_existing_run_is_refused_unless_told(config, call):
+    call("run", config, *QUICK)
+    before = Path("runs/my/metrics.jsonl").read_bytes()
+    code, _, err = call("run", config, *QUICK, "train.seed=1")
+    assert code == 2
+    assert "run folder runs/my exists" in err
+    assert Path("runs/my/metrics.jsonl").read_bytes() == before
+    assert call("run", config, *QUICK, "train.seed=1", "--overwrite")[0] == 0
+    assert Path("runs/my/metrics.jsonl").read_bytes() != before
+
+
+def test_the_installed_command_works():
+    command = shutil.which("fedgradnorm", path=str(Path(sys.executable).parent))
+    assert command is not None
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    for name in ("run", "evaluate", "report", "list"):
+        assert name in done.stdout
