@@ -48,7 +48,8 @@ def generated(snrs: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def decibels(values: np.ndarray, axis: tuple[int, ...] | int) -> np.ndarray:
     """Mean power in dB: a snapshot's 256 numbers make 128 complex samples."""
-    return 10 * np.log10(2 * np.square(values, dtype=np.float64).mean(axis=-1).mean(axis=axis))
+    power: np.ndarray = 10 * np.log10(2 * np.square(values, dtype=np.float64).mean(axis=-1).mean(axis=axis))
+    return power
 
 
 def standard_error(cells: np.ndarray) -> float:

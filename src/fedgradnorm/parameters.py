@@ -49,7 +49,7 @@ def load_buffers(module: nn.Module, buffers: Iterable[tuple[str, Tensor]]) -> No
 
 
 def default_norm_layer(module: nn.Module) -> str:
-    """The name of the last layer with a weight matrix: the paper's last shared layer.
+    """The name of the last layer with a weight matrix: the last shared layer, as GradNorm takes it.
 
     "Last" is the order in which the encoder registers its layers. Layers without a matrix, BatchNorm for one, are passed over.
     """

@@ -81,7 +81,7 @@ def name_of(kind: str, made_by: type) -> str:
 
 def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
     """The first line of a part's documentation, and its options with their defaults."""
-    options = {key: field.get_default() for key, field in _options_model(kind, name).model_fields.items()}
+    options = {key: field.get_default() for key, field in _options_model(kind, name).model_fields.items()}  # PydanticUndefined: required
     return (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0], options
 
 

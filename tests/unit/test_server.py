@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedgradnorm import Equal, FederationError, FedGradNorm, WeightingState
+from fedgradnorm import ConfigError, Equal, FederationError, FedGradNorm, WeightingState
 from fedgradnorm.aggregation import mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
@@ -196,3 +196,23 @@ def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
         expected = federation.client("c").task.loss(head(module(inputs)), targets).item()
     assert engine.client_states["c"].initial_loss == pytest.approx(expected, rel=1e-5)
     assert sum(state.weighting.weights.values()) == pytest.approx(3)
+
+
+def test_the_reference_engine_uses_its_threads_and_gives_them_back():
+    seen = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, inputs):
+            seen.append(torch.get_num_threads())
+            return super().forward(inputs)
+
+    federation = small_federation(encoder=lambda: Watched(6, 4))
+    engine = ReferenceEngine(federation, seed=0, threads=2)
+    seen.clear()
+    state = initial_state(federation, Equal(), 0)
+    run_round(state, federation, engine, Equal(), mean, TRAINING)
+    engine.evaluate(state.encoder, {})
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+    with pytest.raises(ConfigError, match="threads: expected at least 1, found 0"):
+        ReferenceEngine(federation, seed=0, threads=0)

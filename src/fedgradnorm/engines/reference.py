@@ -1,10 +1,13 @@
 """One client after another, in plain torch: the oracle that every other engine is held against."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from fedgradnorm.client import ClientState, Evaluation, evaluate, initial_state, load_model, local_update
+from fedgradnorm.errors import require
 from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
@@ -18,10 +21,13 @@ class ReferenceEngine:
     Args:
         federation: whose clients it runs.
         seed: of the heads' initialisation.
+        threads: kernel threads, for as long as it works. With one, sums do not depend on the machine's number of cores, and
+            clients of other processes on it are not waited for; more help where the kernels are large and the cores free.
     """
 
-    def __init__(self, federation: Federation, seed: int) -> None:
-        self.federation = federation
+    def __init__(self, federation: Federation, seed: int, threads: int = 1) -> None:
+        require(threads >= 1, "threads", "at least 1", threads)
+        self.federation, self.threads = federation, threads
         self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
         self.heads = {client.id: federation.make_head(client, seed) for client in federation.clients}
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
@@ -36,19 +42,32 @@ class ReferenceEngine:
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, one after another."""
         reports = []
-        for instruction in instructions:
-            client = self.federation.client(instruction.client)
-            report, self._states[client.id] = local_update(
-                client, self.encoder, self.heads[client.id], self.norm_layer, self._states[client.id], instruction
-            )
-            reports.append(report)
+        with kernel_threads(self.threads):
+            for instruction in instructions:
+                client = self.federation.client(instruction.client)
+                report, self._states[client.id] = local_update(
+                    client, self.encoder, self.heads[client.id], self.norm_layer, self._states[client.id], instruction
+                )
+                reports.append(report)
         return reports
 
     def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
         """Test every client that has test data."""
         evaluations = {}
-        for client in self.federation.clients:
-            if client.test_data is not None:
-                load_model(self.encoder, self.heads[client.id], self._states[client.id], encoder, buffers)
-                evaluations[client.id] = evaluate(client.task, self.encoder, self.heads[client.id], client.test_data)
+        with kernel_threads(self.threads):
+            for client in self.federation.clients:
+                if client.test_data is not None:
+                    load_model(self.encoder, self.heads[client.id], self._states[client.id], encoder, buffers)
+                    evaluations[client.id] = evaluate(client.task, self.encoder, self.heads[client.id], client.test_data)
         return evaluations
+
+
+@contextmanager
+def kernel_threads(count: int) -> Iterator[None]:
+    """Let torch's kernels use this many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

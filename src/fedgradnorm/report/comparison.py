@@ -137,7 +137,7 @@ def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | No
     """
     if about == "loss":
         value = row.loss_ratio if title == "last" else row.rounds_to.get(LOSS_RATIO + title.removeprefix("≤"))
-        text = ABSENT if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.2f}"
+        text = ABSENT if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.2f}" if value < 1000 else f"{value:.0e}"
         return text, None if value is None else -float(text)
     if title == "weight":
         return f"{row.weight:.2f}", None

@@ -1,0 +1,74 @@
+"""Write docs/configuration.md from the code: `python docs/generate.py`. A test holds the page against what this makes."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from fedgradnorm.config import EngineConfig, FederationConfig, ModelConfig, RunSettings, TrainConfig, WeightingConfig
+from fedgradnorm.registry import BUILT_INS, describe, resolve
+
+PAGE = Path(__file__).parent / "configuration.md"
+
+INTRODUCTION = """# Configuration
+
+This page is made by `python docs/generate.py`.
+
+A run is a TOML file and words from the command line, which win over the file, which wins over the defaults here:
+
+```
+fedgradnorm run configs/digits.toml train.num_rounds=5 weighting.gamma=0.5 run.dir=runs/first
+```
+
+A word's value is read as TOML, or as plain text where it is none. A word that names another part, such as `weighting.name=equal`,
+drops the options that the file gives to its own. An unknown key, or a value out of range, is an error before anything is read or written.
+`federation`, `model`, `weighting` and `engine` take the name of a built-in part, or `module:attribute` of your own, installed or in the
+current folder; the other keys of the table are its options.
+"""
+
+
+def text_of(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    value = list(value) if isinstance(value, tuple) else value
+    return "none" if value is None else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
+
+
+def table(rows: list[tuple[str, Any, str]]) -> str:
+    lines = [f"| `{key}` | {text_of(default)} | {' '.join(text.split())} |" for key, default, text in rows]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *lines])
+
+
+def fields_of(model: type[BaseModel]) -> list[tuple[str, Any, str]]:
+    return [(name, field.get_default(call_default_factory=True), field.description or "") for name, field in model.model_fields.items()]
+
+
+def argument_docs(made_by: Any) -> dict[str, str]:
+    """What the section "Args" of a docstring says of each argument."""
+    _, _, section = (inspect.getdoc(made_by) or "").partition("\nArgs:\n")
+    section = re.split(r"\n(?=\S)", section)[0]
+    return dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section, flags=re.M))
+
+
+def part(kind: str, name: str) -> str:
+    summary, options = describe(kind, name)
+    documented = argument_docs(resolve(kind, name))
+    rows = [(key, default, documented[key].replace("``", "`")) for key, default in options.items()]
+    return f'### `{kind}.name = "{name}"`\n\n{summary}\n\n{table(rows) if rows else "No options."}'
+
+
+def page() -> str:
+    sections = [INTRODUCTION]
+    for kind, model in (("federation", FederationConfig), ("model", ModelConfig), ("weighting", WeightingConfig), ("engine", EngineConfig)):
+        sections.append(f"## `[{kind}]`\n\n{table(fields_of(model))}\n")
+        sections += [part(kind, name) + "\n" for name in sorted(BUILT_INS[kind])]
+    for kind, settings in (("train", TrainConfig), ("run", RunSettings)):
+        sections.append(f"## `[{kind}]`\n\n{table(fields_of(settings))}\n")
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

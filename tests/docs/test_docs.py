@@ -1,0 +1,129 @@
+"""What the docs say is run, and what is documented is held against the code."""
+
+import importlib.util
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import fedgradnorm
+from fedgradnorm.cli import main
+from fedgradnorm.config import load_config
+from fedgradnorm.run import build_federation, resolve_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ["fedgradnorm", *(module.name for module in pkgutil.walk_packages(fedgradnorm.__path__, "fedgradnorm."))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+def commands(page):
+    return [line.split() for block in blocks(page, "") for line in block.splitlines() if line.startswith("fedgradnorm ")]
+
+
+def call(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, words
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_the_readmes_python_runs(number, tmp_path):
+    code = blocks("README.md", "python")[number]
+    assert len([line for line in code.splitlines() if line.strip()]) < (10, 30)[number]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for page in ("README.md", "docs/data.md", "docs/configuration.md"):
+        for words in commands(page):
+            if "RUN" in words[2:] or "MTFL.zip" in words[-1]:
+                continue
+            quick = ["train.num_rounds=2"] if words[1] == "run" else []
+            call(monkeypatch, [*words, *quick])
+            seen.append(words[1])
+    assert set(seen) == {"run", "report", "evaluate", "list"}
+
+
+def test_the_guides_weighting_and_federation_run(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("\n".join(blocks("CONTRIBUTING.md", "python")))
+    call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", "weighting.name=mine:InverseNorm", "train.num_rounds=2", "run.dir=a"])
+    words = ["federation.name=mine:make", "federation.examples=500", "train.num_rounds=2", "run.dir=b"]
+    call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", *words])
+    call(monkeypatch, ["fedgradnorm", "evaluate", "b"])
+
+
+def test_the_page_on_the_configuration_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.PAGE.read_text() == generate.page(), "run `python docs/generate.py`"
+
+
+@pytest.mark.parametrize("name", ["demo", "digits", "radcom", "mtfl"])
+def test_every_config_is_sound(name):
+    config = resolve_config(load_config(ROOT / "configs" / f"{name}.toml"))
+    assert build_federation(config).num_features > 0
+    assert "#" in (ROOT / "configs" / f"{name}.toml").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_no_figure_is_missing(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    assert not re.search(r"^[A-Z]+_[A-Z_]+$", text, flags=re.M), "a placeholder"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_says_what_it_is_and_exports_what_it_has(name):
+    module = import_module(name)
+    assert module.__doc__
+    if hasattr(module, "__all__"):
+        assert len(set(module.__all__)) == len(module.__all__)
+        for exported in module.__all__:
+            assert hasattr(module, exported)
+
+
+def test_the_package_and_a_run_import_no_optional_library():
+    code = (
+        "import sys, fedgradnorm, fedgradnorm.federations.digits as digits\n"
+        "fedgradnorm.train(digits.make(0), num_rounds=1)\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert not {"plotly", "tensorboard", "h5py", "PIL", "flwr", "typer"} & set(done.stdout.split())
+
+
+def test_the_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)$", (ROOT / "README.md").read_text(), flags=re.M):
+        assert f"\n{target}:" in makefile
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_constraints_pin_every_dependency_by_version_alone():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    names = {re.split(r"[>\[]", requirement)[0].replace("-", "_").lower() for requirement in wanted} - {"fedgradnorm"}
+    assert names <= {line.partition("==")[0].replace("-", "_").lower() for line in lines}
