@@ -249,11 +249,7 @@ def _evaluations(engine: Engine, state: ServerState, training: TrainConfig) -> M
 
 
 def _guesses(federation: Federation) -> dict[str, dict[str, float]]:
-    return {
-        client.id: constant_guess(client.task, client.train_data, client.test_data)
-        for client in federation.clients
-        if client.test_data is not None
-    }
+    return {client.id: constant_guess(client.task, client.test_data) for client in federation.clients if client.test_data is not None}
 
 
 def rows_of(federation: Federation, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
