@@ -8,7 +8,16 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fedgradnorm.config import EngineConfig, FederationConfig, ModelConfig, RunSettings, TrainConfig, WeightingConfig
+from fedgradnorm.config import (
+    AggregationConfig,
+    EngineConfig,
+    FaultsConfig,
+    FederationConfig,
+    ModelConfig,
+    RunSettings,
+    TrainConfig,
+    WeightingConfig,
+)
 from fedgradnorm.registry import BUILT_INS, describe, resolve
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -62,10 +71,11 @@ def part(kind: str, name: str) -> str:
 
 def page() -> str:
     sections = [INTRODUCTION]
-    for kind, model in (("federation", FederationConfig), ("model", ModelConfig), ("weighting", WeightingConfig), ("engine", EngineConfig)):
+    parts = (FederationConfig, ModelConfig, WeightingConfig, AggregationConfig, EngineConfig)
+    for kind, model in zip(("federation", "model", "weighting", "aggregation", "engine"), parts, strict=True):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(model))}\n")
         sections += [part(kind, name) + "\n" for name in sorted(BUILT_INS[kind])]
-    for kind, settings in (("train", TrainConfig), ("run", RunSettings)):
+    for kind, settings in (("train", TrainConfig), ("faults", FaultsConfig), ("run", RunSettings)):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(settings))}\n")
     return "\n".join(sections)
 

@@ -3,9 +3,10 @@
 Everything here follows FedGradNorm (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022); docs/algorithm.md says what is ours.
 """
 
-from fedgradnorm.errors import ConfigError, DataError, FederationError, FedGradNormError, RunError
+from fedgradnorm.errors import ConfigError, DataError, FederationError, FedGradNormError, RunError, StoppedError
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.run import Result, evaluate_run, load_model, train
+from fedgradnorm.run import Result, resume, train
+from fedgradnorm.saved import evaluate_run, load_model
 from fedgradnorm.task import Metric, Task
 from fedgradnorm.weighting import Equal, FedGradNorm, Weighting, WeightingState, Weights
 
@@ -23,11 +24,13 @@ __all__ = [
     "Metric",
     "Result",
     "RunError",
+    "StoppedError",
     "Task",
     "Weighting",
     "WeightingState",
     "Weights",
     "evaluate_run",
     "load_model",
+    "resume",
     "train",
 ]

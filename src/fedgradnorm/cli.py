@@ -1,18 +1,21 @@
-"""The command line: ``fedgradnorm run``, ``evaluate``, ``report`` and ``list``."""
+"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report`` and ``list``."""
 
+import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedgradnorm.errors import FedGradNormError
 
 __all__ = ["app", "main"]
-
-BAD_INPUT = 2
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Federated multi-task learning with FedGradNorm."
@@ -21,13 +24,13 @@ console = Console()
 
 
 def main() -> None:
-    """Run the command line; an error of ours is a line on standard error and exit code 2."""
+    """Run the command line; an error of ours is a line on standard error and an exit code that is not 0."""
     sys.path.insert(0, "")  # so that a user's own `module:attribute` is found in the current folder
     try:
         app()
     except FedGradNormError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.exit_code)
 
 
 @app.command()
@@ -42,24 +45,43 @@ def run(
     from fedgradnorm.run import run as run_config
 
     settings = load_config(config, overrides or [])
-    folder = settings.run.dir or f"runs/{config.stem}"
+    folder = str(Path(settings.run.dir or f"runs/{config.stem}").expanduser())
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})
-    with Progress(console, settings.train.num_rounds, settings.train.eval_every) as progress:
-        run_config(settings, overwrite=overwrite, on_round=progress.show)
-    _show_report([Path(folder)], Path(folder) / "report.html")
+    with stop_on_signals() as should_stop, Progress(console, settings.train.num_rounds, settings.train.eval_every) as progress:
+        run_config(settings, overwrite=overwrite, on_round=progress.show, should_stop=should_stop)
+    _show_run(Path(folder))
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How many rounds there are to be in all, if more than the settings say.")
+    ] = None,
+) -> None:
+    """Go on with a run that was stopped or killed, from its newest sound checkpoint."""
+    from fedgradnorm.history import Run
+    from fedgradnorm.progress import Progress
+    from fedgradnorm.run import resume as resume_run
+
+    training = Run(folder).config.train
+    with stop_on_signals() as should_stop, Progress(console, rounds or training.num_rounds, training.eval_every) as progress:
+        resume_run(folder, num_rounds=rounds, on_round=progress.show, should_stop=should_stop, on_message=_say)
+    _show_run(folder)
 
 
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
     """Test the saved models of a run on their clients' test data."""
+    from fedgradnorm.build import build_federation
     from fedgradnorm.history import Run
-    from fedgradnorm.run import build_federation, evaluate_run
+    from fedgradnorm.saved import evaluate_run
 
     federation = build_federation(Run(folder).config)
-    table = Table("client", "task", "test loss", "metrics", title=f"{folder}")
+    table = Table("client", "task", "test loss", "metrics", title=Text(str(folder)))
     for id, evaluation in evaluate_run(folder, federation).items():
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        table.add_row(id, federation.client(id).task.name, f"{evaluation.loss:.4f}", metrics)
+        table.add_row(id, Text(federation.client(id).task.name), f"{evaluation.loss:.4f}", Text(metrics))
     console.print(table)
 
 
@@ -69,9 +91,15 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The page to write; by default report.html in the run, or beside the runs.")] = None,
 ) -> None:
     """Compare runs: a table here, and one self-contained HTML page."""
+    from fedgradnorm.history import Run
+    from fedgradnorm.report import comparison_table, write_report
+
     if output is None:
         output = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
-    _show_report(folders, output)
+    runs = [Run(folder) for folder in folders]
+    table, page = comparison_table(runs), write_report(runs, output)
+    console.print(table)
+    _say(f"report: {page}")
 
 
 @app.command("list")
@@ -87,10 +115,32 @@ def list_parts() -> None:
         console.print(table)
 
 
-def _show_report(folders: list[Path], output: Path) -> None:
-    from fedgradnorm.history import Run
-    from fedgradnorm.report import comparison_table, write_report
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Inside the block the first SIGINT or SIGTERM is kept for whoever asks, and a second one ends the process at once."""
+    received: list[int] = []
 
-    runs = [Run(folder) for folder in folders]
-    console.print(comparison_table(runs))
-    console.print(f"report: {write_report(runs, output)}", soft_wrap=True, highlight=False, markup=False)
+    def note(number: int, _: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    console.print(message, soft_wrap=True, highlight=False, markup=False)
+
+
+def _show_run(folder: Path) -> None:
+    from fedgradnorm.history import Run
+    from fedgradnorm.report import comparison_table
+
+    console.print(comparison_table([Run(folder)]))
+    page = folder / "report.html"
+    _say(f"report: {page}" if page.exists() else 'no report page: pip install "fedgradnorm[report]"')

@@ -19,6 +19,7 @@ from fedgradnorm.task import Task
 __all__ = ["ClientState", "Evaluation", "constant_guess", "evaluate", "initial_state", "local_update"]
 
 EVALUATION_BATCH = 512
+MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def local_update(
         num_examples=size(client.train_data),
         buffers=buffers if shares_buffers else {},
         seconds=perf_counter() - start,
+        round=instruction.round,
     )
     return report, ClientState(_snapshot(head), initial_loss, {} if shares_buffers else buffers, velocity)
 
@@ -163,7 +165,7 @@ def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: Tra
 def evaluate(task: Task, encoder: nn.Module, head: nn.Module, data: Data) -> Evaluation:
     """The loss and all metrics of a task over a whole set of data, in evaluation mode, which the modules are left in."""
     loss, outputs, targets = _outputs(task, encoder, head, data, np.arange(size(data)))
-    return Evaluation(loss, {metric.name: metric.function(outputs, targets) for metric in task.metrics}, len(targets))
+    return Evaluation(loss, {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}, len(targets))
 
 
 def constant_guess(task: Task, test: Data) -> dict[str, float]:
@@ -173,17 +175,19 @@ def constant_guess(task: Task, test: Data) -> dict[str, float]:
     outputs do not have the shape that such a guess has.
     """
     targets = take(test, np.arange(size(test)))[1]
+    if targets.dtype == torch.bool:
+        targets = targets.long()
     if targets.is_floating_point():
         guess = targets.double().mean(dim=0).to(targets.dtype)
-    elif targets.ndim == 1 and targets.min() >= 0:
+    elif targets.ndim == 1 and targets.min() >= 0 and targets.max() < MOST_CLASSES:
         counts = torch.bincount(targets)
         guess = nn.functional.one_hot(counts.argmax(), len(counts)).float()
     else:
         return {}
     outputs = guess.expand(len(targets), *guess.shape)
     try:
-        return {metric.name: metric.function(outputs, targets) for metric in task.metrics}
-    except (RuntimeError, ValueError, IndexError):
+        return {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}
+    except Exception:  # noqa: BLE001  # the user's own metric may raise anything
         return {}
 
 

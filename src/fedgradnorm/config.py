@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedgradnorm.errors import ConfigError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
 __all__ = [
+    "AggregationConfig",
     "Component",
     "EngineConfig",
+    "FaultsConfig",
     "FederationConfig",
     "ModelConfig",
     "RunConfig",
@@ -37,10 +39,10 @@ class TrainConfig(Section):
     num_rounds: int = Field(50, ge=1, description="Rounds to train.")
     head_steps: int = Field(10, ge=1, description="SGD steps on the head in a round, the encoder fixed: τ_h.")
     encoder_steps: int = Field(10, ge=1, description="SGD steps on the encoder in a round, the head fixed: τ_ω.")
-    head_lr: float = Field(0.05, gt=0, description="Step size of the head: α.")
+    head_lr: float = Field(0.05, gt=0, le=1e6, description="Step size of the head: α.")
     head_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the head's SGD; it is kept from round to round.")
-    encoder_lr: float = Field(0.05, gt=0, description="Step size of the encoder at a client: β.")
-    server_lr: float = Field(1.0, gt=0, description="The server's step is η = encoder_steps · encoder_lr · server_lr.")
+    encoder_lr: float = Field(0.05, gt=0, le=1e6, description="Step size of the encoder at a client: β.")
+    server_lr: float = Field(1.0, gt=0, le=1e6, description="The server's step is η = encoder_steps · encoder_lr · server_lr.")
     server_optimizer: Literal["sgd", "adam"] = Field("sgd", description="What takes the aggregated direction.")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the server's SGD.")
     batch_size: int = Field(64, ge=1, description="Examples in a mini-batch; a smaller client uses all that it has.")
@@ -48,12 +50,34 @@ class TrainConfig(Section):
     participants: tuple[tuple[str, ...], ...] = Field(
         (), description="Client ids that take part, one list a round, the last one from then on; in place of fraction_train."
     )
+    min_clients: int = Field(1, ge=0, description="A round with fewer sound reports is undone and repeated.")
+    max_retries: int = Field(3, ge=0, description="How often a round is repeated before the run stops.")
+    max_update_ratio: float | None = Field(
+        None, gt=1, description="A gradient longer than so many times the median of the last rounds is dropped; by default none is."
+    )
     eval_every: int = Field(5, ge=1, description="Test after the first and the last round, and after every so many.")
     loss_estimate: Literal["batches", "exact"] = Field(
         "batches", description="The loss F(k) in a report: the mean over the encoder's mini-batches, or re-evaluated on the data."
     )
     loss_examples: int = Field(4096, ge=1, description="At most so many training examples for F(0), and for an exact F(k).")
     seed: int = Field(0, ge=0, description="All randomness comes from it.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.server_optimizer == "adam" and self.server_momentum:
+            raise ValueError('expected server_momentum only with server_optimizer = "sgd"')
+        if self.participants and self.fraction_train < 1:
+            raise ValueError("expected participants or fraction_train, not both")
+        return self
+
+
+class FaultsConfig(Section):
+    """Faults on purpose, to see how a federation would fare: the table ``[faults]``. Each is a probability for each report."""
+
+    drop: float = Field(0.0, ge=0, le=1, description="It never arrives.")
+    delay: float = Field(0.0, ge=0, le=1, description="It arrives a round too late, and then counts for nothing.")
+    nan: float = Field(0.0, ge=0, le=1, description="One of its numbers is not a number.")
+    corrupt: float = Field(0.0, ge=0, le=1, description="A gradient a thousand times too long, cut short or noise, or a negative loss.")
 
 
 class Component(BaseModel):
@@ -86,6 +110,12 @@ class WeightingConfig(Component):
     name: str = Field("fedgradnorm", description="`fedgradnorm`, `equal`, or your own `module:Class`; its options beside it.")
 
 
+class AggregationConfig(Component):
+    """How weighted gradients become one direction: the table ``[aggregation]``."""
+
+    name: str = Field("mean", description="`mean`, `clipped_mean`, `median`, `trimmed_mean`, or your own `module:Class`.")
+
+
 class EngineConfig(Component):
     """What runs the clients: the table ``[engine]``."""
 
@@ -110,6 +140,8 @@ class RunSettings(Section):
     dir: str | None = Field(
         None, coerce_numbers_to_str=True, description="The run's folder; by default `runs/` and the name of the config file."
     )
+    checkpoint_every: int = Field(10, ge=1, description="A checkpoint is written after the last round, and after every so many.")
+    keep: int = Field(3, ge=1, description="So many checkpoints are kept, the last ones.")
     loss_targets: tuple[float, ...] = Field(
         (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
     )
@@ -123,7 +155,9 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     weighting: WeightingConfig = WeightingConfig()
+    aggregation: AggregationConfig = AggregationConfig()
     engine: EngineConfig = EngineConfig()
+    faults: FaultsConfig = FaultsConfig()
     run: RunSettings = RunSettings()
     versions: dict[str, str] = Field({}, description="Written into a run's folder, and not read.")
 
@@ -156,7 +190,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: expected a readable TOML file; {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
 
 
@@ -165,16 +199,19 @@ def _parse_override(word: str) -> tuple[str, Any]:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"'{word}': expected table.key=value, such as train.num_rounds=5")
     try:
-        return dotted, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return dotted, text
+    return dotted, parsed["value"] if parsed.keys() == {"value"} else text  # a line break could begin another key
 
 
 def _drop_options_of_another_part(values: dict[str, Any], dotted: str, name: Any) -> None:
     table, _, key = dotted.partition(".")
     field, part = RunConfig.model_fields.get(table), values.get(table)
     kind = field.annotation if field is not None else None
-    if key == "name" and isinstance(kind, type) and issubclass(kind, Component) and isinstance(part, dict) and part.get("name") != name:
+    if key == "name" and isinstance(kind, type) and issubclass(kind, Component) and isinstance(part, dict):
+        if part.get("name", kind.model_fields["name"].default) == name:
+            return
         values[table] = {key: value for key, value in part.items() if key in kind.model_fields}
 
 
@@ -227,8 +264,9 @@ def _message(
     elif first["type"] == "missing":
         message = f"'{'.'.join(filter(None, (full, str(first['loc'][-1]))))}' is missing"
     else:
-        expected = first["msg"].removeprefix("Input should be ")
-        message = f"{full}: expected {expected}, found {first['input']!r}"
+        expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
+        found = repr(first["input"])
+        message = f"{full}: expected {expected}, found {found if len(found) <= 200 else found[:200] + '...'}"
     more = f" (and {len(others)} more)" if others else ""
     return " ".join(filter(None, (message, where))) + more
 

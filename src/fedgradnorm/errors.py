@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["ConfigError", "DataError", "FedGradNormError", "FederationError", "RunError"]
+__all__ = ["ConfigError", "DataError", "FedGradNormError", "FederationError", "RunError", "StoppedError"]
 
 
 class FedGradNormError(Exception):
     """The parent of every error that this package raises on purpose."""
+
+    exit_code = 2
+    """What the command line ends with."""
 
 
 class ConfigError(FedGradNormError, ValueError):
@@ -24,6 +27,12 @@ class FederationError(FedGradNormError, ValueError):
 
 class RunError(FedGradNormError, RuntimeError):
     """A run folder cannot be written or read."""
+
+
+class StoppedError(FedGradNormError, RuntimeError):
+    """A run ended before its last round. Its folder holds a checkpoint to go on from."""
+
+    exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

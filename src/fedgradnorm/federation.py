@@ -42,7 +42,7 @@ class Client:
     test: Data | Callable[[], Data] | None = None
 
     def __post_init__(self) -> None:
-        if not CLIENT_ID.fullmatch(self.id):
+        if not isinstance(self.id, str) or not CLIENT_ID.fullmatch(self.id):
             raise FederationError(f"client id '{self.id}': expected up to 100 letters, digits, '.', '_', '-', the first no '.' or '-'")
 
     @cached_property
@@ -89,12 +89,20 @@ class Federation:
     example: Tensor | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "clients", tuple(self.clients))
         if not self.clients:
             raise FederationError("a federation needs at least one client")
         ids = [client.id for client in self.clients]
         repeated = [id for id, count in Counter(ids).items() if count > 1]
         if repeated:
             raise FederationError(f"two clients have the id '{repeated[0]}': expected different ids")
+        if isinstance(self.encoder, nn.Module) or not callable(self.encoder):
+            raise FederationError(f"encoder: expected a function that makes the encoder, found {type(self.encoder).__name__}")
+        tasks: dict[str, Task] = {}
+        for client in self.clients:
+            other = tasks.setdefault(client.task.name, client.task)
+            if [(m.name, m.higher_is_better) for m in other.metrics] != [(m.name, m.higher_is_better) for m in client.task.metrics]:
+                raise FederationError(f"client '{client.id}': two tasks with different metrics have the name '{client.task.name}'")
         if self.buffers not in ("local", "averaged"):
             raise FederationError(f"buffers: expected 'local' or 'averaged', found '{self.buffers}'")
         encoder = self.make_encoder(seed=0)
@@ -140,28 +148,42 @@ class Federation:
         """The size of the encoder's output, which every head is given."""
         return int(_encode(self.make_encoder(seed=0), self._example_of(self.clients[0])).shape[1])
 
-    def check_data(self) -> None:
-        """Load every client's data and check that they pass through its model and its loss.
+    def check_data(self, batch_size: int = 64) -> None:
+        """Load every client's data, and let them pass once through its model, its loss and its metrics.
+
+        Every client trains one batch on a copy of the model, and its loss and metrics see all targets of data that are tensors.
 
         Raises:
-            FederationError: data that are empty, or that the encoder, the head or the loss cannot take.
+            FederationError: data that are empty, or that the encoder, the head, the loss or a metric cannot take.
             DataError: a source that cannot be read.
         """
         encoder = self.make_encoder(seed=0)
         for client in self.clients:
-            head = self.make_head(client, seed=0).eval()
             for kind, data in (("training", client.train_data), ("test", client.test_data)):
                 if data is None:
                     continue
-                inputs, targets = take(data, np.zeros(1, dtype=np.int64))
-                where = f"client '{client.id}': its {kind} data"
                 try:
-                    with torch.no_grad():
-                        loss = client.task.loss(head(_encode(encoder, inputs)), targets)
-                except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                    raise FederationError(f"{where} do not pass through its model and loss: {error}") from error
-                if loss.numel() != 1:
-                    raise FederationError(f"{where} give a loss of shape {tuple(loss.shape)}, expected one number for a batch")
+                    with seeded_torch(0, 0, client.id, "check"):
+                        self._try(client, encoder, data, batch_size if kind == "training" else 1)
+                except Exception as error:  # the user's own code may raise anything
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    raise FederationError(
+                        f"client '{client.id}': its {kind} data do not pass through its model and loss: {reason}"
+                    ) from error
+
+    def _try(self, client: Client, encoder: nn.Module, data: Data, batch_size: int) -> None:
+        task, head = client.task, client.task.head(self.num_features)
+        inputs, targets = take(data, np.arange(min(batch_size, size(data))))
+        if batch_size > 1:
+            loss = task.loss(head.train()(encoder.train()(inputs)), targets)
+            torch.autograd.grad(_one_number(loss), [parameter for _, parameter in trainable(encoder)], allow_unused=True)
+        with torch.no_grad():
+            output = head.eval()(encoder.eval()(inputs[:1]))
+            targets = data[1] if isinstance(data, tuple) else targets
+            outputs = output.expand(len(targets), *output.shape[1:])
+            _one_number(task.loss(outputs, targets))
+            for metric in task.metrics:
+                float(metric.function(outputs, targets))
 
     def _example_of(self, client: Client) -> Tensor:
         if self.example is not None:
@@ -169,18 +191,26 @@ class Federation:
         return take(client.train_data, np.zeros(1, dtype=np.int64))[0]
 
     def _check_fit(self, client: Client, encoder: nn.Module) -> None:
+        example = self._example_of(client)
         try:
-            features = _encode(encoder, self._example_of(client))
-        except (RuntimeError, ValueError, TypeError) as error:
+            features = _encode(encoder, example)
+        except Exception as error:  # the user's own code may raise anything
             raise FederationError(f"client '{client.id}': its inputs do not pass through the encoder: {error}") from error
         if features.ndim < 2:
             raise FederationError(f"the encoder gives shape {tuple(features.shape)} for a batch of one, expected (1, features)")
         try:
             with torch.no_grad():
                 self.make_head(client, seed=0).eval()(features)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # the user's own code may raise anything
             shape = tuple(features.shape)
             raise FederationError(f"client '{client.id}': the encoder's output of shape {shape} does not fit its head: {error}") from error
+
+
+def _one_number(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"the loss gives {found}, expected a tensor of one number for a batch")
+    return loss.squeeze()
 
 
 @torch.no_grad()

@@ -6,34 +6,128 @@
     RUN/metrics.jsonl             a line per round and client
     RUN/summary.json              per task and client: first, best and last metric, rounds to targets
     RUN/models/encoder.safetensors, RUN/models/heads/CLIENT.safetensors
+    RUN/checkpoints/              the last moments that a run can go on from
     RUN/tensorboard/              the same figures as TensorBoard events
     RUN/report.html               the same as one page
 """
 
 import json
+import os
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import tomli_w
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
 
+from fedgradnorm.atomic import sync_folder, write_atomically
+from fedgradnorm.checkpoint import Checkpoint, save_checkpoint
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig, validated
-from fedgradnorm.errors import RunError
+from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.records import Row, Summary
+from fedgradnorm.server import ServerState
 
-__all__ = ["Run", "RunWriter", "load_config_of"]
+__all__ = ["CHECKPOINTS", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
 
-Row = dict[str, Any]
+CHECKPOINTS = "checkpoints"
+CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
+    "loss",
+    "inverse_training_rate",
+    "grad_norm",
+    "weight",
+    "metric",
+)
+"""What goes to TensorBoard."""
+ENTRIES = {"config.toml", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", "report.html"}
+"""All that a run's folder holds."""
+
+Checked = TypeVar("Checked")
+ROWS, SUMMARY = TypeAdapter(list[Row]), TypeAdapter(Summary)
 
 
 class RunWriter:
-    """Writes a run's folder. A context manager: leaving it closes the files.
+    """Writes a run's folder, which is there already. A context manager: leaving it closes the files.
+
+    Args:
+        folder: the run's folder, made by `create_run`.
+        config: the resolved settings.
+        round: rounds done. The lines of later rounds in metrics.jsonl, and a torn last line, are cut off.
+
+    Raises:
+        RunError: the folder cannot be written, or its metrics.jsonl is damaged before that round.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, round: int = 0) -> None:
+        self.folder, self.config = folder, config
+        with self._writing():
+            self._metrics = (folder / "metrics.jsonl").open("a+b")
+            self._metrics.truncate(_end_of_round(self._metrics, folder, round))
+            self._tensorboard = _tensorboard_writer(folder / "tensorboard", purge_step=round + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(OSError) if error is not None else self._writing():  # what an error left unsaid is not worth a second one
+            self._metrics.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    def write_round(self, rows: Sequence[Row]) -> None:
+        """Add a round's lines to metrics.jsonl and its figures to TensorBoard."""
+        with self._writing():
+            self._metrics.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+            self._metrics.flush()
+            if self._tensorboard is not None:
+                for row in rows:
+                    for key in CURVES:
+                        if row[key] is not None:
+                            self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
+
+    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState]) -> None:
+        """Write a checkpoint, after the lines that belong to it are on the disk."""
+        with self._writing():
+            os.fsync(self._metrics.fileno())
+            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"))
+            save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
+
+    def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
+        """Save the encoder's state and every client's head, with the encoder buffers of its own."""
+        with self._writing():
+            tensors = {**encoder.state_dict(), **dict(encoder.named_buffers())}  # buffers that are not persistent too
+            _save(tensors, self.folder / "models" / "encoder.safetensors")
+            for id, state in states.items():
+                head = {f"head.{name}": value for name, value in state.head.items()}
+                buffers = {f"buffer.{name}": value for name, value in state.encoder_buffers.items()}
+                _save(head | buffers, self.folder / "models" / "heads" / f"{id}.safetensors")
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write summary.json."""
+        with self._writing():
+            write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"run folder {self.folder}: cannot be written: {error.strerror or error}. Its last checkpoint is sound; "
+                f"when it can be written again: fedgradnorm resume {self.folder}"
+            ) from error
+
+
+def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> None:
+    """Make a run's folder with its settings: all of it or nothing.
 
     Args:
         folder: the run's folder.
@@ -43,50 +137,38 @@ class RunWriter:
     Raises:
         RunError: the folder exists and is not to be overwritten, is no run, or cannot be written.
     """
+    check_free(folder, overwrite=overwrite)
+    content = _toml_of(config)
+    aside, old = (folder.with_name(f".{folder.name}.{word}") for word in ("starting", "replaced"))
+    try:
+        for left_over in (aside, old):
+            if left_over.exists():
+                shutil.rmtree(left_over)
+        (aside / "models" / "heads").mkdir(parents=True)
+        write_atomically(aside / "config.toml", content)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except (OSError, ValueError) as error:
+        raise RunError(f"run folder {str(folder)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
-    def __init__(self, folder: Path, config: RunConfig, *, overwrite: bool = False) -> None:
-        check_free(folder, overwrite=overwrite)
-        try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            (folder / "models" / "heads").mkdir(parents=True)
-            (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
-            self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"run folder {folder}: cannot be written; {error.strerror}") from error
-        self.folder = folder
-        self._tensorboard = _tensorboard_writer(folder / "tensorboard")
 
-    def __enter__(self) -> Self:
-        return self
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.toml. Raises RunError where that fails."""
+    try:
+        write_atomically(folder / "config.toml", _toml_of(config))
+    except OSError as error:
+        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
-    def write_round(self, rows: Sequence[Row]) -> None:
-        """Add a round's lines to metrics.jsonl and its figures to TensorBoard."""
-        for row in rows:
-            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-            if self._tensorboard is not None:
-                for key in ("loss", "inverse_training_rate", "grad_norm", "weight", "metric"):
-                    if row[key] is not None:
-                        self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
-        self._metrics.flush()
-
-    def write_models(self, encoder: Mapping[str, Tensor], states: Mapping[str, ClientState]) -> None:
-        """Save the encoder's state and every client's head, with the encoder buffers of its own."""
-        _save(encoder, self.folder / "models" / "encoder.safetensors")
-        for id, state in states.items():
-            head = {f"head.{name}": value for name, value in state.head.items()}
-            buffers = {f"buffer.{name}": value for name, value in state.encoder_buffers.items()}
-            _save(head | buffers, self.folder / "models" / "heads" / f"{id}.safetensors")
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
-        text = json.dumps(summary, indent=2, allow_nan=False)
-        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+def _toml_of(config: RunConfig) -> bytes:
+    try:
+        return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"a setting cannot be written to config.toml: {error}") from error
 
 
 class Run:
@@ -101,23 +183,23 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "config.toml").is_file():
-            raise RunError(f"{folder} is no run: expected a folder with a config.toml, as `fedgradnorm run` makes it")
+        try:
+            found = (self.folder / "config.toml").is_file()
+        except (OSError, ValueError):
+            found = False
+        if not found:
+            raise RunError(f"{str(folder)[:200]} is no run: expected a folder with a config.toml, as `fedgradnorm run` makes it")
         self.config = load_config_of(self.folder)
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.folder.resolve().name
 
     def rows(self) -> list[Row]:
         """The lines of metrics.jsonl."""
         lines = self._text("metrics.jsonl").splitlines()
-        return [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
+        rows = [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
+        return self._checked("metrics.jsonl", ROWS, rows)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """What summary.json holds."""
-        return self._json("summary.json", self._text("summary.json"))
+        return self._checked("summary.json", SUMMARY, self._json("summary.json", self._text("summary.json")))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file under models/, such as ``encoder.safetensors``."""
@@ -133,14 +215,22 @@ class Run:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{self.folder / name}: cannot be read; {error}. Did the run finish?") from error
 
-    def _json(self, name: str, text: str, place: str = "") -> dict[str, Any]:
+    def _json(self, name: str, text: str, place: str = "") -> Any:
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{self.folder / name}{place}: expected JSON; {error}") from error
-        if not isinstance(value, dict):
-            raise RunError(f"{self.folder / name}{place}: expected a JSON object, found {type(value).__name__}")
-        return value
+
+    def _checked(self, name: str, adapter: TypeAdapter[Checked], value: Any) -> Checked:
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            keys = list(first["loc"])
+            place = f" line {int(keys.pop(0)) + 1}" if adapter is ROWS else ""
+            where = ".".join(map(str, keys)) or "the whole"
+            found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:100]}"
+            raise RunError(f"{self.folder / name}{place}: {where}: {first['msg']}{found}") from error
 
 
 def load_config_of(folder: Path) -> RunConfig:
@@ -148,28 +238,57 @@ def load_config_of(folder: Path) -> RunConfig:
     path = folder / "config.toml"
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read; {error}") from error
     return validated(RunConfig, values, prefix="", place=f"in {path}")
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise RunError if a run may not be written here; nothing is changed."""
-    if not folder.exists():
-        return
+    """Raise RunError if a run may not be written here; nothing is changed.
+
+    Only a folder that holds a run, and nothing that a run does not write, is ever replaced.
+    """
+    try:
+        if not folder.exists() and not folder.is_symlink():
+            return
+        entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
+    except (OSError, ValueError) as error:
+        raise RunError(f"run folder {str(folder)[:100]!r}: no such folder can be: {getattr(error, 'strerror', None) or error}") from error
+    if entries is None or folder.is_symlink():
+        raise RunError(f"run folder {folder} exists, and is a link or no folder: choose another run.dir")
     if not overwrite:
         raise RunError(f"run folder {folder} exists: choose another run.dir, or pass --overwrite to replace it")
-    if not (folder / "config.toml").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RunError(f"{folder} is not overwritten: it exists and is no run (it has no config.toml)")
+    if not entries:
+        return
+    if foreign := sorted(entries - ENTRIES):
+        raise RunError(f"{folder} is not overwritten: it holds what no run writes, such as '{foreign[0]}'")
+    if not load_config_of(folder).versions:
+        raise RunError(f"{folder} is not overwritten: it is no run, for its config.toml names no versions")
+
+
+def _end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
+    """Where the lines up to a round end."""
+    file.seek(0)
+    end = 0
+    for number, line in enumerate(file, start=1):
+        try:
+            if json.loads(line)["round"] > round or not line.endswith(b"\n"):
+                break
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if line.endswith(b"\n"):
+                raise RunError(f"{folder / 'metrics.jsonl'} line {number}: expected a round's figures as JSON; {error!r}") from error
+            break  # the line that was being written
+        end += len(line)
+    return end
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    write_atomically(path, to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path, purge_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=purge_step)

@@ -22,6 +22,7 @@ class Instruction:
         encoder: the trainable encoder parameters ω_k, flat, shape ``(P,)``.
         buffers: the encoder's buffers by name, when the federation averages them; empty otherwise.
         training: how to train.
+        attempt: 0, and one more each time that the round has to be repeated.
     """
 
     round: int
@@ -29,6 +30,7 @@ class Instruction:
     encoder: Tensor
     buffers: Mapping[str, Tensor]
     training: TrainConfig
+    attempt: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -50,6 +52,7 @@ class Report:
         num_examples: the number of training examples that it has.
         buffers: the encoder's buffers after the round, when the federation averages them; empty otherwise.
         seconds: how long the local update took; it enters no computation.
+        round: the round that it belongs to.
     """
 
     client: str
@@ -61,6 +64,7 @@ class Report:
     num_examples: int
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    round: int = 0
 
     @property
     def inverse_training_rate(self) -> float:

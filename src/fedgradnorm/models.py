@@ -12,7 +12,10 @@ from fedgradnorm.errors import ConfigError
 __all__ = ["ConvEncoder", "cnn", "linear_head", "mlp"]
 
 
-def mlp(input_shape: Sequence[int], hidden: Sequence[int] = (256, 512, 1024, 2048, 512, 256), he_init: bool = False) -> nn.Module:
+MOST_UNITS = 100_000
+
+
+def mlp(input_shape: Sequence[int], hidden: Sequence[int] = (256, 512, 1024, 2048, 512, 256), he_init: bool = True) -> nn.Module:
     """A multi-layer perceptron with ReLU after every layer.
 
     Args:
@@ -21,8 +24,8 @@ def mlp(input_shape: Sequence[int], hidden: Sequence[int] = (256, 512, 1024, 204
         he_init: whether weights are initialised for ReLU (He et al., ICCV 2015) and biases with 0. Signals then keep their size,
             where torch's own default shrinks their variance sixfold a layer: six layers hardly train from that.
     """
-    if not hidden or min(hidden) < 1:
-        raise ConfigError(f"hidden: expected sizes of at least 1, found {list(hidden)}")
+    if not hidden or min(hidden) < 1 or max(hidden) > MOST_UNITS:
+        raise ConfigError(f"hidden: expected sizes from 1 to {MOST_UNITS}, found {list(hidden)}")
     sizes = [prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
@@ -73,9 +76,9 @@ def cnn(input_shape: Sequence[int], channels: Sequence[int] = (16, 48, 64, 64), 
         batch_norm: whether the blocks have BatchNorm.
     """
     if len(input_shape) != 3:
-        raise ConfigError(f"cnn: expected inputs of shape (channels, height, width), found {tuple(input_shape)}")
-    if not channels or min(channels) < 1 or features < 1:
-        raise ConfigError(f"cnn: expected channels and features of at least 1, found {list(channels)} and {features}")
+        raise ConfigError(f"name: cnn takes inputs of shape (channels, height, width), found {tuple(input_shape)}")
+    if not channels or not 1 <= min(*channels, features) <= max(*channels, features) <= MOST_UNITS:
+        raise ConfigError(f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {list(channels)} and {features}")
     if min(input_shape[1:]) < 2 ** len(channels):
         size = 2 ** len(channels)
         raise ConfigError(f"channels: {len(channels)} blocks need images of {size} x {size} or more, found {tuple(input_shape[1:])}")

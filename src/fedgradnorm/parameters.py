@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,9 @@ def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None)
     """
     if norm_layer is None:
         norm_layer = default_norm_layer(module)
-    patterns = [norm_layer] if isinstance(norm_layer, str) else list(norm_layer)
+    patterns: list[Any] = list(norm_layer) if isinstance(norm_layer, list | tuple) else [norm_layer]
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise FederationError(f"norm_layer: expected names of encoder parameters, found {norm_layer!r}")
     names = [name for name, _ in trainable(module)]
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in names):

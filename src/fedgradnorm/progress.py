@@ -1,19 +1,21 @@
 """How a run shows itself: a progress bar with every task's loss and weight, or plain lines where there is no terminal."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from fedgradnorm.records import Row
 from fedgradnorm.summary import task_curve
 
 __all__ = ["Progress"]
 
-Row = Mapping[str, Any]
+SHOWN: tuple[Literal["loss", "inverse_training_rate", "weight"], ...] = ("loss", "inverse_training_rate", "weight")
 
 
 class Progress:
@@ -29,6 +31,7 @@ class Progress:
         self.console, self.num_rounds, self.line_every = console, num_rounds, line_every
         self.bar = Bar(TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("time left"), TimeRemainingColumn())
         self.job = self.bar.add_task("rounds", total=num_rounds)
+        self.dropped: list[str] = []
         self.live = Live(Group(self.bar, ""), console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -39,23 +42,27 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
+        elif self.dropped:
+            self.console.print(self._dropped_text(), soft_wrap=True, highlight=False, markup=False)
 
     def show(self, rows: Sequence[Row]) -> None:
         """Show one round, given its rows."""
         round = rows[0]["round"]
-        figures = [
-            (task, *(task_curve(rows, task, key).get(round) for key in ("loss", "inverse_training_rate", "weight")))
-            for task in dict.fromkeys(row["task"] for row in rows)
-        ]
+        self.dropped += [f"{row['client']} in round {round}: {row['dropped']}" for row in rows if row["dropped"] is not None]
+        tasks = dict.fromkeys(row["task"] for row in rows)
+        figures = {task: [_text(task_curve(rows, task, key).get(round)) for key in SHOWN] for task in tasks}
         if self.live is not None:
             self.bar.update(self.job, completed=round)
             table = Table("task", "loss", "share of initial loss", "weight", box=None)
-            for task, *numbers in figures:
-                table.add_row(str(task), *(_text(number) for number in numbers))
-            self.live.update(Group(self.bar, table))
+            for task, texts in figures.items():
+                table.add_row(Text(task), *texts)
+            self.live.update(Group(self.bar, table, Text(self._dropped_text())))
         elif round in (1, self.num_rounds) or round % self.line_every == 0:
-            tasks = "  ".join(f"{task}: loss {_text(loss)} ({_text(ratio)} of F(0)), p {_text(p)}" for task, loss, ratio, p in figures)
-            self.console.print(f"round {round}/{self.num_rounds}  {tasks}", soft_wrap=True, highlight=False, markup=False)
+            line = "  ".join(f"{task}: loss {loss} ({ratio} of F(0)), p {p}" for task, (loss, ratio, p) in figures.items())
+            self.console.print(f"round {round}/{self.num_rounds}  {line}", soft_wrap=True, highlight=False, markup=False)
+
+    def _dropped_text(self) -> str:
+        return f"reports dropped: {len(self.dropped)}; the last, {self.dropped[-1]}" if self.dropped else ""
 
 
 def _text(number: float | None) -> str:

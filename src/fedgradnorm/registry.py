@@ -12,6 +12,12 @@ from fedgradnorm.errors import ConfigError, nearest
 __all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
 
 BUILT_INS: dict[str, dict[str, str]] = {
+    "aggregation": {
+        "clipped_mean": "fedgradnorm.aggregation.clipped_mean:ClippedMean",
+        "mean": "fedgradnorm.aggregation.mean:Mean",
+        "median": "fedgradnorm.aggregation.median:Median",
+        "trimmed_mean": "fedgradnorm.aggregation.trimmed_mean:TrimmedMean",
+    },
     "federation": {
         "digits": "fedgradnorm.federations.digits:make",
         "mtfl": "fedgradnorm.federations.mtfl:make",
@@ -30,8 +36,18 @@ BUILT_INS: dict[str, dict[str, str]] = {
     },
 }
 
-GIVEN = {"federation": ("seed",), "model": ("input_shape",), "weighting": (), "engine": ("federation", "seed")}
+GIVEN = {"federation": ("seed",), "model": ("input_shape",), "weighting": (), "aggregation": (), "engine": ("federation", "seed")}
 """By kind, the arguments that the package gives; all others are options for a configuration to set."""
+
+
+MEMBERS = {
+    "federation": ("clients", "encoder", "check_data"),
+    "model": ("forward", "named_parameters"),
+    "weighting": ("init", "update"),
+    "aggregation": ("__call__",),
+    "engine": ("execute", "evaluate", "client_states", "restore"),
+}
+"""By kind, what a part has to have."""
 
 
 def resolve(kind: str, name: str) -> Any:
@@ -47,7 +63,7 @@ def resolve(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"{kind}.name: '{name}' cannot be imported: {error}") from error
 
 
@@ -65,12 +81,19 @@ def build(kind: str, part: Component, **given: Any) -> Any:
     """Make a part from its name and options, and from what the package gives to every part of this kind.
 
     Raises:
-        ConfigError: as `resolved`, or whatever the part itself finds out of range.
+        ConfigError: as `resolved`; whatever the part itself finds out of range; or something that is no such part.
     """
+    checked = resolved(kind, part).options
     try:
-        return resolve(kind, part.name)(**given, **resolved(kind, part).options)
+        made = resolve(kind, part.name)(**given, **checked)
     except ConfigError as error:
-        raise error if str(error).startswith(f"{kind}.") else ConfigError(f"{kind}.{error}") from error
+        raise ConfigError(f"{kind}.{error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{kind}.name: '{part.name}' cannot be made: {error}") from error
+    missing = [name for name in MEMBERS[kind] if not hasattr(made, name)]
+    if missing:
+        raise ConfigError(f"{kind}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'")
+    return made
 
 
 def name_of(kind: str, made_by: type) -> str:
@@ -88,7 +111,11 @@ def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
 def _options_model(kind: str, name: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     extra: Literal["allow", "forbid"] = "forbid"
-    for parameter in inspect.signature(resolve(kind, name), eval_str=True).parameters.values():
+    try:
+        parameters = inspect.signature(resolve(kind, name), eval_str=True).parameters
+    except (TypeError, ValueError, NameError) as error:
+        raise ConfigError(f"{kind}.name: '{name}' is nothing that makes a {kind}: {error}") from error
+    for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             extra = "allow"
         elif parameter.name not in GIVEN[kind]:

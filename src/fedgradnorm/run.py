@@ -2,39 +2,39 @@
 
 import dataclasses
 import math
-import platform
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
-from fedgradnorm.aggregation.mean import mean
+from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, versions
+from fedgradnorm.checkpoint import Checkpoint, load_newest
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, validated
 from fedgradnorm.data import size
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.errors import ConfigError, RunError, StoppedError
+from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation
-from fedgradnorm.history import Row, Run, RunWriter, check_free
+from fedgradnorm.history import CHECKPOINTS, Run, RunWriter, check_free, create_run, write_config
 from fedgradnorm.parameters import load_buffers, load_flat
+from fedgradnorm.records import Row, Summary
+from fedgradnorm.report import write_report
+from fedgradnorm.saved import joined
 from fedgradnorm.server import RoundRecord, ServerState, initial_state, run_round
 from fedgradnorm.summary import check_targets, summarise
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Result", "build_federation", "evaluate_run", "load_model", "run", "train"]
-
-IN_PYTHON = "given in Python"
-DEFAULT_MODEL = "default"
+__all__ = ["Result", "resume", "run", "train"]
 
 OnRound = Callable[[Sequence[Row]], None]
+ShouldStop = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Result:
     state: ServerState
     client_states: Mapping[str, ClientState]
     rows: Sequence[Row]
-    summary: Mapping[str, Any]
+    summary: Summary
     seed: int
 
     @property
@@ -74,7 +74,7 @@ class Result:
         encoder, state = self.encoder(), self.client_states[self.federation.client(client).id]
         head = self.federation.make_head(self.federation.client(client), self.seed)
         client_side.load_model(encoder, head, state, self.state.encoder, self.state.buffers)
-        return _joined(encoder, head)
+        return joined(encoder, head)
 
 
 def train(
@@ -85,6 +85,7 @@ def train(
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     on_round: OnRound | None = None,
+    should_stop: ShouldStop = lambda: False,
     **training: Any,
 ) -> Result:
     """Train a federation.
@@ -96,16 +97,20 @@ def train(
         run_dir: a folder to write the run to; None writes nothing.
         overwrite: whether a run that is in this folder already is replaced.
         on_round: called after every round with its rows.
+        should_stop: asked after every round; True ends the run there.
         **training: the settings of `TrainConfig`, such as ``num_rounds=20``.
 
     Raises:
         ConfigError: a setting that is unknown or out of range.
         FederationError: data that do not fit the models.
         RunError: a run folder that exists or cannot be written.
+        StoppedError: the run ended early; its folder holds a checkpoint.
     """
     if isinstance(weighting, str):
         component = registry.resolved("weighting", WeightingConfig(name=weighting))
         method: Weighting = registry.build("weighting", component)
+    elif isinstance(weighting, type) or not (hasattr(weighting, "init") and hasattr(weighting, "update")):
+        raise ConfigError(f"weighting: expected a name or a weighting such as FedGradNorm(), found {weighting!r}")
     else:
         options: dict[str, Any] = dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
         component, method = WeightingConfig(name=registry.name_of("weighting", type(weighting)), **options), weighting
@@ -116,10 +121,10 @@ def train(
         engine=EngineConfig(name=engine),
         run=RunSettings(dir=None if run_dir is None else str(run_dir)),
     )
-    return _fit(config, federation, method, overwrite, on_round)
+    return _begin(config, federation, method, overwrite, on_round, should_stop)
 
 
-def run(config: RunConfig, *, overwrite: bool = False, on_round: OnRound | None = None) -> Result:
+def run(config: RunConfig, *, overwrite: bool = False, on_round: OnRound | None = None, should_stop: ShouldStop = lambda: False) -> Result:
     """Do the run that a configuration describes. Everything is checked before a run folder is touched.
 
     Raises:
@@ -128,118 +133,165 @@ def run(config: RunConfig, *, overwrite: bool = False, on_round: OnRound | None 
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
-    return _fit(resolved, federation, weighting, overwrite, on_round)
+    return _begin(resolved, federation, weighting, overwrite, on_round, should_stop)
 
 
-def resolve_config(config: RunConfig) -> RunConfig:
-    """The configuration with the defaults of every part's options filled in."""
-    parts = {kind: registry.resolved(kind, getattr(config, kind)) for kind in ("federation", "weighting", "engine")}
-    if config.model.name != DEFAULT_MODEL:
-        parts["model"] = registry.resolved("model", config.model)
-    return config.model_copy(update=parts)
-
-
-def build_federation(config: RunConfig) -> Federation:
-    """The federation that a configuration describes, with the encoder of its table ``[model]``.
-
-    Raises:
-        ConfigError: a setting that is unknown or out of range.
-        FederationError: parts that do not fit together.
-        RunError: a run whose federation was given in Python.
-    """
-    if config.federation.name == IN_PYTHON:
-        raise RunError("this run's federation was given in Python: pass it as federation=...")
-    federation: Federation = registry.build("federation", config.federation, seed=config.train.seed)
-    model = config.model
-    if model.name == DEFAULT_MODEL and model.options:
-        raise ConfigError(f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp")
-    changes: dict[str, Any] = {}
-    if model.name != DEFAULT_MODEL:
-        changes["encoder"] = partial(registry.build, "model", model, input_shape=federation.input_shape)
-    if model.norm_layer is not None:
-        changes["norm_layer"] = model.norm_layer
-    if model.buffers is not None:
-        changes["buffers"] = model.buffers
-    return dataclasses.replace(federation, **changes)
-
-
-def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
-    """The whole model of a client from a run's folder: the encoder, with the client's own buffers, and its head.
+def resume(
+    run: str | Path,
+    federation: Federation | None = None,
+    *,
+    num_rounds: int | None = None,
+    on_round: OnRound | None = None,
+    should_stop: ShouldStop = lambda: False,
+    on_message: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Go on with a run from its newest sound checkpoint, or from the start if there is none, and give what it would have given.
 
     Args:
-        run: the run's folder.
-        client: the client's id.
-        federation: what was trained; needed only where it was given in Python.
-
-    Returns:
-        An ``nn.Module`` in evaluation mode, with the children ``encoder`` and ``head``.
+        run: the run's folder. Lines of metrics.jsonl after the checkpoint are cut off.
+        federation: what is trained; needed only where it was given in Python.
+        num_rounds: how many rounds there are to be in all, if more than the settings say.
+        on_round: called after every round with its rows.
+        should_stop: asked after every round; True ends the run there, with a checkpoint.
+        on_message: told which checkpoint it goes on from, and of damaged ones.
 
     Raises:
-        RunError: the folder is no finished run, or its models do not fit the federation.
-        FederationError: there is no such client.
+        RunError: the folder is no run, or cannot be written.
+        ConfigError: the settings in config.toml are not those of the checkpoint, or ``num_rounds`` is not more than is done.
+        StoppedError: the run was stopped again.
     """
     opened = Run(Path(run))
-    federation = federation or build_federation(opened.config)
-    member = federation.client(client)
-    seed = opened.config.train.seed
-    encoder, head = federation.make_encoder(seed), federation.make_head(member, seed)
-    saved = opened.tensors(f"heads/{client}.safetensors")
-    try:
-        encoder.load_state_dict(opened.tensors("encoder.safetensors"))
-        head.load_state_dict(_with_prefix(saved, "head."))
-        load_buffers(encoder, _with_prefix(saved, "buffer.").items())
-    except (RuntimeError, KeyError) as error:
-        raise RunError(f"{opened.folder}: the saved models do not fit the federation: {error}") from error
-    return _joined(encoder, head)
-
-
-def evaluate_run(run: str | Path, federation: Federation | None = None) -> dict[str, Evaluation]:
-    """Test the saved models of a run on their clients' test data, by client id."""
-    federation = federation or build_federation(Run(Path(run)).config)
-    evaluations = {}
-    for client in federation.clients:
-        if client.test_data is not None:
-            model = load_model(run, client.id, federation)
-            evaluations[client.id] = client_side.evaluate(client.task, model.encoder, model.head, client.test_data)  # type: ignore[arg-type]
-    return evaluations
-
-
-def _fit(config: RunConfig, federation: Federation, weighting: Weighting, overwrite: bool, on_round: OnRound | None) -> Result:
-    """The training loop."""
-    start, training = perf_counter(), config.train
-    folder = None if config.run.dir is None else Path(config.run.dir)
-    if folder is not None:
-        check_free(folder, overwrite=overwrite)
-    check_targets(config.run, federation)
-    for listed in training.participants:
-        for id in listed:
-            federation.client(id)
-    federation.check_data()
-    engine: Engine = registry.build("engine", config.engine, federation=federation, seed=training.seed)
-    state = initial_state(federation, weighting, training.seed)
-    rows: list[Row] = []
-    config = config.model_copy(update={"versions": versions()})
-    with nullcontext() if folder is None else RunWriter(folder, config, overwrite=overwrite) as writer:
-        while state.round < training.num_rounds:
-            state, record = run_round(state, federation, engine, weighting, mean, training)
-            new_rows = rows_of(federation, state, record, _evaluations(engine, state, training))
-            rows += new_rows
-            if writer is not None:
-                writer.write_round(new_rows)
-            if on_round is not None:
-                on_round(new_rows)
-        summary = summarise(federation, rows, _guesses(federation), config.run, perf_counter() - start)
-        result = Result(federation, state, dict(engine.client_states), rows, summary, training.seed)
-        if writer is not None:
-            writer.write_models(result.encoder().state_dict(), result.client_states)
-            writer.write_summary(summary)
+    checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
+    for fault in faults:
+        on_message(f"warning: {fault}; it is skipped")
+    done = 0 if checkpoint is None else checkpoint.server.round
+    config = _config_to_resume(opened, checkpoint, done, num_rounds)
+    federation = federation or build_federation(config)
+    _checked(config, federation)
+    engine = _engine_of(config, federation)
+    weighting: Weighting = registry.build("weighting", config.weighting)
+    state = initial_state(federation, weighting, config.train.seed)
+    if checkpoint is not None:
+        if checkpoint.clients.keys() != set(federation.client_ids) or checkpoint.server.encoder.shape != state.encoder.shape:
+            raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
+        state = checkpoint.server
+        engine.restore(checkpoint.clients)
+    on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
+    write_config(opened.folder, config)
+    with RunWriter(opened.folder, config, done) as writer:
+        job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows())
+        result = job.go_on(writer, on_round, should_stop)
+    write_page(opened.folder)
     return result
 
 
-def versions() -> dict[str, str]:
-    """The versions that a run's figures depend on."""
-    packages = ("fedgradnorm", "numpy", "scikit-learn", "scipy", "torch")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num_rounds: int | None) -> RunConfig:
+    """The settings of a run with ``num_rounds`` raised. Raises ConfigError where they are not those of the checkpoint."""
+    config = opened.config.model_copy(update={"run": opened.config.run.model_copy(update={"dir": str(opened.folder)})})
+    if checkpoint is not None:
+        then, now = (_flat({**settings, "run": {}, "versions": {}}) for settings in (checkpoint.settings, config.model_dump(mode="json")))
+        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
+        if differing:
+            changes = ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
+            raise ConfigError(f"{opened.folder / 'config.toml'}: a run goes on with the settings that it began with; changed: {changes}")
+    wanted = config.train.num_rounds if num_rounds is None else num_rounds
+    if wanted < max(done, 1):
+        raise ConfigError(f"train.num_rounds: expected at least the {done} rounds that are done, found {wanted}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"num_rounds": wanted})})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _checked(config: RunConfig, federation: Federation) -> None:
+    """Raise what is wrong with the settings and the data, before a folder is touched."""
+    check_targets(config.run, federation)
+    for listed in config.train.participants:
+        for client in listed:
+            federation.client(client)
+    federation.check_data(config.train.batch_size)
+
+
+def _engine_of(config: RunConfig, federation: Federation) -> Engine:
+    engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
+    return FaultyEngine(engine, config.faults) if any(config.faults.model_dump().values()) else engine
+
+
+@dataclasses.dataclass
+class _Job:
+    """A run on its way: its parts, and where it has got to."""
+
+    config: RunConfig
+    federation: Federation
+    engine: Engine
+    weighting: Weighting
+    aggregate: Aggregation
+    state: ServerState
+    rows: list[Row]
+
+    def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop) -> Result:
+        """Train the rounds that are left, and write what is to be written."""
+        start, training, settings = perf_counter(), self.config.train, self.config.run
+        guesses = _guesses(self.federation)
+        while self.state.round < training.num_rounds:
+            try:
+                self.state, record = run_round(self.state, self.federation, self.engine, self.weighting, self.aggregate, training)
+            except StoppedError as error:
+                raise self._stopped(writer, str(error)) from error
+            rows = rows_of(self.federation, self.state, record, _evaluations(self.engine, self.state, training))
+            self.rows += rows
+            ended, stop = self.state.round == training.num_rounds, should_stop()
+            if writer is not None:
+                writer.write_round(rows)
+                if ended or self.state.round % settings.checkpoint_every == 0:
+                    writer.write_checkpoint(self.state, self.engine.client_states)
+            if on_round is not None:
+                on_round(rows)
+            if stop and not ended:
+                raise self._stopped(writer, f"stopped after round {self.state.round} of {training.num_rounds}")
+        summary = summarise(self.federation, self.rows, guesses, settings, perf_counter() - start)
+        result = Result(self.federation, self.state, self.engine.client_states, self.rows, summary, training.seed)
+        if writer is not None:
+            writer.write_models(result.encoder(), result.client_states)
+            writer.write_summary(summary)
+        return result
+
+    def _stopped(self, writer: RunWriter | None, reason: str) -> StoppedError:
+        if writer is None:
+            return StoppedError(reason)
+        writer.write_checkpoint(self.state, self.engine.client_states)
+        return StoppedError(f"{reason}; to go on: fedgradnorm resume {writer.folder}")
+
+
+def _begin(
+    config: RunConfig, federation: Federation, weighting: Weighting, overwrite: bool, on_round: OnRound | None, should_stop: ShouldStop
+) -> Result:
+    folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
+    if folder is not None:
+        check_free(folder, overwrite=overwrite)
+    aggregate = registry.build("aggregation", config.aggregation)
+    _checked(config, federation)
+    engine = _engine_of(config, federation)
+    state = initial_state(federation, weighting, config.train.seed)
+    job = _Job(config, federation, engine, weighting, aggregate, state, [])
+    if folder is None:
+        return job.go_on(None, on_round, should_stop)
+    config = job.config = config.model_copy(update={"versions": versions()})
+    create_run(folder, config, overwrite=overwrite)
+    with RunWriter(folder, config) as writer:
+        result = job.go_on(writer, on_round, should_stop)
+    write_page(folder)
+    return result
+
+
+def write_page(folder: Path) -> None:
+    """Write a run's report.html, where plotly is installed."""
+    if find_spec("plotly") is not None:
+        write_report([Run(folder)], folder / "report.html")
 
 
 def _evaluations(engine: Engine, state: ServerState, training: TrainConfig) -> Mapping[str, Evaluation]:
@@ -256,8 +308,8 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
     """A round as lines for metrics.jsonl: one a client, in the federation's order. What a client did not do is None."""
     reports = {report.client: report for report in record.reports}
     instructions = {instruction.client: instruction for instruction in record.instructions}
-    targets = record.weights.targets if record.weights is not None else {}
-    rows = []
+    targets, applied = (record.weights.targets, record.weights.values) if record.weights is not None else ({}, {})
+    rows: list[Row] = []
     for client in federation.clients:
         report, instruction, evaluation = reports.get(client.id), instructions.get(client.id), evaluations.get(client.id)
         main = client.task.main_metric
@@ -268,11 +320,12 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
                 "task": client.task.name,
                 "participated": instruction is not None,
                 "dropped": record.dropped.get(client.id),
-                "loss": report and report.loss,
-                "initial_loss": report and report.initial_loss,
-                "inverse_training_rate": report and report.inverse_training_rate,
-                "grad_norm": report and report.grad_norm,
-                "weight": state.weighting.weights[client.id],
+                "retries": record.retries,
+                "loss": report.loss if report else None,
+                "initial_loss": report.initial_loss if report else None,
+                "inverse_training_rate": report.inverse_training_rate if report else None,
+                "grad_norm": report.grad_norm if report else None,
+                "weight": applied.get(client.id, state.weighting.weights.get(client.id, 1.0)),
                 "target": targets.get(client.id),
                 "test_loss": _finite(evaluation.loss) if evaluation else None,
                 "metric": _finite(evaluation.metrics[main.name]) if evaluation and main else None,
@@ -289,11 +342,3 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
 def _finite(value: float) -> float | None:
     """None in place of what JSON has no number for: a diverged model's NaN is a gap in its curve."""
     return value if math.isfinite(value) else None
-
-
-def _joined(encoder: nn.Module, head: nn.Module) -> nn.Module:
-    return nn.Sequential(OrderedDict(encoder=encoder, head=head)).eval()
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

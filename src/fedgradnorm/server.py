@@ -1,15 +1,19 @@
 """The server's half of the algorithm, as one straight line: instruct, execute, screen, weight, aggregate, advance."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from operator import attrgetter
+from statistics import median_low
 
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
+from fedgradnorm.errors import StoppedError
 from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
@@ -20,6 +24,9 @@ __all__ = ["RoundRecord", "ServerState", "advance", "initial_state", "instruct",
 
 LARGEST = 1e100
 """No sound norm, loss or training rate is above this; beyond it, products of them would overflow."""
+
+LAST_NORMS, FEWEST_NORMS = 10, 3
+"""How many lengths of a client's gradients are remembered, and how many it takes to know what is usual for it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class ServerState:
         buffers: the averaged encoder buffers, by name; empty when they are local.
         weighting: the state of the weighting.
         optimizer: the state of the server's optimiser, by name.
+        norms: the lengths of each client's last sound gradients, by id, the newest last.
     """
 
     round: int
@@ -39,6 +47,7 @@ class ServerState:
     buffers: Mapping[str, Tensor]
     weighting: WeightingState
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,7 @@ class RoundRecord:
     reports: Sequence[Report]
     dropped: Mapping[str, str]
     weights: Weights | None
-
-
-Aggregate = Callable[[Sequence[Report], Weights], Tensor]
+    retries: int = 0
 
 
 def initial_state(federation: Federation, weighting: Weighting, seed: int) -> ServerState:
@@ -62,25 +69,40 @@ def initial_state(federation: Federation, weighting: Weighting, seed: int) -> Se
 
 
 def run_round(
-    state: ServerState, federation: Federation, engine: Engine, weighting: Weighting, aggregate: Aggregate, training: TrainConfig
+    state: ServerState, federation: Federation, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
 ) -> tuple[ServerState, RoundRecord]:
-    """One round. A round without a sound report leaves everything but the round's number as it was."""
-    instructions = instruct(state, federation, training)
-    replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
-    reports, dropped = screen(replies, instructions)
+    """One round. With fewer sound reports than ``min_clients`` it is undone at server and clients, and repeated.
+
+    Raises:
+        StoppedError: it was repeated ``max_retries`` times. All states are as they were before it.
+    """
+    before = engine.client_states
+    for attempt in range(training.max_retries + 1):
+        instructions = instruct(state, federation, training, attempt)
+        replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
+        reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
+        if len(reports) >= training.min_clients:
+            heard = {reply.client for reply in replies}
+            undone = {client: before[client] for client in dropped if client in heard}  # one bad round must not spoil all later ones
+            engine.restore({**engine.client_states, **undone})
+            break
+        engine.restore(before)
+    else:
+        found = "; ".join(f"{client}: {reason}" for client, reason in dropped.items())
+        raise StoppedError(f"round {state.round + 1}: {len(reports)} sound reports, expected at least {training.min_clients}: {found}")
     if not reports:
-        return ServerState(state.round + 1, state.encoder, state.buffers, state.weighting, state.optimizer), RoundRecord(
-            instructions, reports, dropped, None
-        )
+        return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
     weights, weighting_state = weighting.update(state.weighting, reports)
     direction = aggregate(reports, weights)
-    return advance(state, reports, direction, weighting_state, training), RoundRecord(instructions, reports, dropped, weights)
+    return advance(state, reports, direction, weighting_state, training), RoundRecord(instructions, reports, dropped, weights, attempt)
 
 
-def instruct(state: ServerState, federation: Federation, training: TrainConfig) -> list[Instruction]:
+def instruct(state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0) -> list[Instruction]:
     """One instruction for each client that takes part in the next round, sorted by client id."""
     round = state.round + 1
-    return [Instruction(round, client, state.encoder, state.buffers, training) for client in participants(federation, training, round)]
+    return [
+        Instruction(round, client, state.encoder, state.buffers, training, attempt) for client in participants(federation, training, round)
+    ]
 
 
 def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:
@@ -100,18 +122,46 @@ def round_half_up(number: float) -> int:
     return math.floor(number + 0.5)
 
 
-def screen(replies: Sequence[Report], instructions: Sequence[Instruction]) -> tuple[list[Report], dict[str, str]]:
-    """The sound reports, and for every instructed client without one the reason."""
-    by_client = {reply.client: reply for reply in replies}
-    reports, dropped = [], {}
+def screen(
+    replies: Sequence[Report],
+    instructions: Sequence[Instruction],
+    norms: Mapping[str, Sequence[float]],
+    max_update_ratio: float | None = None,
+) -> tuple[list[Report], dict[str, str]]:
+    """The sound reports of this round, and for every instructed client without one the reason.
+
+    Args:
+        replies: what came back. Reports of other rounds, and of clients that were not asked, count for nothing.
+        instructions: what was sent.
+        norms: the lengths of the last sound gradients, by client.
+        max_update_ratio: a gradient is too long beyond this many times the median of its client's last ones; of all last ones and the
+            others' of this round, as long as the client has fewer than three. None: none is too long.
+    """
+    reports, dropped = {}, {}
+    by_sender: dict[tuple[str, int], list[Report]] = {}
+    for reply in replies:
+        by_sender.setdefault((reply.client, reply.round), []).append(reply)
     for instruction in instructions:
-        reply = by_client.get(instruction.client)
-        reason = "no report" if reply is None else _fault(reply, instruction)
-        if reply is not None and reason is None:
-            reports.append(reply)
+        own = by_sender.get((instruction.client, instruction.round), [])
+        reason = "no report" if not own else f"{len(own)} reports" if len(own) > 1 else _fault(own[0], instruction)
+        if reason is None:
+            reports[instruction.client] = own[0]
         else:
-            dropped[instruction.client] = str(reason)
-    return reports, dropped
+            dropped[instruction.client] = reason
+    if max_update_ratio is not None:
+        lengths = {client: length_of(report) for client, report in reports.items()}
+        for client, length in lengths.items():
+            others = [*chain(*norms.values()), *(value for other, value in lengths.items() if other != client)]
+            usual = median_low(known if len(known := norms.get(client, ())) >= FEWEST_NORMS else others or [length])
+            if length > max_update_ratio * usual:
+                dropped[client] = f"gradient: {length / usual:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
+                del reports[client]
+    return list(reports.values()), dropped
+
+
+def length_of(report: Report) -> float:
+    """The 2-norm of a gradient over all of the encoder."""
+    return float(torch.linalg.vector_norm(report.gradient, dtype=torch.float64))
 
 
 def _fault(report: Report, instruction: Instruction) -> str | None:
@@ -155,7 +205,8 @@ def advance(
     optimizer.step()
     memory = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
     buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
-    return ServerState(state.round + 1, parameter.detach(), buffers, weighting, memory)
+    norms = {**state.norms, **{report.client: (*state.norms.get(report.client, ()), length_of(report))[-LAST_NORMS:] for report in reports}}
+    return ServerState(state.round + 1, parameter.detach(), buffers, weighting, memory, norms)
 
 
 def _mean(buffers: Sequence[Tensor]) -> Tensor:

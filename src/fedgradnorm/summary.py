@@ -4,27 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import ge, le
 from statistics import fmean
-from typing import Any
+from typing import Literal
 
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.federation import Federation
+from fedgradnorm.records import Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
 __all__ = ["LOSS_RATIO", "check_targets", "rounds_to", "summarise", "task_curve"]
 
-Row = Mapping[str, Any]
+Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
 LOSS_RATIO = "loss ratio "
 """A target of the training loss is named by this and its share of the initial loss, such as "loss ratio 0.6"."""
 
 
-def task_curve(rows: Sequence[Row], task: str, key: str) -> dict[int, float]:
+def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
     """By round, the mean of one figure over the clients of a task that have it in that round."""
     values: dict[int, list[float]] = {}
     for row in rows:
-        if row["task"] == task and row[key] is not None:
-            values.setdefault(row["round"], []).append(row[key])
+        if row["task"] == task and (value := row[key]) is not None:
+            values.setdefault(row["round"], []).append(value)
     return {round: fmean(numbers) for round, numbers in values.items()}
 
 
@@ -45,7 +46,7 @@ def check_targets(settings: RunSettings, federation: Federation) -> None:
 
 def summarise(
     federation: Federation, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings, seconds: float
-) -> dict[str, Any]:
+) -> Summary:
     """The contents of summary.json.
 
     Args:
@@ -81,13 +82,15 @@ def _tasks(federation: Federation) -> dict[str, Task]:
     return {client.task.name: client.task for client in federation.clients}
 
 
-def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> dict[str, Any]:
+def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> TaskSummary:
     clients = sorted({row["client"] for row in rows if row["task"] == task.name})
     ratios, weights = task_curve(rows, task.name, "inverse_training_rate"), task_curve(rows, task.name, "weight")
     rounds = {f"{LOSS_RATIO}{target:g}": rounds_to(ratios, partial(ge, target)) for target in settings.loss_targets}
-    summary: dict[str, Any] = {
+    rounds_done = max(row["round"] for row in rows)
+    took_part = [row["round"] for row in rows if row["task"] == task.name and row["participated"]]
+    summary: TaskSummary = {
         "clients": len(clients),
-        "loss_ratio": list(ratios.values())[-1] if ratios else None,
+        "loss_ratio": ratios.get(max(took_part, default=0)),  # None where the last report was dropped
         "weight": list(weights.values())[-1],
         "metric": None,
         "rounds_to": rounds,
@@ -109,6 +112,6 @@ def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mappi
         "first": next(iter(curve.values())),
         "best": curve[best],
         "best_round": best,
-        "last": list(curve.values())[-1],
+        "last": curve.get(rounds_done),  # None where the model has diverged
     }
     return summary

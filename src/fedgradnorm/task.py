@@ -49,6 +49,8 @@ class Task:
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metrics, tuple) or not all(isinstance(metric, Metric) for metric in self.metrics):
+            raise FederationError(f"task '{self.name}': metrics: expected a tuple of Metric, found {self.metrics!r}")
         names = [metric.name for metric in self.metrics]
         if len(set(names)) < len(names):
             raise FederationError(f"task '{self.name}': its metrics need different names, found {names}")

@@ -102,7 +102,7 @@ def test_list_names_every_part_with_its_options(call):
 
 
 def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
-    Path("mine.py").write_text(
+    Path("own.py").write_text(
         "from dataclasses import dataclass\n"
         "from fedgradnorm import Equal\n"
         "@dataclass(frozen=True)\n"
@@ -110,10 +110,10 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
         '    """Equal weights, but mine."""\n'
         "    strength: float = 1.0\n"
     )
-    code, _, err = call("run", config, *QUICK, "weighting.name=mine:Mine", "weighting.strength=2")
+    code, _, err = call("run", config, *QUICK, "weighting.name=own:Mine", "weighting.strength=2")
     assert (code, err) == (0, "")
     assert Run(Path("runs/my")).config.weighting.options == {"strength": 2.0}
-    code, _, err = call("run", config, *QUICK, "weighting.name=mine:Mine", "weighting.strenth=2", "--overwrite")
+    code, _, err = call("run", config, *QUICK, "weighting.name=own:Mine", "weighting.strenth=2", "--overwrite")
     assert code == 2
     assert "unknown key 'weighting.strenth'; did you mean 'strength'?" in err
 
@@ -165,5 +165,5 @@ def test_the_installed_command_works():
     command = shutil.which("fedgradnorm", path=str(Path(sys.executable).parent))
     assert command is not None
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-    for name in ("run", "evaluate", "report", "list"):
+    for name in ("run", "resume", "evaluate", "report", "list"):
         assert name in done.stdout

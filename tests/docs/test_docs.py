@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import fedgradnorm
+from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.cli import main
 from fedgradnorm.config import load_config
-from fedgradnorm.run import build_federation, resolve_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,14 +51,14 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     seen = []
-    for page in ("README.md", "docs/data.md", "docs/configuration.md"):
+    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md"):
         for words in commands(page):
             if "RUN" in words[2:] or "MTFL.zip" in words[-1]:
                 continue
             quick = ["train.num_rounds=2"] if words[1] == "run" else []
             call(monkeypatch, [*words, *quick])
             seen.append(words[1])
-    assert set(seen) == {"run", "report", "evaluate", "list"}
+    assert set(seen) == {"run", "resume", "report", "evaluate", "list"}
 
 
 def test_the_guides_weighting_and_federation_run(tmp_path, monkeypatch):

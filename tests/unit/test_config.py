@@ -139,9 +139,8 @@ def test_every_built_in_resolves_and_describes_itself(kind, name):
 
 
 def test_a_users_own_part_is_found_by_module_and_attribute():
-    part = Component(name="tests.helpers:small_federation")
-    with pytest.raises(TypeError):
-        build("federation", part, seed=0)
+    with pytest.raises(ConfigError, match=r"federation.name: 'tests.helpers:small_federation' cannot be made: .*seed"):
+        build("federation", Component(name="tests.helpers:small_federation"), seed=0)
     assert build("weighting", Component(name="fedgradnorm.weighting.fedgradnorm:FedGradNorm", gamma=2)) == FedGradNorm(gamma=2)
     assert name_of("weighting", FedGradNorm) == "fedgradnorm"
     assert name_of("weighting", Component) == "fedgradnorm.config:Component"

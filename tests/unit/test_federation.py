@@ -56,7 +56,7 @@ def test_data_may_load_on_first_use_and_are_checked_then():
 
     def load():
         calls.append(1)
-        return torch.zeros(3, 6), torch.tensor([0, 1, 5])
+        return torch.zeros(3, 6), torch.tensor([0, 1, 1])
 
     federation = Federation([Client("a", small_task("sign"), load, load)], small_encoder, example=torch.zeros(1, 6))
     assert federation.num_features == 4
@@ -83,7 +83,7 @@ def test_data_that_the_loss_cannot_take_are_refused(targets, message):
 def test_a_loss_that_is_no_mean_is_refused():
     task = Task("sign", lambda features: nn.Linear(features, 2), nn.MSELoss(reduction="none"))
     federation = Federation([Client("a", task, (torch.zeros(3, 6), torch.zeros(3, 2)))], small_encoder)
-    with pytest.raises(FederationError, match="expected one number for a batch"):
+    with pytest.raises(FederationError, match="expected a tensor of one number for a batch"):
         federation.check_data()
 
 

@@ -58,10 +58,10 @@ def test_the_flat_vector_does_not_depend_on_the_layout_in_memory():
 @pytest.mark.parametrize(
     ("factory", "shape", "options", "message"),
     [
-        (mlp, (4,), {"hidden": []}, "hidden: expected sizes of at least 1"),
-        (cnn, (4,), {}, "expected inputs of shape"),
-        (cnn, (1, 40, 40), {"channels": [0]}, "expected channels and features of at least 1"),
-        (cnn, (1, 40, 40), {"features": 0}, "expected channels and features of at least 1"),
+        (mlp, (4,), {"hidden": []}, "hidden: expected sizes from 1 to 100000"),
+        (cnn, (4,), {}, "name: cnn takes inputs of shape"),
+        (cnn, (1, 40, 40), {"channels": [0]}, "channels, features: expected sizes from 1"),
+        (cnn, (1, 40, 40), {"features": 0}, "channels, features: expected sizes from 1"),
         (cnn, (1, 40, 7), {"channels": [1, 1, 1]}, "3 blocks need images of 8 x 8 or more"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedgradnorm import ConfigError, Equal, FederationError, FedGradNorm, WeightingState
-from fedgradnorm.aggregation import mean
+from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
 from fedgradnorm.messages import Instruction
@@ -21,7 +21,7 @@ def state_of(encoder=(1.0, 2.0, 3.0), **fields):
 
 def test_aggregation_is_the_weighted_mean():
     some = [report("a", 1, gradient=torch.tensor([1.0, 0.0])), report("b", 1, gradient=torch.tensor([0.0, 2.0]))]
-    direction = mean(some, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
+    direction = Mean()(some, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
     torch.testing.assert_close(direction, torch.tensor([1.5, 1.0]))
 
 
@@ -88,7 +88,7 @@ def test_participants_may_be_listed_by_round_and_the_last_list_holds():
         participants(federation, training.model_copy(update={"participants": (("d",),)}), 1)
 
 
-SOUND = report("a", 0.5, 0.9)
+SOUND = report("a", 0.5, 0.9, round=1)
 INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
 
 
@@ -110,13 +110,13 @@ INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
     ],
 )
 def test_an_unsound_report_is_dropped_with_its_reason(unsound, reason):
-    sound, dropped = screen([unsound], [INSTRUCTION])
+    sound, dropped = screen([unsound], [INSTRUCTION], {})
     assert sound == []
     assert reason in dropped["a"]
 
 
 def test_a_missing_report_is_a_dropped_one_and_a_sound_one_passes():
-    sound, dropped = screen([SOUND], [INSTRUCTION, replace(INSTRUCTION, client="b")])
+    sound, dropped = screen([SOUND], [INSTRUCTION, replace(INSTRUCTION, client="b")], {})
     assert sound == [SOUND]
     assert dropped == {"b": "no report"}
 
@@ -124,7 +124,7 @@ def test_a_missing_report_is_a_dropped_one_and_a_sound_one_passes():
 def test_buffers_are_screened_too():
     instruction = replace(INSTRUCTION, buffers={"x": torch.zeros(2)})
     for bad in (torch.zeros(3), torch.tensor([0.0, float("inf")])):
-        assert "buffer x" in screen([replace(SOUND, buffers={"x": bad})], [instruction])[1]["a"]
+        assert "buffer x" in screen([replace(SOUND, buffers={"x": bad})], [instruction], {})[1]["a"]
 
 
 class Faulty(ReferenceEngine):
@@ -142,7 +142,8 @@ def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
     federation, weighting = small_federation(), FedGradNorm()
     engine = Faulty(federation, lambda one: replace(one, loss=float("nan")))
     before = initial_state(federation, weighting, 0)
-    after, record = run_round(before, federation, engine, weighting, mean, TRAINING)
+    training = TRAINING.model_copy(update={"min_clients": 0})
+    after, record = run_round(before, federation, engine, weighting, Mean(), training)
     assert after.round == 1
     assert torch.equal(after.encoder, before.encoder)
     assert after.weighting == before.weighting
@@ -155,7 +156,7 @@ def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
     engine = Faulty(federation, lambda one: replace(one, grad_norm=0.0) if one.client == "b" else one)
     state = initial_state(federation, weighting, 0)
     for _ in range(3):
-        state, record = run_round(state, federation, engine, weighting, mean, TRAINING)
+        state, record = run_round(state, federation, engine, weighting, Mean(), TRAINING)
     assert record.dropped.keys() == {"b"}
     assert state.weighting.weights["b"] == 1.0
     assert state.weighting.weights["a"] != 1.0
@@ -171,7 +172,7 @@ def test_the_order_of_clients_and_replies_does_not_matter():
         engine.execute = lambda instructions, execute=execute, turn=turn: list(turn(execute(list(turn(instructions)))))
         state = initial_state(federation, weighting, 0)
         for _ in range(3):
-            state, _ = run_round(state, federation, engine, weighting, mean, TRAINING)
+            state, _ = run_round(state, federation, engine, weighting, Mean(), TRAINING)
         states.append(state)
     assert torch.equal(states[0].encoder, states[1].encoder)
     assert states[0].weighting == states[1].weighting
@@ -184,7 +185,7 @@ def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
     engine, state = ReferenceEngine(federation, seed=0), initial_state(federation, weighting, 0)
     for round in (1, 2, 3):
         encoder = state.encoder
-        state, record = run_round(state, federation, engine, weighting, mean, training)
+        state, record = run_round(state, federation, engine, weighting, Mean(), training)
         assert ("c" in record.weights.values) == (round == 3)
         assert (engine.client_states["c"].initial_loss is None) == (round < 3)
         if round < 3:
@@ -210,9 +211,9 @@ def test_the_reference_engine_uses_its_threads_and_gives_them_back():
     engine = ReferenceEngine(federation, seed=0, threads=2)
     seen.clear()
     state = initial_state(federation, Equal(), 0)
-    run_round(state, federation, engine, Equal(), mean, TRAINING)
+    run_round(state, federation, engine, Equal(), Mean(), TRAINING)
     engine.evaluate(state.encoder, {})
     assert set(seen) == {2}
     assert torch.get_num_threads() == 1
-    with pytest.raises(ConfigError, match="threads: expected at least 1, found 0"):
+    with pytest.raises(ConfigError, match="threads: expected a number from 1 to 1024, found 0"):
         ReferenceEngine(federation, seed=0, threads=0)

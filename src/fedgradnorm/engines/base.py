@@ -19,6 +19,10 @@ class Engine(Protocol):
         """The state of every client, by id."""
         ...
 
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Put the clients' states back to what ``client_states`` was."""
+        ...
+
     def execute(self, instructions: Sequence[Instruction]) -> Sequence[Report]:
         """Let the instructed clients train. A client that fails has no report."""
         ...

@@ -26,7 +26,7 @@ class ReferenceEngine:
     """
 
     def __init__(self, federation: Federation, seed: int, threads: int = 1) -> None:
-        require(threads >= 1, "threads", "at least 1", threads)
+        require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
         self.federation, self.threads = federation, threads
         self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
         self.heads = {client.id: federation.make_head(client, seed) for client in federation.clients}
@@ -37,7 +37,11 @@ class ReferenceEngine:
     @property
     def client_states(self) -> Mapping[str, ClientState]:
         """The state of every client, by id."""
-        return self._states
+        return dict(self._states)
+
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Put the clients' states back."""
+        self._states = dict(states)
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, one after another."""

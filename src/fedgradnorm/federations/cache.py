@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,17 @@ def cached_arrays(name: str, key: Mapping[str, Any], make: Callable[[], dict[str
     Args:
         name: what the arrays are; the start of the file's name.
         key: everything that they depend on, as JSON values. A changed value is another file.
-        make: makes the arrays. A damaged cache file counts as absent.
+        make: makes the arrays. A damaged cache file counts as absent; a folder that cannot be written is done without.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     path = cache_folder() / f"{name}-{digest}.safetensors"
-    if path.exists():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError):
-            pass
+    with suppress(SafetensorError, OSError):
+        return load_file(path)
     arrays = {label: np.ascontiguousarray(array) for label, array in make().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="writing-") as folder:
-        aside = Path(folder) / path.name
-        save_file(arrays, aside)
-        aside.replace(path)
+    with suppress(OSError):  # without a cache folder that can be written, they are made anew every time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="writing-") as folder:
+            aside = Path(folder) / path.name
+            save_file(arrays, aside)
+            aside.replace(path)
     return arrays

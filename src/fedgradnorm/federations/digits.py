@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
-from fedgradnorm.errors import ConfigError
+from fedgradnorm.errors import require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY, MEAN_ABSOLUTE_ERROR
@@ -68,8 +68,7 @@ def make(
     Raises:
         ConfigError: an unknown task, or a value out of range.
     """
-    if not 0 < test_fraction < 1:
-        raise ConfigError(f"test_fraction: expected a number between 0 and 1, found {test_fraction}")
+    require(0.01 <= test_fraction <= 0.9, "test_fraction", "a number from 0.01 to 0.9", test_fraction)
     images, targets = _pool()
     train, test = train_test_split(np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"])
     clients = client_ids_of(tasks, clients_per_task, TASKS)
@@ -79,5 +78,5 @@ def make(
             Client(id, TASKS[task], (images[train[parts[id]]], targets[task][train[parts[id]]]), (images[test], targets[task][test]))
             for id, task in clients.items()
         ],
-        encoder=partial(mlp, input_shape=(64,), hidden=(64, 32)),
+        encoder=partial(mlp, input_shape=(64,), hidden=(64, 32), he_init=False),
     )

@@ -105,7 +105,7 @@ def make(
             Client(client, TASKS[task], partial(_data, parts, client, task), partial(_data, parts, "", task))
             for client, task in clients.items()
         ],
-        encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64)),
+        encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False),
         example=torch.zeros(1, NUM_VALUES),
     )
 

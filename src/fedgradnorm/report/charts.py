@@ -5,7 +5,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from fedgradnorm.history import Row
+from fedgradnorm.records import Row
 from fedgradnorm.report.comparison import ComparisonRow
 from fedgradnorm.report.loading import Loaded
 
@@ -33,7 +33,7 @@ def charts_of(group: Sequence[ComparisonRow], loaded: Sequence[Loaded]) -> list[
 
     rounds = max(one.summary["rounds"] for one in runs)
     guesses = sorted({scale * row.guess for row in group if row.guess is not None})
-    guess = [{"kind": "guess", "colour": GREY, "name": "best constant guess", "x": [1, rounds], "y": [value, value]} for value in guesses]
+    guess = [{"kind": "guess", "colour": GREY, "name": "constant guess", "x": [1, rounds], "y": [value, value]} for value in guesses]
     targets = [_mean_line(one, first.task, lambda row: row["target"], "target") for one in runs]
     texts = [
         ("Training loss", "share of initial loss", lines(lambda row: row["inverse_training_rate"])),

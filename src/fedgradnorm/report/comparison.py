@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fedgradnorm.errors import RunError
 from fedgradnorm.history import Run
-from fedgradnorm.report.loading import labels_of
+from fedgradnorm.report.loading import labels_of, sound
 from fedgradnorm.summary import LOSS_RATIO
 
 __all__ = [
@@ -40,7 +40,7 @@ class ComparisonRow:
         metric: the task's main metric, or None.
         higher_is_better: the metric's direction.
         percent: whether the metric is shown as a percentage.
-        guess: the metric of the best constant guess, such as the majority class.
+        guess: the metric of a constant answer: the majority class, or the mean.
         first: the metric after the first round.
         best: the best of the metric's values.
         best_round: the first round with that value.
@@ -66,6 +66,7 @@ class ComparisonRow:
     weight: float
 
 
+@sound
 def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
     """What every run made of every task: the tasks in the order of the runs' files, in each task the runs in the order given.
 
@@ -79,6 +80,7 @@ def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
     return [row for group in grouped(rows) for row in group]
 
 
+@sound
 def comparison_table(runs: Sequence[Run]) -> Table:
     """The same rows for the terminal; of several runs the best value of a task is bold in every column.
 
@@ -166,17 +168,14 @@ def explanation(single: bool) -> str:
     """What the columns of the table mean, in the terminal and on the page."""
     bold = "" if single else " Bold: the best run of a task."
     return (
-        "guess, first, best, last: the metric on test data, ↑ more or ↓ less is better; guess is the best constant answer, (at) the round "
-        "of the best. loss: in training, as a share of the initial loss; ≤: the first round with at most that share, "
+        "guess, first, best, last: the metric on test data, ↑ more or ↓ less is better; guess: of a constant answer (majority class or "
+        "mean); (at): the round of the best. loss: in training, as a share of the initial loss; ≤: the first round with at most that, "
         f"{ABSENT} if none.{bold}"
     )
 
 
 def _rows_of(label: str, run: Run) -> list[ComparisonRow]:
-    try:
-        return [_row(label, name, task, task["metric"] or {}) for name, task in run.summary()["tasks"].items()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{run.folder / 'summary.json'}: expected what this version writes; {error!r}") from error
+    return [_row(label, name, task, task["metric"] or {}) for name, task in run.summary()["tasks"].items()]
 
 
 def _row(label: str, name: str, task: Mapping[str, Any], metric: Mapping[str, Any]) -> ComparisonRow:

@@ -99,7 +99,7 @@ def _findings_of_one(rows: Sequence[ComparisonRow], one: Loaded) -> str:
         if row.last is not None and row.guess is not None
     ]
     if beaten:
-        text += f" The last test metric beats the best constant guess in {sum(beaten)} of {plural(len(beaten), 'task')}."
+        text += f" The last test metric beats the constant guess in {sum(beaten)} of {plural(len(beaten), 'task')}."
     return text
 
 

@@ -1,19 +1,22 @@
 """The runs of a report with their files read, and the names and colours that tell them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from fedgradnorm.errors import RunError
-from fedgradnorm.history import Row, Run
+from fedgradnorm.history import Run
+from fedgradnorm.records import Row, Summary
 
-__all__ = ["Loaded", "labels_of", "load"]
+__all__ = ["Loaded", "labels_of", "load", "sound"]
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The Okabe-Ito palette, less its yellow, which is hard to see on white."""
-
-ROW_KEYS = ("round", "client", "task", "participated", "dropped", "inverse_training_rate", "grad_norm", "weight", "target", "metric")
-"""What a report reads of a line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,13 @@ class Loaded:
     colour: str
     run: Run
     rows: list[Row]
-    summary: dict[str, Any]
+    summary: Summary
 
 
 def load(runs: Sequence[Run]) -> list[Loaded]:
     """Read the files of every run, and give it its name and colour. Raises RunError where one is missing or damaged."""
     return [
-        Loaded(label, COLOURS[number % len(COLOURS)], run, _sound_rows(run), run.summary())
+        Loaded(label, COLOURS[number % len(COLOURS)], run, _some_rows(run), run.summary())
         for number, (label, run) in enumerate(zip(labels_of(runs), runs, strict=True))
     ]
 
@@ -43,12 +46,23 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
     return [f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
-def _sound_rows(run: Run) -> list[Row]:
-    """The lines of metrics.jsonl, if there are any and none lacks a key that a report reads."""
-    path, rows = run.folder / "metrics.jsonl", run.rows()
+def _some_rows(run: Run) -> list[Row]:
+    rows = run.rows()
     if not rows:
-        raise RunError(f"{path}: expected a line per round and client, found none")
-    for number, row in enumerate(rows, start=1):
-        if missing := [key for key in ROW_KEYS if key not in row]:
-            raise RunError(f"{path} line {number}: expected what this version writes; it lacks {', '.join(missing)}")
+        raise RunError(f"{run.folder / 'metrics.jsonl'}: expected a line per round and client, found none")
     return rows
+
+
+def sound(report: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """Files whose figures are sound but do not belong together are an error of ours, too."""
+
+    @wraps(report)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        try:
+            return report(*args, **kwargs)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"metrics.jsonl and summary.json do not belong together, or are not what this version writes: {error!r}"
+            ) from error
+
+    return checked

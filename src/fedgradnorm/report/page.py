@@ -26,11 +26,12 @@ from fedgradnorm.report.comparison import (
     percentage,
 )
 from fedgradnorm.report.findings import caveat, differing_settings, findings, listed, plural, settings_of
-from fedgradnorm.report.loading import Loaded, load
+from fedgradnorm.report.loading import Loaded, load, sound
 
 __all__ = ["write_report"]
 
 
+@sound
 def write_report(runs: Sequence[Run], output: Path) -> Path:
     """Write one HTML page on one run, or on several overlaid. It holds all that it needs, and loads nothing.
 
@@ -100,7 +101,7 @@ def _legend_html(loaded: Sequence[Loaded], kinds: set[str]) -> str:
     styles = {"client": ("one client", "thin"), "band": ("range over the clients", "band")}
     keys = [_key(one.label, one.colour) for one in loaded]
     keys += [_key(text, GREY, style) for kind, (text, style) in styles.items() if kind in kinds]
-    dashed = [text for kind, text in (("guess", "best constant guess (grey)"), ("target", "target")) if kind in kinds]
+    dashed = [text for kind, text in (("guess", "constant guess (grey)"), ("target", "target")) if kind in kinds]
     return "".join([*keys, *([_key(", ".join(dashed), GREY, "dashed")] if dashed else [])])
 
 

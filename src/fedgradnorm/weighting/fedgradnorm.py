@@ -36,11 +36,11 @@ class FedGradNorm:
         weight_lr: α_p > 0, the step size of ``"step"``.
         weight_steps: D ≥ 1, its steps a round.
         damping: ρ in (0, 1], the share of the way that ``"exact"`` goes.
-        min_weight: p_min in (0, 1).
-        normalize: ``"sum"`` leaves the aggregated direction as the weights make it. ``"norm"`` scales it by Σ n_i / Σ p_i n_i, so that
-            its length stays comparable to that of equal weights.
+        min_weight: p_min in [1e-12, 1).
+        normalize: ``"sum"`` leaves the aggregated direction as the weights make it. ``"norm"`` scales it by the mean of n_i over
+            its p-weighted mean, which is Σ n_i / Σ p_i n_i when all take part: its length stays comparable to that of equal weights.
         group_by: ``"client"`` for a weight per client; ``"task"`` pools n and F̃ over the clients of a task (their means), and gives
-            these clients one weight.
+            these clients one weight. A client's task is known from its first report on.
 
     Raises:
         ConfigError: an option out of range.
@@ -69,7 +69,7 @@ class FedGradNorm:
         require(0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr)
         require(self.weight_steps >= 1, "weight_steps", "at least 1", self.weight_steps)
         require(0 < self.damping <= 1, "damping", "a number above 0, at most 1", self.damping)
-        require(0 < self.min_weight < 1, "min_weight", "a number between 0 and 1", self.min_weight)
+        require(1e-12 <= self.min_weight < 1, "min_weight", "a number from 1e-12 to below 1", self.min_weight)
         require(self.normalize in ("sum", "norm"), "normalize", "'sum' or 'norm'", self.normalize)
         require(self.group_by in ("client", "task"), "group_by", "'client' or 'task'", self.group_by)
 
@@ -130,4 +130,6 @@ class FedGradNorm:
     def _scale(self, values: dict[str, float], reports: Sequence[Report]) -> float:
         if self.normalize == "sum":
             return 1.0
-        return sum(report.grad_norm for report in reports) / sum(values[report.client] * report.grad_norm for report in reports)
+        plain = sum(report.grad_norm for report in reports) / len(reports)
+        weighted = sum(values[report.client] * report.grad_norm for report in reports) / sum(values.values())
+        return plain / weighted

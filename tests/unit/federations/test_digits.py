@@ -37,5 +37,5 @@ def test_ten_times_less_for_one_task():
 
 
 def test_a_test_fraction_out_of_range_is_refused():
-    with pytest.raises(ConfigError, match="test_fraction: expected a number between 0 and 1, found 1"):
+    with pytest.raises(ConfigError, match=r"test_fraction: expected a number from 0.01 to 0.9, found 1"):
         digits.make(0, test_fraction=1)

@@ -1,0 +1,55 @@
+"""From settings to what they describe."""
+
+import dataclasses
+import platform
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from fedgradnorm import registry
+from fedgradnorm.config import RunConfig
+from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.federation import Federation
+
+__all__ = ["IN_PYTHON", "build_federation", "resolve_config", "versions"]
+
+IN_PYTHON = "given in Python"
+DEFAULT_MODEL = "default"
+
+
+def resolve_config(config: RunConfig) -> RunConfig:
+    """The configuration with the defaults of every part's options filled in."""
+    parts = {kind: registry.resolved(kind, getattr(config, kind)) for kind in ("federation", "weighting", "aggregation", "engine")}
+    if config.model.name != DEFAULT_MODEL:
+        parts["model"] = registry.resolved("model", config.model)
+    return config.model_copy(update=parts)
+
+
+def build_federation(config: RunConfig) -> Federation:
+    """The federation that a configuration describes, with the encoder of its table ``[model]``.
+
+    Raises:
+        ConfigError: a setting that is unknown or out of range.
+        FederationError: parts that do not fit together.
+        RunError: a run whose federation was given in Python.
+    """
+    if config.federation.name == IN_PYTHON:
+        raise RunError("this run's federation was given in Python: pass it as federation=...")
+    federation: Federation = registry.build("federation", config.federation, seed=config.train.seed)
+    model = config.model
+    if model.name == DEFAULT_MODEL and model.options:
+        raise ConfigError(f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp")
+    changes: dict[str, Any] = {}
+    if model.name != DEFAULT_MODEL:
+        changes["encoder"] = partial(registry.build, "model", model, input_shape=federation.input_shape)
+    if model.norm_layer is not None:
+        changes["norm_layer"] = model.norm_layer
+    if model.buffers is not None:
+        changes["buffers"] = model.buffers
+    return dataclasses.replace(federation, **changes)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's figures depend on."""
+    packages = ("fedgradnorm", "numpy", "scikit-learn", "scipy", "torch")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -1,0 +1,142 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped, in one file with its checksum.
+
+A checkpoint is ``checkpoints/round-00000012-<checksum>.safetensors`` in the run's folder. Its tensors are those of the server's and the
+clients' states; its metadata holds the numbers, and the settings that it belongs to, as JSON.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedgradnorm.atomic import write_atomically
+from fedgradnorm.client import ClientState
+from fedgradnorm.errors import RunError
+from fedgradnorm.server import ServerState
+from fedgradnorm.weighting.base import WeightingState
+
+__all__ = ["Checkpoint", "load_checkpoint", "load_newest", "save_checkpoint"]
+
+FORMAT = 1
+NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A moment between two rounds.
+
+    Attributes:
+        server: the server's state.
+        clients: the clients' states, by id.
+        settings: the settings of the run, as JSON values.
+    """
+
+    server: ServerState
+    clients: Mapping[str, ClientState]
+    settings: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint, and remove all but the last ``keep``.
+
+    Raises:
+        OSError: it cannot be written; the older ones are as they were.
+    """
+    server, clients = checkpoint.server, checkpoint.clients
+    tensors = {"server/encoder": server.encoder}
+    tensors |= _under("server/buffers", server.buffers) | _under("server/optimizer", server.optimizer)
+    for client, state in clients.items():
+        for part in ("head", "encoder_buffers", "head_velocity"):
+            tensors |= _under(f"client/{client}/{part}", getattr(state, part))
+    numbers = {
+        "round": server.round,
+        "weights": server.weighting.weights,
+        "memory": server.weighting.memory,
+        "norms": server.norms,
+        "clients": {client: state.initial_loss for client, state in clients.items()},
+        "settings": checkpoint.settings,
+    }
+    metadata = {"format": str(FORMAT), "state": json.dumps(numbers, allow_nan=False)}
+    content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
+    write_atomically(path, content)
+    for old in _paths(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        RunError: a file that cannot be read, whose checksum is not that of its name, or that holds something else.
+    """
+    match = NAME.fullmatch(path.name)
+    try:
+        if match is None or _checksum(path.read_bytes()) != match[2]:
+            raise RunError(f"checkpoint {path}: damaged: its checksum is not the one in its name")
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        return _restored(numbers, tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"checkpoint {path}: cannot be read: {error!r}") from error
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, Path | None, list[str]]:
+    """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one."""
+    faults: list[str] = []
+    for path in _paths(folder):
+        try:
+            return load_checkpoint(path), path, faults
+        except RunError as error:
+            faults.append(str(error))
+    return None, None, faults
+
+
+def _restored(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    server = ServerState(
+        round=int(numbers["round"]),
+        encoder=tensors["server/encoder"],
+        buffers=_of(tensors, "server/buffers"),
+        weighting=WeightingState(dict(numbers["weights"]), dict(numbers["memory"])),
+        optimizer=_of(tensors, "server/optimizer"),
+        norms={client: tuple(norms) for client, norms in numbers["norms"].items()},
+    )
+    clients = {
+        client: ClientState(
+            head=_of(tensors, f"client/{client}/head"),
+            initial_loss=initial_loss,
+            encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
+            head_velocity=_of(tensors, f"client/{client}/head_velocity"),
+        )
+        for client, initial_loss in numbers["clients"].items()
+    }
+    return Checkpoint(server, clients, dict(numbers["settings"]))
+
+
+def _paths(folder: Path) -> Sequence[Path]:
+    """The checkpoints of a folder, newest first."""
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
