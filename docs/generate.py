@@ -71,7 +71,7 @@ def part(kind: str, name: str) -> str:
 
 def page() -> str:
     sections = [INTRODUCTION]
-    parts = (FederationConfig, ModelConfig, WeightingConfig, AggregationConfig, EngineConfig)
+    parts: tuple[type[BaseModel], ...] = (FederationConfig, ModelConfig, WeightingConfig, AggregationConfig, EngineConfig)
     for kind, model in zip(("federation", "model", "weighting", "aggregation", "engine"), parts, strict=True):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(model))}\n")
         sections += [part(kind, name) + "\n" for name in sorted(BUILT_INS[kind])]

@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, FiniteFloat, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
@@ -22,7 +24,7 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
-__all__ = ["Checkpoint", "load_checkpoint", "load_newest", "save_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "load_newest", "save_checkpoint", "set_aside"]
 
 FORMAT = 1
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -43,6 +45,21 @@ class Checkpoint:
     settings: Mapping[str, Any]
 
 
+class Numbers(TypedDict):
+    """What the metadata of a checkpoint hold."""
+
+    format: Literal[1]
+    round: Annotated[int, Field(ge=0, strict=True)]
+    weights: dict[str, FiniteFloat]
+    memory: dict[str, Any]
+    norms: dict[str, tuple[FiniteFloat, ...]]
+    clients: dict[str, FiniteFloat | None]
+    settings: dict[str, Any]
+
+
+NUMBERS = TypeAdapter(Numbers)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, and remove all but the last ``keep``.
 
@@ -56,6 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for part in ("head", "encoder_buffers", "head_velocity"):
             tensors |= _under(f"client/{client}/{part}", getattr(state, part))
     numbers = {
+        "format": FORMAT,
         "round": server.round,
         "weights": server.weighting.weights,
         "memory": server.weighting.memory,
@@ -63,12 +81,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "clients": {client: state.initial_loss for client, state in clients.items()},
         "settings": checkpoint.settings,
     }
-    metadata = {"format": str(FORMAT), "state": json.dumps(numbers, allow_nan=False)}
-    content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    metadata = {"state": json.dumps(numbers, allow_nan=False)}  # one entry: several are written in a random order
+    content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
     folder.mkdir(exist_ok=True)
     path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
     write_atomically(path, content)
-    for old in _paths(folder)[keep:]:
+    same_round = [other for other in _paths(folder) if other.name[:14] == path.name[:14] and other != path]
+    for old in [*same_round, *_paths(folder)[keep:], *folder.glob(".*.writing")]:
         old.unlink(missing_ok=True)
     return path
 
@@ -84,32 +103,37 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if match is None or _checksum(path.read_bytes()) != match[2]:
             raise RunError(f"checkpoint {path}: damaged: its checksum is not the one in its name")
         with safe_open(path, framework="pt") as file:
-            numbers = json.loads(file.metadata()["state"])
+            numbers = NUMBERS.validate_json(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         return _restored(numbers, tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"checkpoint {path}: cannot be read: {error!r}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RunError(f"checkpoint {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, Path | None, list[str]]:
+def load_newest(folder: Path) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
     """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one."""
-    faults: list[str] = []
+    faults: dict[Path, str] = {}
     for path in _paths(folder):
         try:
             return load_checkpoint(path), path, faults
         except RunError as error:
-            faults.append(str(error))
+            faults[path] = str(error)
     return None, None, faults
 
 
-def _restored(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it does not take the place of a sound one."""
+    path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
     server = ServerState(
-        round=int(numbers["round"]),
+        round=numbers["round"],
         encoder=tensors["server/encoder"],
         buffers=_of(tensors, "server/buffers"),
-        weighting=WeightingState(dict(numbers["weights"]), dict(numbers["memory"])),
+        weighting=WeightingState(numbers["weights"], numbers["memory"]),
         optimizer=_of(tensors, "server/optimizer"),
-        norms={client: tuple(norms) for client, norms in numbers["norms"].items()},
+        norms=numbers["norms"],
     )
     clients = {
         client: ClientState(
@@ -120,7 +144,7 @@ def _restored(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Chec
         )
         for client, initial_loss in numbers["clients"].items()
     }
-    return Checkpoint(server, clients, dict(numbers["settings"]))
+    return Checkpoint(server, clients, numbers["settings"])
 
 
 def _paths(folder: Path) -> Sequence[Path]:

@@ -265,10 +265,18 @@ def _message(
         message = f"'{'.'.join(filter(None, (full, str(first['loc'][-1]))))}' is missing"
     else:
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
-        found = repr(first["input"])
-        message = f"{full}: expected {expected}, found {found if len(found) <= 200 else found[:200] + '...'}"
+        found = _shown(first["input"])
+        message = f"{full}: expected {expected}, found {found}"
     more = f" (and {len(others)} more)" if others else ""
     return " ".join(filter(None, (message, where))) + more
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
+        return f"what cannot be shown: {error}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _known_keys(model: type[BaseModel], tables: Sequence[str]) -> list[str]:

@@ -23,9 +23,10 @@ class FaultyEngine:
     - ``drop``: it never arrives.
     - ``delay``: it arrives a round too late, and then counts for nothing.
     - ``nan``: one of its numbers is not a number.
-    - ``corrupt``: its gradient is a thousand times too long, cut short, or noise, or its loss is negative.
+    - ``corrupt``: its gradient is a thousand times too long, cut short, or noise of that length in every
+      coordinate, or its loss is negative.
 
-    What happens depends on (seed, round, client, attempt) alone. The client itself has trained, and its head has moved, in every case.
+    What happens depends on (seed, round, client, attempt) alone. The client itself has trained in every case.
 
     Args:
         engine: who really runs the clients.
@@ -51,7 +52,7 @@ class FaultyEngine:
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, and spoil some of their reports."""
-        arrived, self._late = self._late, []
+        arrived, self._late = [one for one in self._late if one.round not in {each.round for each in instructions}], []
         by_client = {instruction.client: instruction for instruction in instructions}
         for report in self.engine.execute(instructions):
             arrived += self._after_faults(report, by_client[report.client])

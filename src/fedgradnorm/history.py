@@ -16,7 +16,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, TypeVar
@@ -68,10 +68,11 @@ class RunWriter:
 
     def __init__(self, folder: Path, config: RunConfig, round: int = 0) -> None:
         self.folder, self.config = folder, config
-        with self._writing():
-            self._metrics = (folder / "metrics.jsonl").open("a+b")
+        with self._writing(), ExitStack() as undo:
+            self._metrics = undo.enter_context((folder / "metrics.jsonl").open("a+b"))
             self._metrics.truncate(_end_of_round(self._metrics, folder, round))
             self._tensorboard = _tensorboard_writer(folder / "tensorboard", purge_step=round + 1)
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +162,9 @@ def write_config(folder: Path, config: RunConfig) -> None:
     try:
         write_atomically(folder / "config.toml", _toml_of(config))
     except OSError as error:
-        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: fedgradnorm resume {folder}"
+        ) from error
 
 
 def _toml_of(config: RunConfig) -> bytes:
@@ -251,9 +254,11 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     try:
         if not folder.exists() and not folder.is_symlink():
             return
-        entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
+        entries = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".writing")} if folder.is_dir() else None
     except (OSError, ValueError) as error:
         raise RunError(f"run folder {str(folder)[:100]!r}: no such folder can be: {getattr(error, 'strerror', None) or error}") from error
+    if entries is not None and folder.samefile("."):
+        raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if entries is None or folder.is_symlink():
         raise RunError(f"run folder {folder} exists, and is a link or no folder: choose another run.dir")
     if not overwrite:
@@ -267,18 +272,23 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def _end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
-    """Where the lines up to a round end."""
+    """Where the lines up to a round end. Raises RunError where lines before that are damaged or missing."""
     file.seek(0)
-    end = 0
+    end, last, path = 0, 0, folder / "metrics.jsonl"
     for number, line in enumerate(file, start=1):
         try:
-            if json.loads(line)["round"] > round or not line.endswith(b"\n"):
-                break
+            found = json.loads(line)["round"]
+            if type(found) is not int or found not in (last, last + 1):
+                raise ValueError(f"round {found!r} after round {last}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if line.endswith(b"\n"):
-                raise RunError(f"{folder / 'metrics.jsonl'} line {number}: expected a round's figures as JSON; {error!r}") from error
+            if line.endswith(b"\n") and last <= round:
+                raise RunError(f"{path} line {number}: expected a round's figures as JSON; {error!r}") from error
             break  # the line that was being written
-        end += len(line)
+        if found > round or not line.endswith(b"\n"):
+            break
+        end, last = end + len(line), found
+    if last < round:
+        raise RunError(f"{path}: expected the figures of {round} rounds, as the checkpoint has them, found those of {last}")
     return end
 
 

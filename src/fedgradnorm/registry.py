@@ -118,8 +118,11 @@ def _options_model(kind: str, name: str) -> type[BaseModel]:
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             extra = "allow"
+        elif parameter.name in ({"name", "norm_layer", "buffers"} if kind == "model" else {"name"}):
+            raise ConfigError(f"{kind}.name: '{name}' has an option '{parameter.name}', which the table [{kind}] keeps for itself")
         elif parameter.name not in GIVEN[kind]:
             annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
             fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
-    model: type[BaseModel] = create_model(name, __config__=ConfigDict(extra=extra, allow_inf_nan=False), **fields)
+    config = ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True)
+    model: type[BaseModel] = create_model(name, __config__=config, **fields)
     return model

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +15,7 @@ from fedgradnorm import client as client_side
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, versions
-from fedgradnorm.checkpoint import Checkpoint, load_newest
+from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, validated
 from fedgradnorm.data import size
@@ -162,7 +163,7 @@ def resume(
     """
     opened = Run(Path(run))
     checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
-    for fault in faults:
+    for fault in faults.values():
         on_message(f"warning: {fault}; it is skipped")
     done = 0 if checkpoint is None else checkpoint.server.round
     config = _config_to_resume(opened, checkpoint, done, num_rounds)
@@ -178,6 +179,9 @@ def resume(
         engine.restore(checkpoint.clients)
     on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
     write_config(opened.folder, config)
+    for damaged in faults:
+        with suppress(OSError):
+            set_aside(damaged)
     with RunWriter(opened.folder, config, done) as writer:
         job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows())
         result = job.go_on(writer, on_round, should_stop)
@@ -213,6 +217,8 @@ def _checked(config: RunConfig, federation: Federation) -> None:
     for listed in config.train.participants:
         for client in listed:
             federation.client(client)
+    if config.train.min_clients > len(federation.clients):
+        raise ConfigError(f"train.min_clients: expected at most the {len(federation.clients)} clients, found {config.train.min_clients}")
     federation.check_data(config.train.batch_size)
 
 

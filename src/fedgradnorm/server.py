@@ -82,7 +82,7 @@ def run_round(
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         if len(reports) >= training.min_clients:
-            heard = {reply.client for reply in replies}
+            heard = {reply.client for reply in replies if reply.round == state.round + 1}
             undone = {client: before[client] for client in dropped if client in heard}  # one bad round must not spoil all later ones
             engine.restore({**engine.client_states, **undone})
             break
@@ -94,7 +94,11 @@ def run_round(
         return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
     weights, weighting_state = weighting.update(state.weighting, reports)
     direction = aggregate(reports, weights)
-    return advance(state, reports, direction, weighting_state, training), RoundRecord(instructions, reports, dropped, weights, attempt)
+    after = advance(state, reports, direction, weighting_state, training)
+    if not torch.isfinite(after.encoder).all():
+        dropped |= {report.client: "the step with it is not finite" for report in reports}
+        return replace(state, round=state.round + 1), RoundRecord(instructions, [], dropped, None, attempt)
+    return after, RoundRecord(instructions, reports, dropped, weights, attempt)
 
 
 def instruct(state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0) -> list[Instruction]:
@@ -154,7 +158,8 @@ def screen(
             others = [*chain(*norms.values()), *(value for other, value in lengths.items() if other != client)]
             usual = median_low(known if len(known := norms.get(client, ())) >= FEWEST_NORMS else others or [length])
             if length > max_update_ratio * usual:
-                dropped[client] = f"gradient: {length / usual:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
+                times = length / usual if usual else math.inf
+                dropped[client] = f"gradient: {times:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
                 del reports[client]
     return list(reports.values()), dropped
 
@@ -169,13 +174,14 @@ def _fault(report: Report, instruction: Instruction) -> str | None:
     gradient, encoder = report.gradient, instruction.encoder
     if gradient.shape != encoder.shape or gradient.dtype != encoder.dtype:
         return f"gradient: expected {encoder.dtype} of shape {tuple(encoder.shape)}, found {gradient.dtype} of {tuple(gradient.shape)}"
-    if not torch.isfinite(gradient).all():
+    if not torch.isfinite(gradient).all() or not math.isfinite(length_of(report)):
         return "gradient: not finite"
     if report.buffers.keys() != instruction.buffers.keys():
         return "buffers: not those that were sent"
     for name, buffer in report.buffers.items():
-        if buffer.shape != instruction.buffers[name].shape or not torch.isfinite(buffer).all():
-            return f"buffer {name}: wrong shape or not finite"
+        sent = instruction.buffers[name]
+        if buffer.shape != sent.shape or buffer.dtype != sent.dtype or not torch.isfinite(buffer).all():
+            return f"buffer {name}: wrong shape or type, or not finite"
     if not 0 <= report.loss <= LARGEST:
         return f"loss: expected a number of at least 0, found {report.loss}"
     for name, number in (("initial_loss", report.initial_loss), ("grad_norm", report.grad_norm)):

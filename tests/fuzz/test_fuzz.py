@@ -1,6 +1,6 @@
 """Everything that comes from outside, damaged: only a FedGradNormError may come out, in time, and no other file may change.
 
-The inputs are shared out over the targets below; a normal run tries some 2,600, since two targets read each twice or thrice. A long run, with 100,000:
+The inputs are shared out over the targets below; a normal run tries some 2,600. A long run, with 100,000:
 
     FEDGRADNORM_FUZZ_EXAMPLES=100000 pytest tests/fuzz -q
 """
@@ -393,13 +393,20 @@ FEDERATION = small_federation(("a", "b"))
 FIGURES = ("config.toml", "metrics.jsonl", "summary.json")
 
 
+class Files(dict[str, bytes]):
+    """Files by name, which a failing test does not print."""
+
+    def __repr__(self) -> str:
+        return f"Files of {', '.join(self)}"
+
+
 @pytest.fixture(scope="module")
 def run_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A finished run's files."""
     folder = tmp_path_factory.mktemp("sound") / "run"
     train(FEDERATION, run_dir=folder, num_rounds=3, head_steps=1, encoder_steps=1)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in files.items() if "tensorboard" not in name}
+    return Files({name: content for name, content in files.items() if name in FIGURES or name.startswith(("models/", "checkpoints/"))})
 
 
 def _damaged_figures(files: Mapping[str, bytes], name: str, how: tuple[str, Any, int]) -> bytes:
@@ -470,7 +477,7 @@ def test_metrics_to_go_on_with(
         kept = (folder / "metrics.jsonl").read_bytes()
         assert content.startswith(kept)
         assert not kept or kept.endswith(b"\n")
-        assert all(json.loads(line)["round"] <= round for line in kept.splitlines())
+        assert not any(json.loads(line)["round"] > round for line in kept.splitlines())
 
 
 # Tensors
@@ -919,4 +926,4 @@ def test_every_target_was_tried(request: pytest.FixtureRequest) -> None:
                 reporter.write_line(f"  failure in {failure}, {number} times")
     if set(TRIED) != set(SHARES):
         pytest.skip("only some of the targets ran here")
-    assert tried >= min(TOTAL, 2000)
+    assert FAILED or tried >= min(TOTAL, 2000)  # a known failure is all that Hypothesis tries again

@@ -35,7 +35,7 @@ class ClippedMean:
     tensor([1.3333])
     """
 
-    clip: float = 3.0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         require(0 < self.clip < float("inf"), "clip", "a number above 0", self.clip)
@@ -43,7 +43,7 @@ class ClippedMean:
     def __call__(self, reports: Sequence[Report], weights: Weights) -> Tensor:
         """The direction, shape ``(P,)``."""
         gradients = weighted_gradients(reports, weights)
-        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True, dtype=torch.float64)
         most = self.clip * norms.median()
-        direction: Tensor = (gradients * torch.where(norms > most, most / norms, 1.0)).mean(dim=0)
+        direction: Tensor = (gradients * torch.where(norms > most, most / norms, 1.0).to(gradients.dtype)).mean(dim=0)
         return direction

@@ -1,6 +1,7 @@
 """The files of MTFL, in its zip or in the unpacked folder: nothing outside is read, and nothing too large."""
 
 import hashlib
+import lzma
 import struct
 import zipfile
 import zlib
@@ -16,7 +17,19 @@ __all__ = ["ANNOTATIONS", "DAMAGED", "Archive", "inside", "opened"]
 
 ANNOTATIONS = {"train": "training.txt", "test": "testing.txt"}
 MAX_BYTES = 100_000_000
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
+MAX_ANNOTATION_BYTES = 10_000_000
+DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)
 """What Python's readers raise on damaged files."""
 
 
@@ -97,8 +110,9 @@ class FolderArchive:
 
 
 def _check_bytes(size: int, name: str, where: str) -> None:
-    if size > MAX_BYTES:
-        raise DataError(f"{where}: {name!r} has {size} bytes, expected at most {MAX_BYTES}")
+    most = min(MAX_BYTES, MAX_ANNOTATION_BYTES) if name in ANNOTATIONS.values() else MAX_BYTES
+    if size > most:
+        raise DataError(f"{where}: {name!r} has {size} bytes, expected at most {most}")
 
 
 def inside(name: str, where: str) -> str:

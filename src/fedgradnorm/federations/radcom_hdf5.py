@@ -58,7 +58,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             keys = {key: _parse_key(path, key) for key in file}
             ordered = sorted(keys, key=keys.__getitem__)
             values = [_read_snapshot(h5py, path, file, key) for key in ordered]
-    except (OSError, RuntimeError, KeyError) as error:
+    except DataError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}") from error
     if not values:
         raise DataError(f"{path}: expected a data set for each snapshot, found none")
@@ -163,7 +165,8 @@ def _read_snapshot(h5py: Any, path: Path, file: Any, key: str) -> np.ndarray:
         raise DataError(f"{path}: key {key!r}, expected a plain data set of shape ({NUM_VALUES}, 1)")
     if item.shape != (NUM_VALUES, 1) or item.dtype.kind != "f":
         raise DataError(f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), found {item.dtype} of shape {item.shape}")
-    values: np.ndarray = item[:, 0].astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        values: np.ndarray = item[:, 0].astype(np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path}: key {key!r}, expected finite numbers")
     return values

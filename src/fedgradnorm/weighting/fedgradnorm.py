@@ -94,7 +94,7 @@ class FedGradNorm:
         rates = np.array([np.mean([report.inverse_training_rate for report in some]) for some in reporting.values()])
         counts = np.array([len(clients) for clients in members.values()])
 
-        relative_rates = rates / rates.mean() if rates.any() else np.ones_like(rates)
+        relative_rates = rates / rates.mean() if rates.mean() > 0 else np.ones_like(rates)
         targets = (p * n).mean() * relative_rates**self.gamma
         moved = self._step(p, n, targets) if self.solver == "step" else self._exact(p, n, relative_rates, counts)
         moved = np.maximum(moved, self.min_weight)
@@ -130,6 +130,7 @@ class FedGradNorm:
     def _scale(self, values: dict[str, float], reports: Sequence[Report]) -> float:
         if self.normalize == "sum":
             return 1.0
-        plain = sum(report.grad_norm for report in reports) / len(reports)
-        weighted = sum(values[report.client] * report.grad_norm for report in reports) / sum(values.values())
+        most = max(report.grad_norm for report in reports)
+        plain = sum(report.grad_norm / most for report in reports) / len(reports)
+        weighted = sum(values[report.client] * (report.grad_norm / most) for report in reports) / sum(values.values())
         return plain / weighted
