@@ -32,13 +32,13 @@ def test_weighted_gradients_have_the_weighted_mean_as_their_mean():
         (Mean(), round_of((0.5, [1.0, 0.0]), (2.5, [3.0, 6.0])), [8 / 3, 5.0]),
         (Mean(), equally(1.0, 2.0, 9.0, scale=0.5), [2.0]),
         # norms 5, 1, 1: M = 1, so the first becomes 3·(3, 4)/5
-        (ClippedMean(), round_of((1.0, [3.0, 4.0]), (1.0, [1.0, 0.0]), (1.0, [0.0, 1.0])), [2.8 / 3, 3.4 / 3]),
+        (ClippedMean(clip=3.0), round_of((1.0, [3.0, 4.0]), (1.0, [1.0, 0.0]), (1.0, [0.0, 1.0])), [2.8 / 3, 3.4 / 3]),
         # norms 2, 3, 5: nobody is longer than 9, and it is the mean
-        (ClippedMean(), equally(2.0, -3.0, 5.0), [4 / 3]),
+        (ClippedMean(clip=3.0), equally(2.0, -3.0, 5.0), [4 / 3]),
         # u = 1.5·(4), 0.75·(4), 0.75·(-100) = 6, 3, -75: M = 6, so -75 becomes -6
         (ClippedMean(clip=1.0), round_of((2.0, [4.0]), (1.0, [4.0]), (1.0, [-100.0])), [1.0]),
         # u = 2·(1, 3, 50) = 2, 6, 100: M = 6, so 100 becomes 18
-        (ClippedMean(), equally(1.0, 3.0, 50.0, scale=2.0), [26 / 3]),
+        (ClippedMean(clip=3.0), equally(1.0, 3.0, 50.0, scale=2.0), [26 / 3]),
         (Median(), equally(7.0, -1.0, 3.0), [3.0]),
         (Median(), equally(7.0, -1.0, 3.0, 4.0), [3.5]),
         (Median(), equally(7.0, 2.0), [4.5]),
@@ -74,4 +74,4 @@ def test_a_share_that_is_a_whole_number_of_clients_cuts_so_many():
 
 def test_in_the_clipped_mean_the_median_of_two_norms_is_the_lower_one():
     """Otherwise one of two clients could move it as far as it likes."""
-    torch.testing.assert_close(ClippedMean()(*equally(1.0, 1000.0)), torch.tensor([2.0]))
+    torch.testing.assert_close(ClippedMean(clip=3.0)(*equally(1.0, 1000.0)), torch.tensor([2.0]))

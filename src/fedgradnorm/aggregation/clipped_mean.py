@@ -18,8 +18,9 @@ __all__ = ["ClippedMean"]
 class ClippedMean:
     """With u_i the weighted gradients and M the median of their norms: mean over S of u_i · min(1, clip · M / ‖u_i‖).
 
-    One client then moves the encoder by at most ``clip`` times what a usual one does, whatever it sends. As long as nobody is clipped it
-    is the mean, and FedGradNorm's balance is what it was: it evens out the norms itself, so honest clients are seldom far from M.
+    One client then moves the encoder by at most ``clip`` times what a usual one does, whatever it sends. With ``clip=1`` the longer half is
+    cut to the median length, which FedGradNorm, that evens out the norms itself, needs less than equal weights do. A larger one is closer
+    to the mean, and lets one client count for ``clip``: with few clients that is too much.
     Clipping against a median norm: Karimireddy, He and Jaggi, ICML 2021 (arXiv 2012.10333), in its simplest form.
 
     Args:
