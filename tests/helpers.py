@@ -13,8 +13,6 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Metric, Task
 from fedgradnorm.messages import Report
 
-ROWS_WITHOUT_TIME = ("seconds",)
-
 
 def report(client: str, grad_norm: float, rate: float = 1.0, *, task: str = "", initial_loss: float = 1.0, **fields: Any) -> Report:
     """A report for a weighting: only its numbers matter."""

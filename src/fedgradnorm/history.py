@@ -210,7 +210,7 @@ class Run:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{path}: expected a sound safetensors file; {error}") from error
+            raise RunError(f"{path}: expected a sound safetensors file, as a finished run has it; {error}") from error
 
     def _text(self, name: str) -> str:
         try:

@@ -13,7 +13,8 @@ from torch.nn import functional
 from fedgradnorm.errors import require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.partition import client_ids_of, partition
-from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY, MEAN_ABSOLUTE_ERROR
+from fedgradnorm.federations.tasks import classification
+from fedgradnorm.metrics import MEAN_ABSOLUTE_ERROR
 from fedgradnorm.models import linear_head, mlp
 from fedgradnorm.task import Task
 
@@ -23,15 +24,10 @@ HAS_LOOP = torch.tensor([True, False, False, False, False, False, True, False, T
 BRIGHTEST = 16
 
 
-def _classification(name: str, num_classes: int) -> Task:
-    head = partial(linear_head, out_features=num_classes)
-    return Task(name, head, functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
-
-
 TASKS = {
-    "class": _classification("class", 10),
-    "parity": _classification("parity", 2),
-    "loop": _classification("loop", 2),
+    "class": classification("class", 10),
+    "parity": classification("parity", 2),
+    "loop": classification("loop", 2),
     "mass": Task("mass", partial(linear_head, out_features=1), functional.mse_loss, (MEAN_ABSOLUTE_ERROR,)),
 }
 

@@ -14,8 +14,8 @@ from fedgradnorm.errors import DataError
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.mtfl_images import NUM_CLASSES, NUM_COORDINATES, Crop, face_arrays, read_faces
 from fedgradnorm.federations.partition import client_ids_of, partition
-from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY
-from fedgradnorm.models import cnn, linear_head
+from fedgradnorm.federations.tasks import classification
+from fedgradnorm.models import cnn
 from fedgradnorm.task import Metric, Task
 
 __all__ = ["FAILURE_RATE", "LANDMARK_ERROR", "LandmarkHead", "make", "tasks_for"]
@@ -85,15 +85,10 @@ def landmark_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.mse_loss(outputs, targets) / SPREAD**2
 
 
-def _classification(name: str) -> Task:
-    head = partial(linear_head, out_features=NUM_CLASSES[name])
-    return Task(name, head, functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
-
-
 def tasks_for(margin: float) -> dict[str, Task]:
     """The five tasks by name, for crops with this margin."""
     landmarks = Task("landmarks", partial(LandmarkHead, margin=margin), landmark_loss, (LANDMARK_ERROR, FAILURE_RATE))
-    return {"landmarks": landmarks, **{name: _classification(name) for name in NUM_CLASSES}}
+    return {"landmarks": landmarks, **{name: classification(name, count) for name, count in NUM_CLASSES.items()}}
 
 
 Part = tuple[Tensor, dict[str, Tensor]]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.nn import functional
 
 from fedgradnorm.errors import ConfigError, DataError
 from fedgradnorm.federation import Client, Federation
@@ -19,10 +18,9 @@ from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 from fedgradnorm.federations.radcom_channel import snapshots as generate
 from fedgradnorm.federations.radcom_hdf5 import Snapshots, existing_file, read_arrays, read_hdf5, write_hdf5
-from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY
-from fedgradnorm.models import linear_head, mlp
+from fedgradnorm.federations.tasks import classification
+from fedgradnorm.models import mlp
 from fedgradnorm.randomness import generator
-from fedgradnorm.task import Task
 
 __all__ = ["TASKS", "Snapshots", "make", "read_hdf5", "write_hdf5"]
 
@@ -30,15 +28,10 @@ SNR_STEP = 2  # dB
 GENERATED_SNAPSHOTS = 100
 
 
-def _classification(name: str, num_classes: int) -> Task:
-    head = partial(linear_head, out_features=num_classes)
-    return Task(name, head, functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
-
-
 TASKS = {
-    "modulation": _classification("modulation", len(MODULATIONS)),
-    "signal": _classification("signal", len(SIGNALS)),
-    "anomaly": _classification("anomaly", 2),
+    "modulation": classification("modulation", len(MODULATIONS)),
+    "signal": classification("signal", len(SIGNALS)),
+    "anomaly": classification("anomaly", 2),
 }
 
 
