@@ -15,7 +15,8 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -q tests/fuzz
+	$(BIN)/pytest -n auto --ignore=tests/fuzz
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
