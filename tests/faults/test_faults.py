@@ -285,4 +285,4 @@ def test_of_few_clients_one_that_is_let_through_thrice_as_long_as_usual_is_still
 
 def test_clipping_does_not_undo_what_a_false_norm_does_to_the_weights():
     """The other limit: a thousandfold norm raises every target, and so moves the others' weights. The harm is small but there."""
-    assert 1.1 < worst_of_few(FedGradNorm(), ClippedMean()) < 1.25
+    assert 1.03 < worst_of_few(FedGradNorm(), ClippedMean()) < 1.25
