@@ -22,6 +22,7 @@ __all__ = [
     "RunSettings",
     "TrainConfig",
     "WeightingConfig",
+    "dotted",
     "load_config",
     "validated",
 ]
@@ -183,6 +184,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         _set(values, dotted, value, word)
         places[dotted] = "on the command line"
     return validated(RunConfig, values, prefix="", places=places, place="" if path is None else f"in {path}")
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted keys.
+
+    >>> dotted({"train": {"seed": 0}})
+    {'train.seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

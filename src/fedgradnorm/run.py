@@ -17,7 +17,7 @@ from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, versions
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
-from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, validated
+from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
 from fedgradnorm.data import size
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, StoppedError
@@ -193,7 +193,7 @@ def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num
     """The settings of a run with ``num_rounds`` raised. Raises ConfigError where they are not those of the checkpoint."""
     config = opened.config.model_copy(update={"run": opened.config.run.model_copy(update={"dir": str(opened.folder)})})
     if checkpoint is not None:
-        then, now = (_flat({**settings, "run": {}, "versions": {}}) for settings in (checkpoint.settings, config.model_dump(mode="json")))
+        then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (checkpoint.settings, config.model_dump(mode="json")))
         differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
         if differing:
             changes = ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
@@ -202,13 +202,6 @@ def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num
     if wanted < max(done, 1):
         raise ConfigError(f"train.num_rounds: expected at least the {done} rounds that are done, found {wanted}")
     return config.model_copy(update={"train": config.train.model_copy(update={"num_rounds": wanted})})
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _checked(config: RunConfig, federation: Federation) -> None:

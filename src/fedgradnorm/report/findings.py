@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedgradnorm.config import dotted
 from fedgradnorm.history import Run
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
 from fedgradnorm.report.loading import Loaded
@@ -34,7 +35,7 @@ def caveat(loaded: Sequence[Loaded]) -> str:
 
 def differing_settings(loaded: Sequence[Loaded]) -> dict[str, list[str]]:
     """The dotted keys whose values differ between the runs, with every run's value."""
-    flat = [_flat(settings_of(one.run)) for one in loaded]
+    flat = [{key: str(value) for key, value in dotted(settings_of(one.run)).items()} for one in loaded]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [settings.get(key, ABSENT) for settings in flat] for key in keys}
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
@@ -101,10 +102,3 @@ def _findings_of_one(rows: Sequence[ComparisonRow], one: Loaded) -> str:
     if beaten:
         text += f" The last test metric beats the constant guess in {sum(beaten)} of {plural(len(beaten), 'task')}."
     return text
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-    return flat
