@@ -1,5 +1,6 @@
 """The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report`` and ``list``."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
@@ -38,17 +40,24 @@ def run(
     config: Annotated[Path, typer.Argument(help="A TOML file, such as configs/demo.toml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the run's folder.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say which way the engine trains which clients, and why.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of two rounds to the run's folder, for TensorBoard or Perfetto.")
+    ] = False,
 ) -> None:
     """Train a federation and write a run's folder."""
     from fedgradnorm.config import load_config
     from fedgradnorm.progress import Progress
     from fedgradnorm.run import run as run_config
 
+    if verbose:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     settings = load_config(config, overrides or [])
     folder = str(Path(settings.run.dir or f"runs/{config.stem}").expanduser())
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})
     with stop_on_signals() as should_stop, Progress(console, settings.train.num_rounds, settings.train.eval_every) as progress:
-        run_config(settings, overwrite=overwrite, on_round=progress.show, should_stop=should_stop)
+        run_config(settings, overwrite=overwrite, on_round=progress.show, should_stop=should_stop, profiled=profile)
     _show_run(Path(folder))
 
 
@@ -140,7 +149,10 @@ def _say(message: str) -> None:
 def _show_run(folder: Path) -> None:
     from fedgradnorm.history import Run
     from fedgradnorm.report import comparison_table
+    from fedgradnorm.summary import costs_text
 
-    console.print(comparison_table([Run(folder)]))
+    run = Run(folder)
+    console.print(comparison_table([run]))
+    _say(costs_text(run.summary()))
     page = folder / "report.html"
     _say(f"report: {page}" if page.exists() else 'no report page: pip install "fedgradnorm[report]"')

@@ -1,22 +1,44 @@
 """The client's half of the algorithm: pure functions of a client, its state and an instruction."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import Data, batches, size, take
+from fedgradnorm.data import Data, batch_order, size, take
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, concatenated, load_buffers, load_flat, trainable
 from fedgradnorm.randomness import generator, seeded_torch
 from fedgradnorm.task import Task
 
-__all__ = ["ClientState", "Evaluation", "constant_guess", "evaluate", "initial_state", "local_update"]
+__all__ = [
+    "ENCODER_BATCHES",
+    "HEAD_BATCHES",
+    "ClientState",
+    "Evaluation",
+    "constant_guess",
+    "direction",
+    "evaluate",
+    "evaluation_of",
+    "initial_state",
+    "load_model",
+    "local_update",
+    "loss_examples",
+    "order_of",
+]
+
+Encoded: TypeAlias = Callable[[Client, nn.Module, Instruction], Iterable[tuple[Tensor, Tensor]]]
+
+HEAD_BATCHES, ENCODER_BATCHES = "head batches", "encoder batches"
+"""What the two orders of batches are drawn for."""
 
 EVALUATION_BATCH = 512
 MOST_CLASSES = 100_000
@@ -54,8 +76,24 @@ def initial_state(federation: Federation, client: Client, seed: int, encoder_buf
     return ClientState(head=_snapshot(federation.make_head(client, seed)), encoder_buffers=buffers)
 
 
+def encoded(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the head's steps, their inputs as the fixed encoder's features."""
+    for inputs, targets in _batches(client, instruction, HEAD_BATCHES, instruction.training.head_steps):
+        with torch.no_grad():
+            features = encoder(inputs)
+        yield features, targets
+
+
 def local_update(
-    client: Client, encoder: nn.Module, head: nn.Module, norm_layer: tuple[slice, ...], state: ClientState, instruction: Instruction
+    client: Client,
+    encoder: nn.Module,
+    head: nn.Module,
+    norm_layer: tuple[slice, ...],
+    state: ClientState,
+    instruction: Instruction,
+    *,
+    encoded: Encoded = encoded,
+    random_model: bool = True,
 ) -> tuple[Report, ClientState]:
     """One round at one client: train the head with the encoder fixed, then the encoder with the head fixed.
 
@@ -66,6 +104,8 @@ def local_update(
         norm_layer: where the norm layer ω̃ lies in the flat encoder.
         state: the client's state after its last round.
         instruction: what the server sent.
+        encoded: gives the batches of the head's steps, as features; an engine may know a faster way to the same ones.
+        random_model: whether the model may draw random numbers, as dropout does; False leaves torch's global generator alone.
 
     Returns:
         The report for the server, and the client's next state.
@@ -78,10 +118,14 @@ def local_update(
 
     encoder.train()
     head.train()
-    with seeded_torch(training.seed, instruction.round, client.id, "dropout"):
-        velocity = _train_head(client, encoder, head, state.head_velocity, instruction)
+    key = (training.seed, instruction.round, client.id, "dropout")
+    with seeded_torch(*key, device=instruction.encoder.device) if random_model else nullcontext():
+        with record_function("head steps"):
+            velocity = _train_head(client.task, head, encoded(client, encoder, instruction), state.head_velocity, training)
         exact_loss = mean_loss(client, encoder, head, training) if training.loss_estimate == "exact" else None
-        gradient, batch_loss = _train_encoder(client, encoder, head, instruction)
+        head_seconds = perf_counter() - start
+        with record_function("encoder steps"):
+            gradient, batch_loss = _train_encoder(client, encoder, head, instruction)
 
     buffers = buffers_of(encoder)
     shares_buffers = bool(instruction.buffers)
@@ -96,48 +140,50 @@ def local_update(
         buffers=buffers if shares_buffers else {},
         seconds=perf_counter() - start,
         round=instruction.round,
+        head_seconds=head_seconds,
     )
     return report, ClientState(_snapshot(head), initial_loss, {} if shares_buffers else buffers, velocity)
 
 
 def _train_head(
-    client: Client, encoder: nn.Module, head: nn.Module, velocity: Mapping[str, Tensor], instruction: Instruction
+    task: Task, head: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], velocity: Mapping[str, Tensor], training: TrainConfig
 ) -> dict[str, Tensor]:
-    """τ_h SGD steps on the head with step size α, the encoder fixed. Gives the optimiser's momentum back."""
-    training = instruction.training
-    parameters = trainable(head)
+    """An SGD step on the head with step size α for each batch of features. Gives the momentum after it."""
+    parameters, velocity = trainable(head), dict(velocity)
     if not parameters:  # a task may do without: an encoder's output can be its prediction
         return {}
-    optimizer = torch.optim.SGD(
-        [parameter for _, parameter in parameters], lr=training.head_lr, momentum=training.head_momentum
-    )  # head_lr: α
-    for name, parameter in parameters:
-        if name in velocity:
-            optimizer.state[parameter]["momentum_buffer"] = velocity[name].clone()
-    for inputs, targets in _batches(client, instruction, "head batches", training.head_steps):
+    for features, targets in batches:
+        loss = task.loss(head(features), targets)
+        gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
         with torch.no_grad():
-            features = encoder(inputs)
-        optimizer.zero_grad()
-        client.task.loss(head(features), targets).backward()
-        optimizer.step()
-    momentum = {name: optimizer.state.get(parameter, {}).get("momentum_buffer") for name, parameter in parameters}
-    return {name: buffer for name, buffer in momentum.items() if buffer is not None}
+            for (name, parameter), gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(direction(name, gradient, velocity, training.head_momentum), alpha=training.head_lr)  # α
+    return velocity
+
+
+def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum: float) -> Tensor:
+    """Where SGD goes: along the gradient, or with momentum along v ← momentum · v + gradient, which is kept in ``velocity``."""
+    if momentum == 0:
+        return gradient
+    velocity[name] = velocity[name] * momentum + gradient if name in velocity else gradient
+    return velocity[name]
 
 
 def _train_encoder(client: Client, encoder: nn.Module, head: nn.Module, instruction: Instruction) -> tuple[Tensor, float]:
     """τ_ω SGD steps on the encoder with step size β, the head fixed: the mean gradient g_i, and the mean loss of the batches."""
-    training = instruction.training
+    training, losses = instruction.training, []
     parameters = [parameter for _, parameter in trainable(encoder)]
-    gradient, losses = torch.zeros_like(instruction.encoder), []
-    for inputs, targets in _batches(client, instruction, "encoder batches", training.encoder_steps):
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for inputs, targets in _batches(client, instruction, ENCODER_BATCHES, training.encoder_steps):
         loss = client.task.loss(head(encoder(inputs)), targets)
-        step_gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            for parameter, step_gradient in zip(parameters, step_gradients, strict=True):
-                parameter.sub_(step_gradient, alpha=training.encoder_lr)  # β
-        gradient += concatenated(step_gradients)
-        losses.append(loss.item())
-    return gradient / training.encoder_steps, float(np.mean(losses))
+            for parameter, total, gradient in zip(parameters, sums, gradients, strict=True):
+                parameter.sub_(gradient, alpha=training.encoder_lr)  # β
+                total.add_(gradient)
+        losses.append(loss.detach())
+    return concatenated(sums) / training.encoder_steps, float(torch.stack(losses).double().mean())
 
 
 def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: Tensor, buffers: Mapping[str, Tensor]) -> None:
@@ -155,16 +201,26 @@ def norm_over(gradient: Tensor, slices: tuple[slice, ...]) -> float:
 def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:
     """The mean training loss over at most ``loss_examples`` examples, always the same ones, in evaluation mode. Modes are put back."""
     modes = encoder.training, head.training
-    order = generator(training.seed, 0, client.id, "loss examples").permutation(size(client.train_data))
-    loss, _, _ = _outputs(client.task, encoder, head, client.train_data, np.sort(order[: training.loss_examples]))
+    loss, _, _ = _outputs(client.task, encoder, head, client.train_data, loss_examples(client, training))
     encoder.train(modes[0])
     head.train(modes[1])
     return loss
 
 
+def loss_examples(client: Client, training: TrainConfig) -> np.ndarray:
+    """The indices of these examples, ascending."""
+    order = generator(training.seed, 0, client.id, "loss examples").permutation(size(client.train_data))
+    return np.sort(order[: training.loss_examples])
+
+
 def evaluate(task: Task, encoder: nn.Module, head: nn.Module, data: Data) -> Evaluation:
     """The loss and all metrics of a task over a whole set of data, in evaluation mode, which the modules are left in."""
     loss, outputs, targets = _outputs(task, encoder, head, data, np.arange(size(data)))
+    return evaluation_of(task, loss, outputs, targets)
+
+
+def evaluation_of(task: Task, loss: float, outputs: Tensor, targets: Tensor) -> Evaluation:
+    """An evaluation, from the loss, the outputs and the targets of all examples."""
     return Evaluation(loss, {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}, len(targets))
 
 
@@ -206,9 +262,15 @@ def _outputs(task: Task, encoder: nn.Module, head: nn.Module, data: Data, indice
 
 
 def _batches(client: Client, instruction: Instruction, purpose: str, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for indices in order_of(client, instruction, purpose, steps):
+        yield take(client.train_data, indices)
+
+
+def order_of(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
+    """The examples of a round's batches, shape ``(steps, batch)``."""
     training = instruction.training
     rng = generator(training.seed, instruction.round, client.id, purpose)
-    return batches(client.train_data, training.batch_size, steps, rng)
+    return batch_order(size(client.train_data), training.batch_size, steps, rng)
 
 
 def _snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ class AggregationConfig(Component):
 class EngineConfig(Component):
     """What runs the clients: the table ``[engine]``."""
 
-    name: str = Field("reference", description="`reference`, or your own `module:Class`; its options beside it.")
+    name: str = Field("vectorized", description="`vectorized`, `reference`, or your own `module:Class`; its options beside it.")
 
 
 class ModelConfig(Component):

@@ -1,13 +1,13 @@
 """The data of one client: a pair of tensors (the fast path), or any map-style dataset, now or on first use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "Dataset", "batches", "load", "size", "take"]
+__all__ = ["Data", "Dataset", "batch_order", "load", "size", "take", "tensors"]
 
 
 @runtime_checkable
@@ -35,6 +35,13 @@ def size(data: Data) -> int:
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
 
+def tensors(data: Data) -> tuple[Tensor, Tensor]:
+    """The inputs and the targets. Raises TypeError for a dataset."""
+    if isinstance(data, tuple):
+        return data
+    raise TypeError(f"expected a pair of tensors, found {type(data).__name__}")
+
+
 def take(data: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """The examples at these indices as one batch."""
     if isinstance(data, tuple):
@@ -44,14 +51,12 @@ def take(data: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.as_tensor(x) for x, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
 
 
-def batches(data: Data, batch_size: int, num_batches: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches, drawn without replacement: one shuffled pass over the data after another.
+def batch_order(num_examples: int, batch_size: int, num_batches: int, rng: np.random.Generator) -> np.ndarray:
+    """The examples of random batches, drawn without replacement: one shuffled pass over the data after another.
 
-    A batch holds ``batch_size`` examples, or all of them where there are fewer.
+    A batch holds ``batch_size`` examples, or all of them where there are fewer. Shape ``(num_batches, that)``.
     """
-    num_examples = size(data)
-    batch_size = min(batch_size, num_examples)
-    num_passes = -(-num_batches * batch_size // num_examples)
-    order = np.concatenate([rng.permutation(num_examples) for _ in range(num_passes)])
-    for start in range(0, num_batches * batch_size, batch_size):
-        yield take(data, order[start : start + batch_size])
+    drawn = num_batches * min(batch_size, num_examples)
+    passes = np.empty((-(-drawn // num_examples), num_examples), dtype=np.int64)
+    passes[:] = np.arange(num_examples)
+    return rng.permuted(passes, axis=1, out=passes).reshape(-1)[:drawn].reshape(num_batches, -1)

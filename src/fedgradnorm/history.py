@@ -8,6 +8,7 @@
     RUN/models/encoder.safetensors, RUN/models/heads/CLIENT.safetensors
     RUN/checkpoints/              the last moments that a run can go on from
     RUN/tensorboard/              the same figures as TensorBoard events
+    RUN/profile/                  with --profile, a trace of two rounds
     RUN/report.html               the same as one page
 """
 
@@ -36,9 +37,9 @@ from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.records import Row, Summary
 from fedgradnorm.server import ServerState
 
-__all__ = ["CHECKPOINTS", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
+__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
     "loss",
     "inverse_training_rate",
@@ -47,7 +48,7 @@ CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "m
     "metric",
 )
 """What goes to TensorBoard."""
-ENTRIES = {"config.toml", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", "report.html"}
+ENTRIES = {"config.toml", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"}
 """All that a run's folder holds."""
 
 Checked = TypeVar("Checked")

@@ -52,6 +52,7 @@ class Report:
         num_examples: the number of training examples that it has.
         buffers: the encoder's buffers after the round, when the federation averages them; empty otherwise.
         seconds: how long the local update took; it enters no computation.
+        head_seconds: the part of it up to the encoder's first step.
         round: the round that it belongs to.
     """
 
@@ -65,6 +66,7 @@ class Report:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     round: int = 0
+    head_seconds: float = 0.0
 
     @property
     def inverse_training_rate(self) -> float:

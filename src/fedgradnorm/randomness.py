@@ -13,6 +13,8 @@ import torch
 
 __all__ = ["derive_seed", "generator", "seeded_torch"]
 
+CPU = torch.device("cpu")
+
 
 def derive_seed(seed: int, round: int, client: str, purpose: str) -> int:
     """A 63-bit seed that any change to any argument changes.
@@ -32,11 +34,15 @@ def generator(seed: int, round: int, client: str, purpose: str) -> np.random.Gen
 
 
 @contextmanager
-def seeded_torch(seed: int, round: int, client: str, purpose: str) -> Iterator[None]:
-    """Seed torch's global generator inside the block, and put it back after: for what reads no other one.
+def seeded_torch(seed: int, round: int, client: str, purpose: str, device: torch.device = CPU) -> Iterator[None]:
+    """Seed torch's global generators inside the block, and put them back after: for what reads no other ones.
 
-    That is the initialisation of modules, and dropout.
+    That is the initialisation of modules, and dropout. With a GPU as ``device`` its generator is seeded too.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, round, client, purpose))
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
+        derived = derive_seed(seed, round, client, purpose)
+        torch.default_generator.manual_seed(derived)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(derived)
         yield

@@ -74,6 +74,7 @@ class Summary(TypedDict):
 
     rounds: Count
     seconds: FiniteFloat
+    costs: dict[str, FiniteFloat]
     dropped: Count
     bytes_up: Count
     bytes_down: Count

@@ -33,6 +33,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
     },
     "engine": {
         "reference": "fedgradnorm.engines.reference:ReferenceEngine",
+        "vectorized": "fedgradnorm.engines.vectorized:VectorizedEngine",
     },
 }
 

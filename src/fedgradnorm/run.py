@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from torch import nn
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
@@ -18,12 +20,13 @@ from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, versi
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
+from fedgradnorm.costs import Costs, TimedEngine
 from fedgradnorm.data import size
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, StoppedError
 from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation
-from fedgradnorm.history import CHECKPOINTS, Run, RunWriter, check_free, create_run, write_config
+from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, write_config
 from fedgradnorm.parameters import load_buffers, load_flat
 from fedgradnorm.records import Row, Summary
 from fedgradnorm.report import write_report
@@ -82,7 +85,7 @@ def train(
     federation: Federation,
     weighting: str | Weighting = "fedgradnorm",
     *,
-    engine: str = "reference",
+    engine: str = "vectorized",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     on_round: OnRound | None = None,
@@ -125,8 +128,22 @@ def train(
     return _begin(config, federation, method, overwrite, on_round, should_stop)
 
 
-def run(config: RunConfig, *, overwrite: bool = False, on_round: OnRound | None = None, should_stop: ShouldStop = lambda: False) -> Result:
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    on_round: OnRound | None = None,
+    should_stop: ShouldStop = lambda: False,
+    profiled: bool = False,
+) -> Result:
     """Do the run that a configuration describes. Everything is checked before a run folder is touched.
+
+    Args:
+        config: the settings.
+        overwrite: whether a run that is in this folder already is replaced.
+        on_round: called after every round with its rows.
+        should_stop: asked after every round; True ends the run there, with a checkpoint.
+        profiled: whether a trace of two rounds is written to the run's folder, for TensorBoard or Perfetto.
 
     Raises:
         FedGradNormError: whatever is wrong with the settings, the data or the folder.
@@ -134,7 +151,7 @@ def run(config: RunConfig, *, overwrite: bool = False, on_round: OnRound | None 
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
-    return _begin(resolved, federation, weighting, overwrite, on_round, should_stop)
+    return _begin(resolved, federation, weighting, overwrite, on_round, should_stop, profiled)
 
 
 def resume(
@@ -232,27 +249,32 @@ class _Job:
     state: ServerState
     rows: list[Row]
 
-    def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop) -> Result:
+    def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop, profiler: profile | None = None) -> Result:
         """Train the rounds that are left, and write what is to be written."""
         start, training, settings = perf_counter(), self.config.train, self.config.run
-        guesses = _guesses(self.federation)
+        guesses, costs = _guesses(self.federation), Costs()
+        engine = TimedEngine(self.engine, costs)
         while self.state.round < training.num_rounds:
             try:
-                self.state, record = run_round(self.state, self.federation, self.engine, self.weighting, self.aggregate, training)
+                with costs.of("aggregation"):
+                    self.state, record = run_round(self.state, self.federation, engine, self.weighting, self.aggregate, training)
             except StoppedError as error:
                 raise self._stopped(writer, str(error)) from error
-            rows = rows_of(self.federation, self.state, record, _evaluations(self.engine, self.state, training))
+            rows = rows_of(self.federation, self.state, record, _evaluations(engine, self.state, training))
             self.rows += rows
             ended, stop = self.state.round == training.num_rounds, should_stop()
             if writer is not None:
-                writer.write_round(rows)
-                if ended or self.state.round % settings.checkpoint_every == 0:
-                    writer.write_checkpoint(self.state, self.engine.client_states)
+                with costs.of("writing"):
+                    writer.write_round(rows)
+                    if ended or self.state.round % settings.checkpoint_every == 0:
+                        writer.write_checkpoint(self.state, self.engine.client_states)
+            if profiler is not None:
+                profiler.step()
             if on_round is not None:
                 on_round(rows)
             if stop and not ended:
                 raise self._stopped(writer, f"stopped after round {self.state.round} of {training.num_rounds}")
-        summary = summarise(self.federation, self.rows, guesses, settings, perf_counter() - start)
+        summary = summarise(self.federation, self.rows, guesses, settings, perf_counter() - start, costs.seconds)
         result = Result(self.federation, self.state, self.engine.client_states, self.rows, summary, training.seed)
         if writer is not None:
             writer.write_models(result.encoder(), result.client_states)
@@ -267,7 +289,13 @@ class _Job:
 
 
 def _begin(
-    config: RunConfig, federation: Federation, weighting: Weighting, overwrite: bool, on_round: OnRound | None, should_stop: ShouldStop
+    config: RunConfig,
+    federation: Federation,
+    weighting: Weighting,
+    overwrite: bool,
+    on_round: OnRound | None,
+    should_stop: ShouldStop,
+    profiled: bool = False,
 ) -> Result:
     folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
     if folder is not None:
@@ -281,10 +309,19 @@ def _begin(
         return job.go_on(None, on_round, should_stop)
     config = job.config = config.model_copy(update={"versions": versions()})
     create_run(folder, config, overwrite=overwrite)
-    with RunWriter(folder, config) as writer:
-        result = job.go_on(writer, on_round, should_stop)
+    with RunWriter(folder, config) as writer, profiler_of(folder, config) if profiled else nullcontext() as profiler:
+        result = job.go_on(writer, on_round, should_stop, profiler)
     write_page(folder)
     return result
+
+
+def profiler_of(folder: Path, config: RunConfig) -> profile:
+    """A profiler that writes a trace of two rounds, after one that warms up if there are so many, to ``profile/`` in a run's folder."""
+    return profile(
+        schedule=schedule(wait=0, warmup=min(1, config.train.num_rounds - 1), active=2, repeat=1),
+        on_trace_ready=tensorboard_trace_handler(str(folder / PROFILE), use_gzip=True),
+        experimental_config=_ExperimentalConfig(profile_all_threads=True),  # the workers' threads too
+    )
 
 
 def write_page(folder: Path) -> None:

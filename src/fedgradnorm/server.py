@@ -1,6 +1,7 @@
 """The server's half of the algorithm, as one straight line: instruct, execute, screen, weight, aggregate, advance."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,6 +19,7 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
 from fedgradnorm.randomness import generator
+from fedgradnorm.threads import kernel_threads
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
 __all__ = ["RoundRecord", "ServerState", "advance", "initial_state", "instruct", "run_round", "screen"]
@@ -93,7 +95,8 @@ def run_round(
     if not reports:
         return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
     weights, weighting_state = weighting.update(state.weighting, reports)
-    direction = aggregate(reports, weights)
+    with kernel_threads(1):
+        direction = aggregate(reports, weights)
     after = advance(state, reports, direction, weighting_state, training)
     if not torch.isfinite(after.encoder).all():
         dropped |= {report.client: "the step with it is not finite" for report in reports}
@@ -126,6 +129,7 @@ def round_half_up(number: float) -> int:
     return math.floor(number + 0.5)
 
 
+@kernel_threads(1)  # waiting for busy cores can take far longer than the work
 def screen(
     replies: Sequence[Report],
     instructions: Sequence[Instruction],
@@ -147,16 +151,22 @@ def screen(
         by_sender.setdefault((reply.client, reply.round), []).append(reply)
     for instruction in instructions:
         own = by_sender.get((instruction.client, instruction.round), [])
-        reason = "no report" if not own else f"{len(own)} reports" if len(own) > 1 else _fault(own[0], instruction)
+        reason = "no report" if not own else f"{len(own)} reports" if len(own) > 1 else _misfit(own[0], instruction)
         if reason is None:
             reports[instruction.client] = own[0]
         else:
             dropped[instruction.client] = reason
+    lengths = dict(zip(reports, lengths_of(list(reports.values())), strict=True))
+    for client, length in list(lengths.items()):
+        reason = _wrong_number(reports[client], length)
+        if reason is not None:
+            dropped[client] = reason
+            del reports[client], lengths[client]
     if max_update_ratio is not None:
-        lengths = {client: length_of(report) for client, report in reports.items()}
+        pooled = sorted([*chain(*norms.values()), *lengths.values()])
         for client, length in lengths.items():
-            others = [*chain(*norms.values()), *(value for other, value in lengths.items() if other != client)]
-            usual = median_low(known if len(known := norms.get(client, ())) >= FEWEST_NORMS else others or [length])
+            known = norms.get(client, ())
+            usual = median_low(known) if len(known) >= FEWEST_NORMS else _median_without(pooled, length)
             if length > max_update_ratio * usual:
                 times = length / usual if usual else math.inf
                 dropped[client] = f"gradient: {times:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
@@ -164,24 +174,41 @@ def screen(
     return list(reports.values()), dropped
 
 
-def length_of(report: Report) -> float:
-    """The 2-norm of a gradient over all of the encoder."""
-    return float(torch.linalg.vector_norm(report.gradient, dtype=torch.float64))
+def _median_without(ascending: Sequence[float], number: float) -> float:
+    """The lower median of numbers without one of them; that one itself where there is no other."""
+    middle = (len(ascending) - 2) // 2
+    return number if middle < 0 else ascending[middle if middle < bisect_left(ascending, number) else middle + 1]
 
 
-def _fault(report: Report, instruction: Instruction) -> str | None:
-    """What is wrong with a report, or None."""
+def lengths_of(reports: Sequence[Report]) -> list[float]:
+    """The 2-norms of the gradients over all of the encoder; infinite where a gradient is not finite, or longer than 1e100."""
+    if not reports:
+        return []
+    lengths = torch.stack(torch._foreach_norm([report.gradient for report in reports])).tolist()
+    for index, length in enumerate(lengths):
+        if not math.isfinite(length):  # perhaps only the squares have overflowed
+            lengths[index] = torch.linalg.vector_norm(reports[index].gradient, dtype=torch.float64).item()
+    return [length if length <= LARGEST else math.inf for length in lengths]
+
+
+def _misfit(report: Report, instruction: Instruction) -> str | None:
+    """What in a report is not such as was sent, or None."""
     gradient, encoder = report.gradient, instruction.encoder
     if gradient.shape != encoder.shape or gradient.dtype != encoder.dtype:
         return f"gradient: expected {encoder.dtype} of shape {tuple(encoder.shape)}, found {gradient.dtype} of {tuple(gradient.shape)}"
-    if not torch.isfinite(gradient).all() or not math.isfinite(length_of(report)):
-        return "gradient: not finite"
     if report.buffers.keys() != instruction.buffers.keys():
         return "buffers: not those that were sent"
     for name, buffer in report.buffers.items():
         sent = instruction.buffers[name]
         if buffer.shape != sent.shape or buffer.dtype != sent.dtype or not torch.isfinite(buffer).all():
             return f"buffer {name}: wrong shape or type, or not finite"
+    return None
+
+
+def _wrong_number(report: Report, length: float) -> str | None:
+    """Which number of a report is out of range, or None."""
+    if not math.isfinite(length):
+        return "gradient: not finite"
     if not 0 <= report.loss <= LARGEST:
         return f"loss: expected a number of at least 0, found {report.loss}"
     for name, number in (("initial_loss", report.initial_loss), ("grad_norm", report.grad_norm)):
@@ -192,6 +219,7 @@ def _fault(report: Report, instruction: Instruction) -> str | None:
     return None
 
 
+@kernel_threads(1)
 def advance(
     state: ServerState, reports: Sequence[Report], direction: Tensor, weighting: WeightingState, training: TrainConfig
 ) -> ServerState:
@@ -211,7 +239,9 @@ def advance(
     optimizer.step()
     memory = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
     buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
-    norms = {**state.norms, **{report.client: (*state.norms.get(report.client, ()), length_of(report))[-LAST_NORMS:] for report in reports}}
+    norms = dict(state.norms)
+    for report, length in zip(reports, lengths_of(reports), strict=True):
+        norms[report.client] = (*norms.get(report.client, ()), length)[-LAST_NORMS:]
     return ServerState(state.round + 1, parameter.detach(), buffers, weighting, memory, norms)
 
 

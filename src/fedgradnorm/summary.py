@@ -6,13 +6,15 @@ from operator import ge, le
 from statistics import fmean
 from typing import Literal
 
+from rich.filesize import decimal
+
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.federation import Federation
 from fedgradnorm.records import Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
-__all__ = ["LOSS_RATIO", "check_targets", "rounds_to", "summarise", "task_curve"]
+__all__ = ["LOSS_RATIO", "check_targets", "costs_text", "rounds_to", "summarise", "task_curve"]
 
 Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
@@ -45,7 +47,12 @@ def check_targets(settings: RunSettings, federation: Federation) -> None:
 
 
 def summarise(
-    federation: Federation, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings, seconds: float
+    federation: Federation,
+    rows: Sequence[Row],
+    guesses: Mapping[str, Mapping[str, float]],
+    settings: RunSettings,
+    seconds: float,
+    costs: Mapping[str, float],
 ) -> Summary:
     """The contents of summary.json.
 
@@ -55,11 +62,13 @@ def summarise(
         guesses: by client, the metrics of the best guess that looks at no input.
         settings: which targets to look for.
         seconds: how long the run took.
+        costs: by part, the seconds of it.
     """
     last = {row["client"]: row for row in rows}
     return {
         "rounds": max(row["round"] for row in rows),
         "seconds": seconds,
+        "costs": dict(costs),
         "dropped": sum(row["dropped"] is not None for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
@@ -76,6 +85,15 @@ def summarise(
             for client in federation.clients
         },
     }
+
+
+def costs_text(summary: Summary) -> str:
+    """Where the time went, and bytes a round, as a line to read."""
+    seconds = summary["seconds"]
+    parts = {**summary["costs"], "other": seconds - sum(summary["costs"].values())}
+    shares = ", ".join(f"{part} {value / seconds:.0%}" for part, value in parts.items())
+    up, down = (decimal(round(summary[way] / summary["rounds"])) for way in ("bytes_up", "bytes_down"))
+    return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
 def _tasks(federation: Federation) -> dict[str, Task]:

@@ -143,7 +143,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "metrics": [json.dumps(row) for row in timeless(Run(folder).rows())],
         "models": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("models/**/*.safetensors"))},
-        "summary": {key: value for key, value in summary.items() if key != "seconds"},
+        "summary": {key: value for key, value in summary.items() if key not in ("seconds", "costs")},
     }
 
 

@@ -9,11 +9,16 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Metric, Task
 from fedgradnorm.client import ClientState, constant_guess, evaluate, initial_state, local_update, mean_loss, norm_over
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import batches
+from fedgradnorm.data import batch_order, take
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import buffers_of, flatten, norm_layer_slices
 from fedgradnorm.randomness import generator
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation
+
+
+def batches(data, batch_size, num_batches, rng):
+    return [take(data, indices) for indices in batch_order(len(data[0]), batch_size, num_batches, rng)]
+
 
 TRAINING = TrainConfig(head_steps=3, encoder_steps=4, head_lr=0.3, encoder_lr=0.2, batch_size=8, seed=5)
 

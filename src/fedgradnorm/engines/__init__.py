@@ -2,5 +2,6 @@
 
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 
-__all__ = ["Engine", "ReferenceEngine"]
+__all__ = ["Engine", "ReferenceEngine", "VectorizedEngine"]

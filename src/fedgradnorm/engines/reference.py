@@ -1,9 +1,7 @@
 """One client after another, in plain torch: the oracle that every other engine is held against."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from fedgradnorm.client import ClientState, Evaluation, evaluate, initial_state, load_model, local_update
@@ -11,6 +9,7 @@ from fedgradnorm.errors import require
 from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
+from fedgradnorm.threads import kernel_threads
 
 __all__ = ["ReferenceEngine"]
 
@@ -64,14 +63,3 @@ class ReferenceEngine:
                     load_model(self.encoder, self.heads[client.id], self._states[client.id], encoder, buffers)
                     evaluations[client.id] = evaluate(client.task, self.encoder, self.heads[client.id], client.test_data)
         return evaluations
-
-
-@contextmanager
-def kernel_threads(count: int) -> Iterator[None]:
-    """Let torch's kernels use this many threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -81,18 +81,15 @@ class FedGradNorm:
         """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
         weights = {**state.weights, **{report.client: state.weights.get(report.client, 1.0) for report in reports}}
         groups = {**state.memory["groups"], **{report.client: self._group(report) for report in reports}}
-        members: dict[str, list[str]] = {self._group(report): [] for report in reports}
-        reporting: dict[str, list[Report]] = {group: [] for group in members}
-        for client, group in groups.items():
-            if group in members:
-                members[group].append(client)
-        for report in reports:
-            reporting[self._group(report)].append(report)
+        number = {group: index for index, group in enumerate(dict.fromkeys(self._group(report) for report in reports))}
+        members = [client for client, group in groups.items() if group in number]
 
-        p = np.array([np.mean([weights[client] for client in clients]) for clients in members.values()])
-        n = np.array([np.mean([report.grad_norm for report in some]) for some in reporting.values()])
-        rates = np.array([np.mean([report.inverse_training_rate for report in some]) for some in reporting.values()])
-        counts = np.array([len(clients) for clients in members.values()])
+        group_of = np.array([number[groups[client]] for client in members])
+        reporting = np.array([number[self._group(report)] for report in reports])
+        counts = np.bincount(group_of)
+        p = _means(group_of, [weights[client] for client in members])
+        n = _means(reporting, [report.grad_norm for report in reports])
+        rates = _means(reporting, [report.inverse_training_rate for report in reports])
 
         relative_rates = rates / rates.mean() if rates.mean() > 0 else np.ones_like(rates)
         targets = (p * n).mean() * relative_rates**self.gamma
@@ -100,11 +97,9 @@ class FedGradNorm:
         moved = np.maximum(moved, self.min_weight)
         moved *= (counts @ p) / (counts @ moved)
 
-        for clients, weight in zip(members.values(), moved.tolist(), strict=True):
-            weights.update(dict.fromkeys(clients, weight))
+        weights |= zip(members, moved[group_of].tolist(), strict=True)
         values = {report.client: weights[report.client] for report in reports}
-        target_of = dict(zip(members, targets.tolist(), strict=True))
-        record = {report.client: target_of[self._group(report)] for report in reports}
+        record = dict(zip(values, targets[reporting].tolist(), strict=True))
         return Weights(values, record, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
 
     def _group(self, report: Report) -> str:
@@ -134,3 +129,9 @@ class FedGradNorm:
         plain = sum(report.grad_norm / most for report in reports) / len(reports)
         weighted = sum(values[report.client] * (report.grad_norm / most) for report in reports) / sum(values.values())
         return plain / weighted
+
+
+def _means(groups: np.ndarray, values: Sequence[float]) -> np.ndarray:
+    """The mean of the values of each group, groups being numbers from 0."""
+    sums: np.ndarray = np.bincount(groups, weights=values)
+    return sums / np.bincount(groups)

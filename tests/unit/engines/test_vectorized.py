@@ -1,0 +1,264 @@
+import logging
+import os
+import tempfile
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedgradnorm import Client, Federation, Task, train
+from fedgradnorm.aggregation import Mean
+from fedgradnorm.config import TrainConfig, load_config
+from fedgradnorm.engines import VectorizedEngine
+from fedgradnorm.engines.planning import plan_for
+from fedgradnorm.engines.vectorized import _chunks
+from fedgradnorm.engines.workspace import Workspace, head_kind, pool_first
+from fedgradnorm.errors import ConfigError
+from fedgradnorm.registry import build
+from fedgradnorm.server import initial_state, run_round
+from fedgradnorm.weighting import Equal
+from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation, small_task
+
+TRAINING = TrainConfig(head_steps=2, encoder_steps=2, batch_size=8)
+CPU = torch.device("cpu")
+
+
+class OneByOne(torch.utils.data.Dataset):
+    def __init__(self, inputs, targets):
+        self.pairs = list(zip(inputs, targets, strict=True))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+class Centred(nn.Module):
+    def forward(self, inputs):
+        return inputs - inputs.mean(dim=0)
+
+
+class Branching(nn.Module):
+    """Decides by the values that it sees, which cannot be stacked."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.linear = nn.Linear(features, 2)
+
+    def forward(self, features):
+        outputs = self.linear(features)
+        return outputs if outputs.sum() > 0 else 2 * outputs
+
+
+class OtherInEvaluation(nn.Linear):
+    def forward(self, features):
+        return super().forward(features) * (1.0 if self.training else 2.0)
+
+
+def plan(encoder=small_encoder, head=None, client=None, training=TRAINING):
+    task = Task("sign", head or partial(nn.Linear, out_features=2), functional.cross_entropy)
+    client = client or small_client("a", task=task)
+    federation = Federation([client], encoder)
+    return plan_for(client, Workspace(federation, 0, CPU), training)
+
+
+def convolutions():
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 2), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("options", "way", "encode_once", "why"),
+    [
+        ({}, "stacked", True, "MFLOP"),
+        ({"encoder": dropout_encoder}, "alone", False, "random numbers"),
+        ({"encoder": batch_norm_encoder}, "looped", False, "statistics"),
+        ({"encoder": lambda: nn.Sequential(nn.Linear(6, 4), Centred())}, "looped", False, "every example by itself"),
+        ({"encoder": convolutions}, "looped", True, "convolutions"),
+        ({"encoder": lambda: nn.Sequential(nn.Linear(6, 2000), nn.ReLU(), nn.Linear(2000, 300))}, "looped", True, "calls count for little"),
+        ({"head": Branching}, "looped", True, "cannot be stacked"),
+        ({"head": partial(OtherInEvaluation, out_features=2)}, "looped", True, "cannot be stacked"),
+        ({"head": lambda features: nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 2))}, "looped", True, "buffers"),
+        ({"client": small_client("a", examples=600)}, "looped", True, "more than 512 examples"),
+        ({"client": Client("a", small_task("sign"), OneByOne(*small_client("a").train))}, "alone", False, "no tensors"),
+    ],
+)
+def test_the_way_that_fits_is_found_by_trying(options, way, encode_once, why):
+    found = plan(**options)
+    assert (found.way, found.encode_once) == (way, encode_once)
+    assert why in found.why
+
+
+def test_clients_are_alike_whose_heads_and_losses_are_made_alike():
+    def kind(head, loss=functional.cross_entropy):
+        return head_kind(small_client("a", task=Task("t", head, loss)))
+
+    assert kind(partial(nn.Linear, out_features=2)) == kind(partial(nn.Linear, out_features=2))
+    assert kind(partial(nn.Linear, out_features=2)) != kind(partial(nn.Linear, out_features=3))
+    assert kind(nn.Linear, partial(functional.huber_loss, delta=1.0)) == kind(nn.Linear, partial(functional.huber_loss, delta=1.0))
+    assert kind(nn.Linear, partial(functional.huber_loss, delta=1.0)) != kind(nn.Linear, partial(functional.huber_loss, delta=2.0))
+    weight = torch.ones(2)
+    unhashable = partial(functional.cross_entropy, weight=[weight])
+    assert kind(nn.Linear, unhashable) == kind(nn.Linear, unhashable) != kind(nn.Linear)
+
+
+def test_planning_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    plan(encoder=dropout_encoder)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_pooling_before_a_relu_gives_the_same_features_and_gradients():
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2))
+
+    inputs = torch.randn(4, 1, 16, 16, dtype=torch.float64)
+    usual, other = make().double(), make().double()
+    pool_first(other)
+    assert [type(module).__name__ for module in other] == ["Conv2d", "MaxPool2d", "ReLU"] * 2
+    results = []
+    for module in (usual, other):
+        outputs = module(inputs)
+        results.append((outputs, *torch.autograd.grad((outputs**2).sum(), list(module.parameters()))))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    returning = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
+    pool_first(returning)
+    assert isinstance(returning[0], nn.ReLU)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "multiple", "lengths"), [(10, 4, 1, [3, 3, 4]), (10, 4, 2, [2, 3, 2, 3]), (4, 9, 2, [4]), (0, 3, 2, [])]
+)
+def test_chunks_are_even_and_a_multiple_of_the_workers(count, most, multiple, lengths):
+    chunks = _chunks(list(range(count)), most, multiple)
+    assert [len(chunk) for chunk in chunks] == lengths
+    assert [item for chunk in chunks for item in chunk] == list(range(count))
+
+
+def rounds(engine, federation, count=1):
+    state = initial_state(federation, Equal(), 0)
+    records = []
+    for _ in range(count):
+        state, record = run_round(state, federation, engine, Equal(), Mean(), TRAINING)
+        records.append(record)
+    return state, records
+
+
+def test_workers_use_one_kernel_thread_each_and_the_number_is_put_back(monkeypatch):
+    monkeypatch.setattr("fedgradnorm.engines.vectorized.THREADED_FLOPS", 0)
+    torch.set_num_threads(2)
+    seen, names = [], []
+
+    class Watched(nn.Linear):
+        def forward(self, inputs):
+            import threading
+
+            seen.append(torch.get_num_threads())
+            names.append(threading.current_thread().name)
+            return super().forward(inputs)
+
+    federation = small_federation(encoder=lambda: Watched(6, 4))
+    engine = VectorizedEngine(federation, seed=0)
+    seen.clear()
+    names.clear()
+    try:
+        state, _ = rounds(engine, federation)
+        engine.evaluate(state.encoder, {})
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        assert {name.partition("_")[0] for name in names} == {"fedgradnorm", "MainThread"}
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_kernels_share_idle_cores_only_when_they_are_large():
+    large = lambda: nn.Sequential(nn.Linear(6, 4000), nn.ReLU(), nn.Linear(4000, 1000))  # noqa: E731
+    for encoder, count, expected in ((large, 1, 4), (large, 3, 1), (large, 2, 2), (small_encoder, 1, 1)):
+        federation = small_federation("abc"[:count], encoder=encoder)
+        engine = VectorizedEngine(federation, seed=0, threads=4)
+        rounds(engine, federation)
+        jobs = engine._jobs([instruction for _, records in [rounds(engine, federation)] for instruction in records[0].instructions])
+        assert engine._kernels(jobs) == expected
+
+
+def test_gradients_beyond_the_limit_lie_in_a_file_that_is_gone_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    truncate = os.truncate
+    monkeypatch.setattr(os, "truncate", lambda path, size: (made.append(size), truncate(path, size)))
+    federation = small_federation("abcdefgh")
+    _, free = rounds(VectorizedEngine(federation, seed=0), federation)
+    assert made == []
+    _, tight = rounds(VectorizedEngine(federation, seed=0, memory_limit=100), federation)
+    assert made == [8 * len(tight[0].reports[0].gradient) * 4]
+    assert list(tmp_path.iterdir()) == []
+    for one, other in zip(free[0].reports, tight[0].reports, strict=True):
+        torch.testing.assert_close(one.gradient, other.gradient)
+
+
+def test_the_limit_makes_chunks_smaller():
+    federation = small_federation("abcdefghijklmnop")
+    free = VectorizedEngine(federation, seed=0, threads=1)
+    _, (record,) = rounds(free, federation)
+    of_a_client = max(plan.num_bytes for plan in free._plan_of.values())
+    for limit, expected in ((None, [16]), (2 * 6 * of_a_client, [5, 5, 6]), (1, [1] * 16)):
+        engine = VectorizedEngine(federation, seed=0, threads=1, memory_limit=limit)
+        assert [len(job) for job in engine._jobs(record.instructions)] == expected
+
+
+def test_memory_mapped_data_are_trained_on_as_they_are(tmp_path):
+    federation = small_federation("abcdef")
+    mapped = []
+    for client in federation.clients:
+        parts = []
+        for name, part in zip("xy", client.train, strict=True):
+            np.save(tmp_path / f"{client.id}-{name}.npy", part.numpy())
+            parts.append(torch.from_numpy(np.load(tmp_path / f"{client.id}-{name}.npy", mmap_mode="c")))
+        mapped.append(Client(client.id, client.task, tuple(parts), client.test))
+    expected = train(federation, num_rounds=2).state.encoder
+    assert torch.equal(train(Federation(mapped, small_encoder), num_rounds=2).state.encoder, expected)
+
+
+def test_many_rounds_and_partial_participation_hold_no_chunk_by_a_client_of_it():
+    """A client's head owns its memory: else one that trains seldom would keep a whole chunk alive."""
+    federation = small_federation("abcdefgh")
+    engine = VectorizedEngine(federation, seed=0)
+    rounds(engine, federation)
+    for state in engine.client_states.values():
+        for tensor in state.head.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_what_was_chosen_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="fedgradnorm"):
+        federation = small_federation("abcdef")
+        rounds(VectorizedEngine(federation, seed=0), federation, count=2)
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("a, and clients like it: stacked where 5 or more are alike, encoded once for all head steps")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("engine.threads=0", "engine.threads: expected a number from 1 to 1024, found 0"),
+        ("engine.memory_limit=0", "engine.memory_limit: expected a number of bytes above 0, found 0"),
+        ("engine.memory_limit=lots", "engine.memory_limit: "),
+        ("engine.device=tpu", "engine.device: expected 'cpu' or 'cuda', found 'tpu'"),
+        ("engine.device=meta", "engine.device: expected 'cpu' or 'cuda', found 'meta'"),
+        ("engine.device=cuda:77", "engine.device: 'cuda:77' is not here: torch finds"),
+    ],
+)
+def test_wrong_options_are_named(words, message):
+    with pytest.raises(ConfigError) as caught:
+        build("engine", load_config(None, [words]).engine, federation=small_federation(), seed=0)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_limit_may_be_a_text():
+    engine = build("engine", load_config(None, ["engine.memory_limit=1.5GB"]).engine, federation=small_federation(), seed=0)
+    assert engine.memory_limit == 1_500_000_000
