@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import case
 from fedgradnorm import Client, Federation
 from fedgradnorm.aggregation import Mean
+from fedgradnorm.client import norm_over
 from fedgradnorm.config import EngineConfig, TrainConfig
 from fedgradnorm.parameters import norm_layer_slices
 from fedgradnorm.registry import BUILT_INS, build
@@ -78,7 +79,7 @@ def our_rounds(federation: Federation, training: TrainConfig, engine: EngineConf
     weighting, built = FedGradNorm(), build("engine", engine, federation=federation, seed=0)
     state = initial_state(federation, weighting, 0)
     while True:
-        state, _ = run_round(state, federation, built, weighting, Mean(), training)
+        state = run_round(state, federation, built, weighting, Mean(), training)[0]
         yield
 
 
@@ -94,7 +95,7 @@ def own_cost(federation: Federation, training: TrainConfig) -> dict[str, float]:
     taken: dict[str, list[float]] = {}
     for _ in range(9):
         start = perf_counter()
-        torch.linalg.vector_norm(torch.cat([gradients[:, part] for part in slices], dim=1), dim=1, dtype=torch.float64).tolist()
+        norm_over(gradients, slices).tolist()
         normed = perf_counter()
         weighting.update(state.weighting, record.reports)
         weighted = perf_counter()

@@ -51,8 +51,9 @@ def run(
     from fedgradnorm.run import run as run_config
 
     if verbose:
-        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+        logger = logging.getLogger("fedgradnorm")
+        logger.setLevel(logging.INFO)
+        logger.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
     settings = load_config(config, overrides or [])
     folder = str(Path(settings.run.dir or f"runs/{config.stem}").expanduser())
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})

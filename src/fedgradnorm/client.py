@@ -32,6 +32,7 @@ __all__ = [
     "load_model",
     "local_update",
     "loss_examples",
+    "norm_over",
     "order_of",
 ]
 
@@ -39,6 +40,9 @@ Encoded: TypeAlias = Callable[[Client, nn.Module, Instruction], Iterable[tuple[T
 
 HEAD_BATCHES, ENCODER_BATCHES = "head batches", "encoder batches"
 """What the two orders of batches are drawn for."""
+
+GATHERED_BYTES = 16 * 2**20
+"""Batches that take no more together are gathered at once."""
 
 EVALUATION_BATCH = 512
 MOST_CLASSES = 100_000
@@ -135,7 +139,7 @@ def local_update(
         gradient=gradient,
         loss=batch_loss if exact_loss is None else exact_loss,
         initial_loss=initial_loss,
-        grad_norm=norm_over(gradient, norm_layer),
+        grad_norm=norm_over(gradient, norm_layer).item(),
         num_examples=size(client.train_data),
         buffers=buffers if shares_buffers else {},
         seconds=perf_counter() - start,
@@ -155,10 +159,12 @@ def _train_head(
     for features, targets in batches:
         loss = task.loss(head(features), targets)
         gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
+        used = [
+            (name, parameter, gradient) for (name, parameter), gradient in zip(parameters, gradients, strict=True) if gradient is not None
+        ]
         with torch.no_grad():
-            for (name, parameter), gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.sub_(direction(name, gradient, velocity, training.head_momentum), alpha=training.head_lr)  # α
+            directions = [direction(name, gradient, velocity, training.head_momentum) for name, _, gradient in used]
+            torch._foreach_sub_([parameter for _, parameter, _ in used], directions, alpha=training.head_lr)  # α
     return velocity
 
 
@@ -173,15 +179,14 @@ def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum
 def _train_encoder(client: Client, encoder: nn.Module, head: nn.Module, instruction: Instruction) -> tuple[Tensor, float]:
     """τ_ω SGD steps on the encoder with step size β, the head fixed: the mean gradient g_i, and the mean loss of the batches."""
     training, losses = instruction.training, []
-    parameters = [parameter for _, parameter in trainable(encoder)]
+    parameters: list[Tensor] = [parameter for _, parameter in trainable(encoder)]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for inputs, targets in _batches(client, instruction, ENCODER_BATCHES, training.encoder_steps):
         loss = client.task.loss(head(encoder(inputs)), targets)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            for parameter, total, gradient in zip(parameters, sums, gradients, strict=True):
-                parameter.sub_(gradient, alpha=training.encoder_lr)  # β
-                total.add_(gradient)
+            torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
+            torch._foreach_add_(sums, gradients)
         losses.append(loss.detach())
     return concatenated(sums) / training.encoder_steps, float(torch.stack(losses).double().mean())
 
@@ -193,9 +198,10 @@ def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: 
     head.load_state_dict(dict(state.head))
 
 
-def norm_over(gradient: Tensor, slices: tuple[slice, ...]) -> float:
-    """The 2-norm of these parts of a flat gradient, n_i = ‖∇_ω̃ F_i‖₂."""
-    return float(torch.linalg.vector_norm(torch.cat([gradient[part] for part in slices]), dtype=torch.float64))
+def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """The 2-norms of these parts of flat gradients of shape ``(..., P)``, n_i = ‖∇_ω̃ F_i‖₂, in double precision."""
+    norms = [torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64) for part in slices]
+    return torch.stack(norms).square().sum(dim=0).sqrt()
 
 
 def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:
@@ -262,8 +268,13 @@ def _outputs(task: Task, encoder: nn.Module, head: nn.Module, data: Data, indice
 
 
 def _batches(client: Client, instruction: Instruction, purpose: str, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for indices in order_of(client, instruction, purpose, steps):
-        yield take(client.train_data, indices)
+    data, order = client.train_data, order_of(client, instruction, purpose, steps)
+    if isinstance(data, tuple) and order.size * data[0][0].nbytes <= GATHERED_BYTES:
+        inputs, targets = take(data, order.reshape(-1))
+        yield from zip(inputs.split(order.shape[1]), targets.split(order.shape[1]), strict=True)
+    else:
+        for indices in order:
+            yield take(data, indices)
 
 
 def order_of(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:

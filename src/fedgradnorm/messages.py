@@ -76,4 +76,5 @@ class Report:
     @property
     def num_bytes(self) -> int:
         """Bytes that this message takes up: the tensors, and the three scalars that the server needs."""
-        return self.gradient.nbytes + sum(buffer.nbytes for buffer in self.buffers.values()) + 3 * SCALAR_BYTES
+        buffers = sum(buffer.nbytes for buffer in self.buffers.values()) if self.buffers else 0
+        return self.gradient.nbytes + buffers + 3 * SCALAR_BYTES

@@ -261,6 +261,7 @@ class _Job:
             except StoppedError as error:
                 raise self._stopped(writer, str(error)) from error
             rows = rows_of(self.federation, self.state, record, _evaluations(engine, self.state, training))
+            del record  # its gradients are not to lie beside the next ones
             self.rows += rows
             ended, stop = self.state.round == training.num_rounds, should_stop()
             if writer is not None:
@@ -343,32 +344,33 @@ def _guesses(federation: Federation) -> dict[str, dict[str, float]]:
 def rows_of(federation: Federation, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
     """A round as lines for metrics.jsonl: one a client, in the federation's order. What a client did not do is None."""
     reports = {report.client: report for report in record.reports}
-    instructions = {instruction.client: instruction for instruction in record.instructions}
+    instructed = {instruction.client for instruction in record.instructions}
+    bytes_down = record.instructions[0].num_bytes  # to each the same
     targets, applied = (record.weights.targets, record.weights.values) if record.weights is not None else ({}, {})
     rows: list[Row] = []
     for client in federation.clients:
-        report, instruction, evaluation = reports.get(client.id), instructions.get(client.id), evaluations.get(client.id)
+        id, report, evaluation = client.id, reports.get(client.id), evaluations.get(client.id)
         main = client.task.main_metric
         rows.append(
             {
                 "round": state.round,
-                "client": client.id,
+                "client": id,
                 "task": client.task.name,
-                "participated": instruction is not None,
-                "dropped": record.dropped.get(client.id),
+                "participated": id in instructed,
+                "dropped": record.dropped.get(id),
                 "retries": record.retries,
                 "loss": report.loss if report else None,
                 "initial_loss": report.initial_loss if report else None,
                 "inverse_training_rate": report.inverse_training_rate if report else None,
                 "grad_norm": report.grad_norm if report else None,
-                "weight": applied.get(client.id, state.weighting.weights.get(client.id, 1.0)),
-                "target": targets.get(client.id),
+                "weight": applied[id] if id in applied else state.weighting.weights.get(id, 1.0),
+                "target": targets.get(id),
                 "test_loss": _finite(evaluation.loss) if evaluation else None,
                 "metric": _finite(evaluation.metrics[main.name]) if evaluation and main else None,
                 "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()} if evaluation else {},
-                "examples": size(client.train_data),
+                "examples": report.num_examples if report else size(client.train_data),
                 "bytes_up": report.num_bytes if report else 0,
-                "bytes_down": instruction.num_bytes if instruction else 0,
+                "bytes_down": bytes_down if id in instructed else 0,
                 "seconds": report.seconds if report else 0.0,
             }
         )

@@ -1,3 +1,6 @@
+import gzip
+import json
+import logging
 import re
 import shutil
 import subprocess
@@ -68,6 +71,38 @@ def test_the_terminal_shows_a_bar_and_no_terminal_plain_lines(config, call, monk
     assert "2/2" in live
     assert "parity" in live
     assert "round 1/2" not in live
+
+
+def test_a_run_ends_with_where_its_time_went_and_what_was_sent(config, call):
+    _, out, _ = call("run", config, *QUICK)
+    line = next(line for line in out.splitlines() if line.startswith("time: "))
+    shares = dict(re.findall(r"(head steps|encoder steps|evaluation|aggregation|writing|other) (\d+)%", line))
+    assert len(shares) == 6
+    assert abs(sum(map(int, shares.values())) - 100) <= 3
+    summary = Run(Path("runs/my")).summary()
+    assert sum(summary["costs"].values()) <= summary["seconds"]
+    assert min(summary["costs"].values()) > 0
+    assert f"sent a round: {summary['bytes_up'] / 2000:.1f} kB up, {summary['bytes_down'] / 2000:.1f} kB down" in line
+
+
+def test_verbose_says_which_way_clients_are_trained_and_why(config, call, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedgradnorm"), "handlers", [])
+    _, quiet, _ = call("run", config, *QUICK)
+    assert "clients like it" not in quiet
+    _, out, _ = call("run", config, *QUICK, "--overwrite", "--verbose")
+    text = re.sub(r"\s+", " ", out)
+    assert "class, and clients like it: stacked where 5 or more are alike, encoded once for all head steps: an encoder step takes" in text
+
+
+def test_profile_writes_a_trace_with_the_workers_in_it(config, call):
+    call("run", config, "train.num_rounds=4", "train.eval_every=1", "--profile")
+    (trace,) = Path("runs/my/profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"head steps", "encoder steps", "aggregation", "evaluation", "writing"} <= names
+    code, _, _ = call("run", config, *QUICK, "--overwrite")  # a run with a trace is a run
+    assert code == 0
+    assert not Path("runs/my/profile").exists()
 
 
 def test_evaluate_gives_the_figures_of_the_summary(config, call):

@@ -27,5 +27,5 @@ def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction) -
     inputs, targets = take(client.train_data, drawn)
     with torch.no_grad():
         features = torch.cat([encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
-    for indices in order:
-        yield take((features, targets), indices)
+    inputs, targets = take((features, targets), order.reshape(-1))
+    yield from zip(inputs.split(order.shape[1]), targets.split(order.shape[1]), strict=True)

@@ -23,6 +23,7 @@ from fedgradnorm.client import (
     direction,
     evaluation_of,
     loss_examples,
+    norm_over,
     order_of,
 )
 from fedgradnorm.config import TrainConfig
@@ -137,8 +138,7 @@ def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tupl
         targets = [_targets(some, order, offsets) for some in heads]
         gradients, losses = _train_encoders(workspace.encoder, first.encoder, inputs[order], heads, targets, training)
 
-    norm_layer = torch.cat([gradients[:, part] for part in workspace.norm_layer], dim=1)
-    norms = torch.linalg.vector_norm(norm_layer, dim=1, dtype=torch.float64).tolist()
+    norms = norm_over(gradients, workspace.norm_layer).tolist()
     rows = gradients.cpu().unbind()
     states = [state for some in heads for state in _states(some)]
     seconds = (perf_counter() - start) / len(members)

@@ -79,13 +79,14 @@ class FedGradNorm:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
-        weights = {**state.weights, **{report.client: state.weights.get(report.client, 1.0) for report in reports}}
-        groups = {**state.memory["groups"], **{report.client: self._group(report) for report in reports}}
-        number = {group: index for index, group in enumerate(dict.fromkeys(self._group(report) for report in reports))}
+        clients, own_groups = [report.client for report in reports], [self._group(report) for report in reports]
+        weights = {**dict.fromkeys(clients, 1.0), **state.weights}
+        groups = {**state.memory["groups"], **dict(zip(clients, own_groups, strict=True))}
+        number = {group: index for index, group in enumerate(dict.fromkeys(own_groups))}
         members = [client for client, group in groups.items() if group in number]
 
         group_of = np.array([number[groups[client]] for client in members])
-        reporting = np.array([number[self._group(report)] for report in reports])
+        reporting = np.array([number[group] for group in own_groups])
         counts = np.bincount(group_of)
         p = _means(group_of, [weights[client] for client in members])
         n = _means(reporting, [report.grad_norm for report in reports])
@@ -98,8 +99,8 @@ class FedGradNorm:
         moved *= (counts @ p) / (counts @ moved)
 
         weights |= zip(members, moved[group_of].tolist(), strict=True)
-        values = {report.client: weights[report.client] for report in reports}
-        record = dict(zip(values, targets[reporting].tolist(), strict=True))
+        values = {client: weights[client] for client in clients}
+        record = dict(zip(clients, targets[reporting].tolist(), strict=True))
         return Weights(values, record, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
 
     def _group(self, report: Report) -> str:
