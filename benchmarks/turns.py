@@ -91,11 +91,13 @@ def own_cost(federation: Federation, training: TrainConfig) -> dict[str, float]:
     state, record = run_round(initial_state(federation, weighting, 0), federation, built, weighting, Mean(), training)
     slices = norm_layer_slices(federation.make_encoder(0), federation.norm_layer)
     gradients = torch.stack([report.gradient for report in record.reports])
+    stacked = gradients.shape[1] < 100_000  # as the engine does
     memory = equal.init(sorted(federation.client_ids))
     taken: dict[str, list[float]] = {}
     for _ in range(9):
         start = perf_counter()
-        norm_over(gradients, slices).tolist()
+        for rows in gradients.split(len(gradients) if stacked else 1):
+            norm_over(rows, slices).tolist()
         normed = perf_counter()
         weighting.update(state.weighting, record.reports)
         weighted = perf_counter()

@@ -153,7 +153,8 @@ def _train_head(
     task: Task, head: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], velocity: Mapping[str, Tensor], training: TrainConfig
 ) -> dict[str, Tensor]:
     """An SGD step on the head with step size α for each batch of features. Gives the momentum after it."""
-    parameters, velocity = trainable(head), dict(velocity)
+    parameters = trainable(head)
+    velocity = {name: velocity[name].to(parameter.device) for name, parameter in parameters if name in velocity}
     if not parameters:  # a task may do without: an encoder's output can be its prediction
         return {}
     for features, targets in batches:
@@ -227,6 +228,7 @@ def evaluate(task: Task, encoder: nn.Module, head: nn.Module, data: Data) -> Eva
 
 def evaluation_of(task: Task, loss: float, outputs: Tensor, targets: Tensor) -> Evaluation:
     """An evaluation, from the loss, the outputs and the targets of all examples."""
+    outputs, targets = outputs.cpu(), targets.cpu()
     return Evaluation(loss, {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}, len(targets))
 
 

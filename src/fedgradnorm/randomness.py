@@ -5,6 +5,7 @@ and the global generators of NumPy and torch are left as they were.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ import torch
 __all__ = ["derive_seed", "generator", "seeded_torch"]
 
 CPU = torch.device("cpu")
+GLOBAL_GENERATOR = threading.RLock()
 
 
 def derive_seed(seed: int, round: int, client: str, purpose: str) -> int:
@@ -37,9 +39,9 @@ def generator(seed: int, round: int, client: str, purpose: str) -> np.random.Gen
 def seeded_torch(seed: int, round: int, client: str, purpose: str, device: torch.device = CPU) -> Iterator[None]:
     """Seed torch's global generators inside the block, and put them back after: for what reads no other ones.
 
-    That is the initialisation of modules, and dropout. With a GPU as ``device`` its generator is seeded too.
+    That is the initialisation of modules, and dropout. With a GPU as ``device`` its generator is seeded too. One thread at a time.
     """
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
+    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
         derived = derive_seed(seed, round, client, purpose)
         torch.default_generator.manual_seed(derived)
         if device.type == "cuda":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.workloads import WORKLOADS
+from benchmarks.cases import case
 from fedgradnorm import Client, Federation, Task
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
@@ -50,9 +50,9 @@ def vector(tensors_by_name):
     return torch.cat([torch.zeros(0), *(value.double().reshape(-1) for tensors in tensors_by_name for value in tensors.values())])
 
 
-def check_same(federation, training, tolerance, *, device="cpu", metrics=True, **options):
+def check_same(federation, training, tolerance, *, device="cpu", metrics=True, threads=2, **options):
     reference = trained(ReferenceEngine(federation, training.seed), federation, training)
-    engine = VectorizedEngine(federation, training.seed, threads=2, device=device, **options)
+    engine = VectorizedEngine(federation, training.seed, threads=threads, device=device, **options)
     found = trained(engine, federation, training)
     expected_metrics, found_metrics = reference.pop("metrics"), found.pop("metrics")
     for name, expected in reference.items():
@@ -84,25 +84,11 @@ def doubled(federation):
     return Federation(clients, lambda: federation.encoder().double(), federation.norm_layer, federation.buffers)
 
 
-def of_workload(name, clients):
-    workload = WORKLOADS[name]
-    task = Task(name, lambda _: workload.head(), functional.cross_entropy)
-    members = [Client(f"{name}-{client:03d}", task, workload.data(client), workload.data(1000 + client)) for client in range(clients)]
-    training = TrainConfig(
-        head_steps=workload.head_steps,
-        encoder_steps=workload.encoder_steps,
-        head_lr=workload.step_size,
-        encoder_lr=workload.step_size,
-        batch_size=workload.batch_size,
-    )
-    return Federation(members, workload.encoder), training
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "clients", "way"), [("W1", 4, "looped"), ("W2", 4, "looped"), ("W5", 40, "stacked")])
 def test_the_workloads_of_the_benchmark(name, clients, way, device):
     """W2 with small steps: in single precision rounding puts some of its millions of ReLUs on the other side of their kink."""
-    federation, training = of_workload(name, clients)
+    federation, training = case(name, clients)
     if name == "W2":
         training = training.model_copy(update={"encoder_lr": 0.001})
     assert ways(check_same(federation, training, 1e-5, device=device)) == {way}
@@ -110,7 +96,7 @@ def test_the_workloads_of_the_benchmark(name, clients, way, device):
 
 @pytest.mark.parametrize(("name", "clients"), [("W1", 2), ("W2", 2), ("W5", 40)])
 def test_the_workloads_in_double_precision(name, clients):
-    federation, training = of_workload(name, clients)
+    federation, training = case(name, clients)
     check_same(doubled(federation), training, 1e-10)
 
 
@@ -232,7 +218,7 @@ def test_random_federations_in_single_precision(federation, training):
 
 @pytest.mark.parametrize("limit", [1, 100_000])
 def test_little_memory_gives_the_same_numbers(limit):
-    federation, training = of_workload("W5", 20)
+    federation, training = case("W5", 20)
     check_same(federation, training, 1e-5, memory_limit=limit)
 
 

@@ -24,8 +24,11 @@ def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction) -
         drawn = np.arange(size(client.train_data))
     else:
         drawn, order = order.reshape(-1), np.arange(order.size).reshape(order.shape)
-    inputs, targets = take(client.train_data, drawn)
-    with torch.no_grad():
-        features = torch.cat([encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
-    inputs, targets = take((features, targets), order.reshape(-1))
-    yield from zip(inputs.split(order.shape[1]), targets.split(order.shape[1]), strict=True)
+    features, targets = [], []
+    for start in range(0, len(drawn), ENCODED_AT_ONCE):
+        inputs, expected = take(client.train_data, drawn[start : start + ENCODED_AT_ONCE])
+        with torch.no_grad():
+            features.append(encoder(inputs))
+        targets.append(expected)
+    encoded, expected = take((torch.cat(features), torch.cat(targets)), order.reshape(-1))
+    yield from zip(encoded.split(order.shape[1]), expected.split(order.shape[1]), strict=True)

@@ -120,10 +120,11 @@ def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tupl
     load_flat(workspace.encoder, first.encoder)
     heads = _stack_heads(members, workspace)
     starting = _mean_losses(members, workspace, heads) if any(member.state.initial_loss is None for member in members) else []
-    initial_losses = [member.state.initial_loss or starting[index] for index, member in enumerate(members)]
+    known = [member.state.initial_loss for member in members]
+    initial_losses = [starting[index] if loss is None else loss for index, loss in enumerate(known)]
 
     sizes = [size(member.data) for member in members]
-    offsets = torch.tensor(np.cumsum([0, *sizes]))
+    offsets = torch.from_numpy(np.cumsum([0, *sizes]))
     inputs = torch.cat([member.data[0] for member in members]).to(device)
     with record_function("head steps"):
         order = _order(members, HEAD_BATCHES, training.head_steps) + offsets[:-1, None, None]
@@ -160,9 +161,14 @@ def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tupl
     return outcomes
 
 
+def _kind_of(member: Member) -> tuple[object, ...]:
+    targets = member.data[1]
+    return head_kind(member.client), targets.dtype, targets.shape[1:]
+
+
 def _stack_heads(members: Sequence[Member], workspace: Workspace) -> list[_Heads]:
     heads, end = [], 0
-    for _, neighbours in groupby(members, key=lambda member: head_kind(member.client)):
+    for _, neighbours in groupby(members, key=_kind_of):
         some = list(neighbours)
         end += len(some)
         states = [member.state for member in some]
@@ -241,6 +247,8 @@ def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Sequenc
             parameters = {name: value[place] for name, value in some.parameters.items()}
             targets = torch.stack([examples[index][1] for index in indices]).to(workspace.device)
             losses += some.losses(parameters, torch.stack([parts[index] for index in indices]), targets).tolist()
+        some.module.train()
+    workspace.encoder.train()
     return losses
 
 

@@ -10,22 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+import numpy as np
 import torch
 from pydantic import ByteSize
 from torch import Tensor
 
 from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, encoded, evaluate, initial_state, load_model, local_update
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import size, tensors
+from fedgradnorm.data import size, take, tensors
 from fedgradnorm.engines.looped import encoded_once
-from fedgradnorm.engines.placement import at_home, client_on, device_named, free_memory, instructions_on
+from fedgradnorm.engines.placement import at_home, client_on, device_named, instructions_on, total_memory
 from fedgradnorm.engines.planning import Plan, plan_for
 from fedgradnorm.engines.stacked import Member, stacked_evaluations, stacked_update
-from fedgradnorm.engines.workspace import Workspace, head_kind
+from fedgradnorm.engines.workspace import Workspace, can_be_arranged, head_kind
 from fedgradnorm.errors import require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
@@ -65,8 +66,8 @@ class VectorizedEngine:
         federation: whose clients it runs.
         seed: of the heads' initialisation.
         threads: how many workers there are, each with kernels of a single thread; by default as many as torch would use.
-        memory_limit: bytes, or a text such as "2GB", for what it works with; by default half of the memory that is free. Gradients that
-            would take more than half of it lie in a temporary file, mapped into memory.
+        memory_limit: bytes, or a text such as "2GB", for what it works with; by default a quarter of the machine's memory. Gradients
+            that would take more than half of it lie in a temporary file, mapped into memory.
         device: ``"cpu"``, or ``"cuda"`` for a GPU, where the data of clients that have trained stay.
     """
 
@@ -77,11 +78,13 @@ class VectorizedEngine:
         require(memory_limit is None or memory_limit > 0, "memory_limit", "a number of bytes above 0", memory_limit)
         self.federation, self.seed, self.device = federation, seed, device_named(device)
         self.threads = 1 if self.device.type == "cuda" else threads or torch.get_num_threads()
-        self.memory_limit = memory_limit or free_memory(self.device) // 2
+        self.memory_limit = memory_limit or total_memory(self.device) // 4
         buffers = buffers_of(federation.make_encoder(seed))
         self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
         self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
+        self._arranged = False
         self._clients: dict[str, Client] = {}
+        self._planned_for: int | None = None
         self._plans: dict[object, Plan] = {}
         self._plan_of: dict[str, Plan] = {}
 
@@ -96,31 +99,49 @@ class VectorizedEngine:
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train."""
+        if not instructions:
+            return []
         jobs = self._jobs(instructions_on(self.device, instructions))
         in_turn = [job for job in jobs if len(job) == 1 and self._stays_on_one_thread(job[0].client)]
         at_once = [job for job in jobs if len(job) > 1 or not self._stays_on_one_thread(job[0].client)]
         store = _GradientStore([instruction.client for instruction in instructions], instructions[0].encoder, self.memory_limit // 2)
         train, reports = partial(self._train, store), []
-        for done in self._each(train, in_turn, workers=1) + self._each(train, at_once, self.threads, self._kernels(at_once)):
-            for report, state in done:
-                self._states[report.client] = state
-                reports.append(report)
+        drawn = torch.get_rng_state()
+        done = self._each(train, in_turn, workers=1) + self._each(train, at_once, self.threads, self._kernels(at_once))
+        if not torch.equal(drawn, torch.get_rng_state()):  # models draw for some examples, and did not for those of the plan
+            torch.set_rng_state(drawn)
+            for instruction in instructions:
+                self._plan_of[instruction.client] = replace(self._plan_of[instruction.client], way="alone", encode_once=False)
+            done = self._each(train, [[instruction] for job in jobs for instruction in job], workers=1)
+        for report, state in chain.from_iterable(done):
+            self._states[report.client] = state
+            reports.append(report)
         return reports
 
     def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
         """Test every client that has test data."""
         clients = [self._client(client.id) for client in self.federation.clients if client.test_data is not None]
-        jobs = [[client] for client in clients if not self._tests_small(client)]
-        jobs += _chunks([client for client in clients if self._tests_small(client)], TESTED_TOGETHER)
+        small: dict[object, list[Client]] = {}
+        in_turn: list[list[Client]] = []
+        at_once: list[list[Client]] = []
+        for client in clients:
+            if self._tests_small(client) and isinstance(client.test_data, tuple):
+                inputs, _ = client.test_data
+                small.setdefault((inputs.shape[1:], inputs.dtype), []).append(client)
+            else:  # a data set, or a model that draws random numbers, may bear no other thread beside it
+                plan = self._plan_of.get(client.id)
+                alone = plan is None or plan.way == "alone" or not isinstance(client.test_data, tuple)
+                (in_turn if alone else at_once).append([client])
+        at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
+        test = partial(self._test, encoder, buffers)
         evaluations: dict[str, Evaluation] = {}
-        for done in self._each(partial(self._test, encoder, buffers), jobs, self.threads):
+        for done in self._each(test, in_turn, workers=1) + self._each(test, at_once, self.threads):
             evaluations |= done
         return {client.id: evaluations[client.id] for client in clients}
 
     def _jobs(self, instructions: Sequence[Instruction]) -> list[list[Instruction]]:
         """Who is trained together: clients that can be stacked and are many, in chunks; everyone else by himself."""
-        if not self._plan_of:  # for all, so that a run that is resumed with other participants goes the same ways
-            self._plan_of = {client.id: self._plan(client, instructions[0].training) for client in self.federation.clients}
+        self._make_plans(instructions[0].training)
         kinds = Counter(head_kind(self._client(instruction.client)) for instruction in instructions)
         stacks: dict[object, list[Instruction]] = {}
         jobs = []
@@ -140,6 +161,18 @@ class VectorizedEngine:
             jobs += chunks
         return jobs
 
+    def _make_plans(self, training: TrainConfig) -> None:
+        """A plan for every client, so that a run that is resumed with other participants goes the same ways."""
+        if self._planned_for == training.batch_size:
+            return
+        clients = sorted(self.federation.clients, key=lambda client: client.id)
+        inputs = take(clients[0].train_data, np.arange(min(training.batch_size, size(clients[0].train_data))))[0]
+        with kernel_threads(1):
+            self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs.to(self.device))
+            self._workspaces, self._plans = SimpleQueue(), {}
+            self._plan_of = {client.id: self._plan(client, training) for client in clients}
+        self._planned_for = training.batch_size
+
     def _client(self, id: str) -> Client:
         if id not in self._clients:
             self._clients[id] = client_on(self.device, self.federation.client(id))
@@ -150,7 +183,7 @@ class VectorizedEngine:
         shapes = [(part.shape[1:], part.dtype) for part in data] if isinstance(data, tuple) else []
         key = (head_kind(client), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
         if key not in self._plans:
-            with self._workspace() as workspace, kernel_threads(1):
+            with self._workspace() as workspace:
                 self._plans[key] = plan = plan_for(client, workspace, training)
             once = "encoded once for all head steps" if plan.encode_once else "encoded in every head step"
             log.info("%s, and clients like it: %s, %s: %s", client.id, self._said(plan), once, plan.why)
@@ -216,7 +249,7 @@ class VectorizedEngine:
         try:
             workspace = self._workspaces.get_nowait()
         except Empty:
-            workspace = Workspace(self.federation, self.seed, self.device)
+            workspace = Workspace(self.federation, self.seed, self.device, self._arranged)
         yield workspace
         self._workspaces.put(workspace)
 
@@ -243,7 +276,8 @@ class _GradientStore:
         self.rows: dict[str, Tensor] = {}
         if len(clients) * encoder.nbytes > limit:
             with tempfile.NamedTemporaryFile(prefix="fedgradnorm-") as file:
-                os.truncate(file.name, len(clients) * encoder.nbytes)
+                allocate = getattr(os, "posix_fallocate", lambda number, start, length: os.truncate(number, start + length))
+                allocate(file.fileno(), 0, len(clients) * encoder.nbytes)  # a full disk is an error here, and not later
                 mapped = torch.from_file(file.name, shared=True, size=len(clients) * len(encoder), dtype=encoder.dtype)
             self.rows = dict(zip(clients, mapped.view(len(clients), -1).unbind(), strict=True))
 

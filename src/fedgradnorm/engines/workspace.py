@@ -1,5 +1,6 @@
 """Scratch models that a worker trains in, arranged for speed."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -8,8 +9,12 @@ from torch import Tensor, nn
 
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.parameters import norm_layer_slices, trainable
+from fedgradnorm.randomness import seeded_torch
 
-__all__ = ["Workspace", "head_kind", "pool_first", "views"]
+__all__ = ["Workspace", "arrange", "can_be_arranged", "head_kind", "holds_more_than_its_state", "pool_first", "same", "views"]
+
+SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""How far apart two ways may be to count as the same: far above rounding, far below any real difference."""
 
 
 def head_kind(client: Client) -> tuple[object, object]:
@@ -35,23 +40,67 @@ class Workspace:
         federation: whose models.
         seed: of their initialisation, which is where frozen parameters stay.
         device: where they are.
+        arranged: whether the encoder is to be arranged for speed, see `arrange`.
     """
 
-    def __init__(self, federation: Federation, seed: int, device: torch.device) -> None:
+    def __init__(self, federation: Federation, seed: int, device: torch.device, arranged: bool = False) -> None:
         self.federation, self.seed, self.device = federation, seed, device
-        self.encoder = federation.make_encoder(seed).to(device)
+        self.encoder = copy.deepcopy(federation.make_encoder(seed)).to(device)  # a factory may give the same module again
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
-        pool_first(self.encoder)
-        if any(isinstance(module, nn.Conv2d) for module in self.encoder.modules()):
-            self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub knows no memory_format alone
+        if arranged:
+            arrange(self.encoder)
         self._heads: dict[object, nn.Module] = {}
 
     def head(self, client: Client) -> nn.Module:
         """A head such as this client's, with whatever parameters it was left with."""
         kind = head_kind(client)
-        if kind not in self._heads:
-            self._heads[kind] = self.federation.make_head(client, self.seed).to(self.device)
-        return self._heads[kind]
+        if kind in self._heads:
+            return self._heads[kind]
+        head = copy.deepcopy(self.federation.make_head(client, self.seed)).to(self.device)
+        if not holds_more_than_its_state(head):
+            self._heads[kind] = head
+        return head
+
+
+def holds_more_than_its_state(module: nn.Module) -> bool:
+    """Whether a module has tensors that a state dict leaves out: then another client's may be different."""
+    tensors = any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    return tensors or bool(dict(module.named_buffers()).keys() - module.state_dict().keys())
+
+
+def arrange(encoder: nn.Module) -> None:
+    """Arrange an encoder for speed, in place: pooling first, and the weights of convolutions in the channels-last layout."""
+    pool_first(encoder)
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def can_be_arranged(federation: Federation, seed: int, device: torch.device, inputs: Tensor) -> bool:
+    """Whether an arranged encoder has the features and the gradients of an untouched one, on this batch."""
+    found = []
+    for arranged in (False, True):
+        encoder = Workspace(federation, seed, device, arranged).encoder
+        try:
+            with seeded_torch(0, 0, "", "arrange", device):
+                features = encoder.train()(inputs)
+                generator = torch.Generator().manual_seed(0)
+                direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
+                parameters = [parameter for _, parameter in trainable(encoder)]
+                gradients = torch.autograd.grad((features * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
+                found.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
+        except Exception:  # noqa: BLE001  # whatever the user's own code does not bear
+            return False
+    return all(same(one, other) for one, other in zip(*found, strict=True))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by no more than rounding."""
+    one, other = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in (one, other))
+    if one.shape != other.shape:
+        return False
+    apart, size = torch.linalg.vector_norm(one - other), torch.linalg.vector_norm(one)
+    return bool(apart <= SAME.get(one.dtype, 1e-2) * size)
 
 
 def views(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
@@ -64,7 +113,7 @@ def views(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
 def pool_first(module: nn.Module) -> None:
     """In every ``nn.Sequential`` let max-pooling come before a ReLU that it follows: the same numbers for a quarter of the work."""
     for sequence in module.modules():
-        if isinstance(sequence, nn.Sequential):
+        if type(sequence) is nn.Sequential:
             for place in range(len(sequence) - 1):
                 activation, pool = sequence[place], sequence[place + 1]
                 if type(activation) is nn.ReLU and type(pool) is nn.MaxPool2d and not pool.return_indices:

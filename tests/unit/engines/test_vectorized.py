@@ -189,8 +189,8 @@ def test_kernels_share_idle_cores_only_when_they_are_large():
 def test_gradients_beyond_the_limit_lie_in_a_file_that_is_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = []
-    truncate = os.truncate
-    monkeypatch.setattr(os, "truncate", lambda path, size: (made.append(size), truncate(path, size)))
+    allocate = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: (made.append(size), allocate(file, start, size)))
     federation = small_federation("abcdefgh")
     _, free = rounds(VectorizedEngine(federation, seed=0), federation)
     assert made == []
