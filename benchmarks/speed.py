@@ -210,7 +210,7 @@ def tables(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]
 def plot(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]], path: Path) -> None:
     """The ratios as bars, and the growth as a line."""
     figure = make_subplots(
-        1, 2, subplot_titles=("How many bare loops fit into a round's time", "W5: time for each client as their number grows")
+        1, 2, subplot_titles=("How many rounds of each fit into one of the bare loop", "W5: time for each client as their number grows")
     )
     variants = list(dict.fromkeys(variant for result in results.values() for variant in result["variants"]))
     for variant in variants:
