@@ -73,7 +73,18 @@ def arrange(encoder: nn.Module) -> None:
     pool_first(encoder)
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            module.weight.data = channels_last(module.weight.data)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """A convolution's weights in the channels-last layout, by which torch lays out its output.
+
+    ``contiguous`` leaves the weights of a single input channel alone, as they lie the same in both layouts; the output is then not in it.
+    """
+    outputs, inputs, height, width = weight.shape
+    return torch.empty_strided(
+        weight.shape, (inputs * height * width, 1, inputs * width, inputs), dtype=weight.dtype, device=weight.device
+    ).copy_(weight)
 
 
 def can_be_arranged(federation: Federation, seed: int, device: torch.device, inputs: Tensor) -> bool:

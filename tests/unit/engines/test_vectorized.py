@@ -1,3 +1,4 @@
+import copy
 import logging
 import os
 import tempfile
@@ -15,7 +16,7 @@ from fedgradnorm.config import TrainConfig, load_config
 from fedgradnorm.engines import VectorizedEngine
 from fedgradnorm.engines.planning import plan_for
 from fedgradnorm.engines.vectorized import _chunks
-from fedgradnorm.engines.workspace import Workspace, head_kind, pool_first
+from fedgradnorm.engines.workspace import Workspace, arrange, head_kind, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
 from fedgradnorm.server import initial_state, run_round
@@ -129,6 +130,17 @@ def test_pooling_before_a_relu_gives_the_same_features_and_gradients():
     returning = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
     pool_first(returning)
     assert isinstance(returning[0], nn.ReLU)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_arranged_convolution_gives_its_output_in_the_channels_last_layout(channels):
+    layer = nn.Conv2d(channels, 16, 3)
+    encoder, images = nn.Sequential(copy.deepcopy(layer)), torch.randn(4, channels, 8, 8)
+    arrange(encoder)
+    output = encoder(images)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(encoder[0].weight, layer.weight)
+    assert torch.allclose(output, layer(images), atol=1e-6)
 
 
 @pytest.mark.parametrize(
