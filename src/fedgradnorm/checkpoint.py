@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, FiniteFloat, TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -54,6 +54,7 @@ class Numbers(TypedDict):
     memory: dict[str, Any]
     norms: dict[str, tuple[FiniteFloat, ...]]
     clients: dict[str, FiniteFloat | None]
+    rounds: NotRequired[dict[str, Annotated[int, Field(ge=0, strict=True)]]]
     settings: dict[str, Any]
 
 
@@ -79,6 +80,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "memory": server.weighting.memory,
         "norms": server.norms,
         "clients": {client: state.initial_loss for client, state in clients.items()},
+        "rounds": {client: state.round for client, state in clients.items()},
         "settings": checkpoint.settings,
     }
     metadata = {"state": json.dumps(numbers, allow_nan=False)}  # one entry: several are written in a random order
@@ -141,6 +143,7 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
             initial_loss=initial_loss,
             encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
             head_velocity=_of(tensors, f"client/{client}/head_velocity"),
+            round=numbers.get("rounds", {}).get(client, 0),
         )
         for client, initial_loss in numbers["clients"].items()
     }

@@ -57,12 +57,14 @@ class ClientState:
         initial_loss: F_i(0); None until the first local step.
         encoder_buffers: the client's own encoder buffers, when they are local; empty otherwise.
         head_velocity: the head optimiser's momentum, by parameter name; empty without momentum.
+        round: the last round that it was trained in; 0 before the first.
     """
 
     head: Mapping[str, Tensor]
     initial_loss: float | None = None
     encoder_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     head_velocity: Mapping[str, Tensor] = field(default_factory=dict)
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def local_update(
         round=instruction.round,
         head_seconds=head_seconds,
     )
-    return report, ClientState(_snapshot(head), initial_loss, {} if shares_buffers else buffers, velocity)
+    return report, ClientState(_snapshot(head), initial_loss, {} if shares_buffers else buffers, velocity, instruction.round)
 
 
 def _train_head(

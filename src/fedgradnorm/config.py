@@ -146,6 +146,9 @@ class RunSettings(Section):
     loss_targets: tuple[float, ...] = Field(
         (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
     )
+    experiment: str | None = Field(
+        None, description="Names the clients' files of a run across machines; made up when it begins.", pattern=r"^[A-Za-z0-9_-]{1,64}$"
+    )
     metric_targets: dict[str, float] = Field({}, description="The summary counts the rounds until a task's test metric reaches this.")
 
 

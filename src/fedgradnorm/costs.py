@@ -45,6 +45,11 @@ class TimedEngine:
         """The state of every client, by id."""
         return self.engine.client_states
 
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Why clients had no report, as far as the engine knows."""
+        return getattr(self.engine, "failures", {})
+
     def restore(self, states: Mapping[str, ClientState]) -> None:
         """Put the clients' states back."""
         self.engine.restore(states)

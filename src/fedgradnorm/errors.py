@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["ConfigError", "DataError", "FedGradNormError", "FederationError", "RunError", "StoppedError"]
+__all__ = ["ConfigError", "DataError", "FedGradNormError", "FederationError", "MessageError", "RunError", "StoppedError"]
 
 
 class FedGradNormError(Exception):
@@ -23,6 +23,10 @@ class DataError(FedGradNormError, ValueError):
 
 class FederationError(FedGradNormError, ValueError):
     """The clients, the encoder and the heads do not fit together."""
+
+
+class MessageError(FedGradNormError, ValueError):
+    """A message between server and client is not what it has to be."""
 
 
 class RunError(FedGradNormError, RuntimeError):

@@ -108,6 +108,8 @@ class RunWriter:
             tensors = {**encoder.state_dict(), **dict(encoder.named_buffers())}  # buffers that are not persistent too
             _save(tensors, self.folder / "models" / "encoder.safetensors")
             for id, state in states.items():
+                if not state.head and state.round:  # it is with the client, on another machine
+                    continue
                 head = {f"head.{name}": value for name, value in state.head.items()}
                 buffers = {f"buffer.{name}": value for name, value in state.encoder_buffers.items()}
                 _save(head | buffers, self.folder / "models" / "heads" / f"{id}.safetensors")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 
-__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "norm_layer_slices", "trainable"]
+__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "matches", "norm_layer_slices", "trainable"]
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -79,16 +79,21 @@ def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None)
         raise FederationError(f"norm_layer: expected names of encoder parameters, found {norm_layer!r}")
     names = [name for name, _ in trainable(module)]
     for pattern in patterns:
-        if not any(_fits(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             layers = {name.rpartition(".")[0] for name in names} - {""}
             raise FederationError(f"norm_layer '{pattern}' names no encoder parameter; {nearest(pattern, layers | set(names))}")
     slices, start = [], 0
     for name, parameter in trainable(module):
-        if any(_fits(name, pattern) for pattern in patterns):
+        if matches(name, patterns):
             slices.append(slice(start, start + parameter.numel()))
         start += parameter.numel()
     return tuple(slices)
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter has one of these names, lies in a layer of that name, or fits such a pattern.
+
+    >>> matches("fc.weight", ["fc"]), matches("fc.weight", ["*.weight"]), matches("fc2.weight", ["fc"])
+    (True, True, False)
+    """
+    return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)

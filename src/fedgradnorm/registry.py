@@ -2,7 +2,7 @@
 
 import inspect
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -10,6 +10,8 @@ from fedgradnorm.config import Component, validated
 from fedgradnorm.errors import ConfigError, nearest
 
 __all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
+
+Part = TypeVar("Part", bound=Component)
 
 BUILT_INS: dict[str, dict[str, str]] = {
     "aggregation": {
@@ -32,6 +34,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "fedgradnorm": "fedgradnorm.weighting.fedgradnorm:FedGradNorm",
     },
     "engine": {
+        "flower-local": "fedgradnorm.flower.engine:FlowerLocalEngine",
         "reference": "fedgradnorm.engines.reference:ReferenceEngine",
         "vectorized": "fedgradnorm.engines.vectorized:VectorizedEngine",
     },
@@ -68,7 +71,7 @@ def resolve(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind}.name: '{name}' cannot be imported: {error}") from error
 
 
-def resolved(kind: str, part: Component) -> Component:
+def resolved(kind: str, part: Part) -> Part:
     """The same part with the defaults of its options filled in, checked against the signature of what makes it.
 
     Raises:

@@ -35,10 +35,12 @@ from fedgradnorm.server import RoundRecord, ServerState, initial_state, run_roun
 from fedgradnorm.summary import check_targets, summarise
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Result", "resume", "run", "train"]
+__all__ = ["Result", "begin", "resume", "run", "train", "weighting_of"]
 
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
+OnState = Callable[[ServerState], None]
+MakeEngine = Callable[[RunConfig, Federation], Engine]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +112,7 @@ def train(
         RunError: a run folder that exists or cannot be written.
         StoppedError: the run ended early; its folder holds a checkpoint.
     """
-    if isinstance(weighting, str):
-        component = registry.resolved("weighting", WeightingConfig(name=weighting))
-        method: Weighting = registry.build("weighting", component)
-    elif isinstance(weighting, type) or not (hasattr(weighting, "init") and hasattr(weighting, "update")):
-        raise ConfigError(f"weighting: expected a name or a weighting such as FedGradNorm(), found {weighting!r}")
-    else:
-        options: dict[str, Any] = dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
-        component, method = WeightingConfig(name=registry.name_of("weighting", type(weighting)), **options), weighting
+    method, component = weighting_of(weighting)
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
         train=validated(TrainConfig, training, prefix="train"),
@@ -125,7 +120,18 @@ def train(
         engine=EngineConfig(name=engine),
         run=RunSettings(dir=None if run_dir is None else str(run_dir)),
     )
-    return _begin(config, federation, method, overwrite, on_round, should_stop)
+    return begin(config, federation, method, overwrite, on_round, should_stop)
+
+
+def weighting_of(weighting: str | Weighting) -> tuple[Weighting, WeightingConfig]:
+    """A weighting, or that of a name with its default options, and its settings. Raises ConfigError for what is neither."""
+    if isinstance(weighting, str):
+        settings = registry.resolved("weighting", WeightingConfig(name=weighting))
+        return registry.build("weighting", settings), settings
+    if isinstance(weighting, type) or not (hasattr(weighting, "init") and hasattr(weighting, "update")):
+        raise ConfigError(f"weighting: expected a name or a weighting such as FedGradNorm(), found {weighting!r}")
+    options: dict[str, Any] = dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
+    return weighting, WeightingConfig(name=registry.name_of("weighting", type(weighting)), **options)
 
 
 def run(
@@ -151,7 +157,7 @@ def run(
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
-    return _begin(resolved, federation, weighting, overwrite, on_round, should_stop, profiled)
+    return begin(resolved, federation, weighting, overwrite, on_round, should_stop, profiled)
 
 
 def resume(
@@ -162,6 +168,8 @@ def resume(
     on_round: OnRound | None = None,
     should_stop: ShouldStop = lambda: False,
     on_message: Callable[[str], None] = lambda _: None,
+    make_engine: MakeEngine | None = None,
+    on_state: OnState | None = None,
 ) -> Result:
     """Go on with a run from its newest sound checkpoint, or from the start if there is none, and give what it would have given.
 
@@ -172,6 +180,8 @@ def resume(
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there, with a checkpoint.
         on_message: told which checkpoint it goes on from, and of damaged ones.
+        make_engine: makes the engine, where the clients are not in this process; data and clients are then for it to check.
+        on_state: called after every round, before ``on_round``, with the server's state.
 
     Raises:
         RunError: the folder is no run, or cannot be written.
@@ -185,12 +195,14 @@ def resume(
     done = 0 if checkpoint is None else checkpoint.server.round
     config = _config_to_resume(opened, checkpoint, done, num_rounds)
     federation = federation or build_federation(config)
-    _checked(config, federation)
-    engine = _engine_of(config, federation)
+    if make_engine is None:
+        _checked(config, federation)
+    engine = (make_engine or _engine_of)(config, federation)
     weighting: Weighting = registry.build("weighting", config.weighting)
     state = initial_state(federation, weighting, config.train.seed)
     if checkpoint is not None:
-        if checkpoint.clients.keys() != set(federation.client_ids) or checkpoint.server.encoder.shape != state.encoder.shape:
+        same_clients = make_engine is not None or checkpoint.clients.keys() == set(federation.client_ids)
+        if not same_clients or checkpoint.server.encoder.shape != state.encoder.shape:
             raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
         state = checkpoint.server
         engine.restore(checkpoint.clients)
@@ -200,7 +212,7 @@ def resume(
         with suppress(OSError):
             set_aside(damaged)
     with RunWriter(opened.folder, config, done) as writer:
-        job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows())
+        job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows(), on_state)
         result = job.go_on(writer, on_round, should_stop)
     write_page(opened.folder)
     return result
@@ -248,6 +260,7 @@ class _Job:
     aggregate: Aggregation
     state: ServerState
     rows: list[Row]
+    on_state: OnState | None = None
 
     def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop, profiler: profile | None = None) -> Result:
         """Train the rounds that are left, and write what is to be written."""
@@ -263,7 +276,7 @@ class _Job:
             rows = rows_of(self.federation, self.state, record, _evaluations(engine, self.state, training))
             del record  # its gradients are not to lie beside the next ones
             self.rows += rows
-            ended, stop = self.state.round == training.num_rounds, should_stop()
+            ended = self.state.round == training.num_rounds
             if writer is not None:
                 with costs.of("writing"):
                     writer.write_round(rows)
@@ -271,9 +284,11 @@ class _Job:
                         writer.write_checkpoint(self.state, self.engine.client_states)
             if profiler is not None:
                 profiler.step()
+            if self.on_state is not None:
+                self.on_state(self.state)
             if on_round is not None:
                 on_round(rows)
-            if stop and not ended:
+            if should_stop() and not ended:
                 raise self._stopped(writer, f"stopped after round {self.state.round} of {training.num_rounds}")
         summary = summarise(self.federation, self.rows, guesses, settings, perf_counter() - start, costs.seconds)
         result = Result(self.federation, self.state, self.engine.client_states, self.rows, summary, training.seed)
@@ -289,7 +304,7 @@ class _Job:
         return StoppedError(f"{reason}; to go on: fedgradnorm resume {writer.folder}")
 
 
-def _begin(
+def begin(
     config: RunConfig,
     federation: Federation,
     weighting: Weighting,
@@ -297,15 +312,19 @@ def _begin(
     on_round: OnRound | None,
     should_stop: ShouldStop,
     profiled: bool = False,
+    make_engine: MakeEngine | None = None,
+    on_state: OnState | None = None,
 ) -> Result:
+    """Train a federation from the first round on. As `run`, with its parts made; ``make_engine`` and ``on_state`` as in `resume`."""
     folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
     if folder is not None:
         check_free(folder, overwrite=overwrite)
     aggregate = registry.build("aggregation", config.aggregation)
-    _checked(config, federation)
-    engine = _engine_of(config, federation)
+    if make_engine is None:
+        _checked(config, federation)
+    engine = (make_engine or _engine_of)(config, federation)
     state = initial_state(federation, weighting, config.train.seed)
-    job = _Job(config, federation, engine, weighting, aggregate, state, [])
+    job = _Job(config, federation, engine, weighting, aggregate, state, [], on_state)
     if folder is None:
         return job.go_on(None, on_round, should_stop)
     config = job.config = config.model_copy(update={"versions": versions()})

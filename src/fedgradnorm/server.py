@@ -22,7 +22,7 @@ from fedgradnorm.randomness import generator
 from fedgradnorm.threads import kernel_threads
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
-__all__ = ["RoundRecord", "ServerState", "advance", "initial_state", "instruct", "run_round", "screen"]
+__all__ = ["RoundRecord", "ServerState", "advance", "conclude", "initial_state", "instruct", "run_round", "screen"]
 
 LARGEST = 1e100
 """No sound norm, loss or training rate is above this; beyond it, products of them would overflow."""
@@ -83,6 +83,8 @@ def run_round(
         instructions = instruct(state, federation, training, attempt)
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
+        failures: Mapping[str, str] = getattr(engine, "failures", {})
+        dropped |= {client: f"no report: {why}" for client, why in failures.items() if dropped.get(client) == "no report"}
         if len(reports) >= training.min_clients:
             heard = {reply.client for reply in replies if reply.round == state.round + 1}
             undone = {client: before[client] for client in dropped if client in heard}  # one bad round must not spoil all later ones
@@ -92,6 +94,20 @@ def run_round(
     else:
         found = "; ".join(f"{client}: {reason}" for client, reason in dropped.items())
         raise StoppedError(f"round {state.round + 1}: {len(reports)} sound reports, expected at least {training.min_clients}: {found}")
+    return conclude(state, instructions, reports, dropped, weighting, aggregate, training)
+
+
+def conclude(
+    state: ServerState,
+    instructions: Sequence[Instruction],
+    reports: Sequence[Report],
+    dropped: dict[str, str],
+    weighting: Weighting,
+    aggregate: Aggregation,
+    training: TrainConfig,
+) -> tuple[ServerState, RoundRecord]:
+    """The end of a round, from its sound reports on: weight, aggregate, advance."""
+    attempt = max((instruction.attempt for instruction in instructions), default=0)
     if not reports:
         return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
     weights, weighting_state = weighting.update(state.weighting, reports)

@@ -12,7 +12,10 @@ __all__ = ["Engine"]
 
 
 class Engine(Protocol):
-    """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states."""
+    """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states.
+
+    It may also have ``failures``: by client, why there was no report when it was last instructed, in words for the run's records.
+    """
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:

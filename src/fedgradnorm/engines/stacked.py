@@ -157,7 +157,7 @@ def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tupl
             round=member.instruction.round,
             head_seconds=head_seconds,
         )
-        outcomes.append((report, ClientState(head, initial_losses[index], {}, velocity)))
+        outcomes.append((report, ClientState(head, initial_losses[index], {}, velocity, member.instruction.round)))
     return outcomes
 
 

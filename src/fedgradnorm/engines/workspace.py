@@ -81,7 +81,7 @@ def channels_last(weight: Tensor) -> Tensor:
 
     ``contiguous`` leaves the weights of a single input channel alone, as they lie the same in both layouts; the output is then not in it.
     """
-    outputs, inputs, height, width = weight.shape
+    _, inputs, height, width = weight.shape
     return torch.empty_strided(
         weight.shape, (inputs * height * width, 1, inputs * width, inputs), dtype=weight.dtype, device=weight.device
     ).copy_(weight)

@@ -1,0 +1,157 @@
+"""The client's side of a Federation on Flower: one client a node, its own data alone, its head in its own files."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedgradnorm.build import build_federation, resolve_config
+from fedgradnorm.client import evaluate, initial_state, load_model, local_update
+from fedgradnorm.config import load_config
+from fedgradnorm.data import size
+from fedgradnorm.errors import ConfigError, FederationError, MessageError
+from fedgradnorm.federation import Client, Federation
+from fedgradnorm.flower.messages import (
+    ARRAYS,
+    BUFFERS,
+    Control,
+    Greeting,
+    Layout,
+    control_of,
+    evaluation_reply,
+    greeting_reply,
+    read_instruction,
+    report_reply,
+    tensors_of,
+)
+from fedgradnorm.flower.states import StateFiles, States
+from fedgradnorm.parameters import buffers_of, norm_layer_slices
+from fedgradnorm.threads import kernel_threads
+
+__all__ = ["Node", "client_app", "client_key", "state_dir"]
+
+CLIENT_KEY, STATE_DIR, SETTINGS, THREADS = "client-key", "state-dir", "settings", "threads"
+
+
+class Node:
+    """One client of a federation that answers to messages.
+
+    Args:
+        federation: whose client it is.
+        client: which one.
+        seed: of the encoder's and the head's initialisation.
+        states: gives the place of the client's states in an experiment.
+    """
+
+    def __init__(self, federation: Federation, client: Client, seed: int, states: Callable[[str], States]) -> None:
+        self.federation, self.client, self.states = federation, client, states
+        self.encoder, self.head = federation.make_encoder(seed), federation.make_head(client, seed)
+        self.layout = Layout.of(self.encoder)
+        self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
+        self.initial = initial_state(federation, client, seed, buffers_of(self.encoder))
+
+    def answer(self, message: Message) -> Message:
+        """The reply to a message.
+
+        Raises:
+            FedGradNormError: a message that is none of ours or is for someone else, or a state that is lost.
+        """
+        control = control_of(message)
+        if control.kind == "hello":
+            examples, tests = size(self.client.train_data), self.client.test_data is not None
+            return greeting_reply(Greeting(client=self.client.id, task=self.client.task.name, num_examples=examples, tests=tests), message)
+        if control.client != self.client.id:
+            raise MessageError(f"a message for client '{control.client}' came to client '{self.client.id}'")
+        return self._train(message, control) if control.kind == "train" else self._evaluate(message, control)
+
+    def _train(self, message: Message, control: Control) -> Message:
+        instruction, states = read_instruction(message, control, self.layout), self.states(control.experiment)
+        state = states.load(control.base) if control.base else self.initial
+        report, after = local_update(self.client, self.encoder, self.head, self.norm_layer, state, instruction)
+        states.save(after, control.keep)
+        return report_reply(report, self.layout.arrays(report.gradient), message)
+
+    def _evaluate(self, message: Message, control: Control) -> Message:
+        if self.client.test_data is None:
+            raise MessageError(f"client '{self.client.id}' has no test data")
+        records = message.content
+        vector = self.layout.vector(records.array_records[ARRAYS])
+        buffers = tensors_of(records.array_records[BUFFERS]) if BUFFERS in records else {}
+        state = self.states(control.experiment).load(control.base) if control.base else self.initial
+        load_model(self.encoder, self.head, state, vector, buffers)
+        evaluation = evaluate(self.client.task, self.encoder, self.head, self.client.test_data)
+        return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message)
+
+
+def client_app(config: str | Path) -> ClientApp:
+    """A ClientApp that runs one client of the federation that a configuration file describes.
+
+    Which one, and how, is told by the node's own configuration (``flower-supernode --node-config``):
+
+    - ``client-key``: the client's id; or ``partition-id``, its place in the federation.
+    - ``state-dir``: the folder for its head and its F(0). It has to outlive the process.
+    - ``settings``: words like ``federation.path=/data/MTFL.zip`` that win over the file at this site alone, separated by spaces.
+    - ``threads``: kernel threads while it works; by default as many as torch would use.
+
+    Args:
+        config: the file, such as ``Path(__file__).with_name("federation.toml")``.
+    """
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        threads = context.node_config.get(THREADS)
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
+        with kernel_threads(threads) if threads is not None else nullcontext():
+            settings = resolve_config(load_config(Path(config), _local_settings(context)))
+            federation = build_federation(settings)
+            client = federation.client(client_key(context, federation.client_ids))
+            folder = state_dir(context)
+            return Node(federation, client, settings.train.seed, lambda experiment: StateFiles(folder, experiment, client.id)).answer(
+                message
+            )
+
+    app.train()(handle)
+    app.evaluate()(handle)
+    return app
+
+
+def client_key(context: Context, known: list[str] | None = None) -> str:
+    """The key of a node's client: ``client-key`` of its configuration, or the one at ``partition-id`` of those known.
+
+    Raises:
+        ConfigError: neither is there.
+        FederationError: there is no such partition.
+    """
+    node = context.node_config
+    if CLIENT_KEY in node:
+        return str(node[CLIENT_KEY])
+    partition = node.get("partition-id")
+    if type(partition) is not int:
+        raise ConfigError(f"node config: expected a '{CLIENT_KEY}', found {sorted(node)}: --node-config 'client-key=\"...\"'")
+    if known is None:
+        return f"client-{partition}"
+    if not 0 <= partition < len(known):
+        raise FederationError(f"node config: partition-id: expected 0 to {len(known) - 1}, found {partition}")
+    return known[partition]
+
+
+def state_dir(context: Context) -> Path:
+    """The folder for a node's states. Raises ConfigError where its configuration names none."""
+    folder = context.node_config.get(STATE_DIR)
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(
+            f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when its process ends: "
+            "--node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
+        )
+    return Path(folder).expanduser()
+
+
+def _local_settings(context: Context) -> list[str]:
+    words = str(context.node_config.get(SETTINGS, "")).split()
+    for word in words:
+        if not word.startswith("federation."):
+            raise ConfigError(f"node config: {SETTINGS}: expected words like federation.path=..., found '{word}': all else is the server's")
+    return words

@@ -1,0 +1,361 @@
+"""The clients as an engine sees them, behind a Flower Grid: on other machines, or in this process."""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.errors import MessageError, StoppedError
+from fedgradnorm.federation import Federation
+from fedgradnorm.flower.client import Node
+from fedgradnorm.flower.local_grid import LocalGrid
+from fedgradnorm.flower.messages import (
+    ARRAYS,
+    BUFFERS,
+    CONFIG,
+    CONTROL,
+    Control,
+    Greeting,
+    Layout,
+    arrays_of,
+    greeting_of,
+    read_evaluation,
+    read_report,
+)
+from fedgradnorm.flower.roster import Roster, roster_of
+from fedgradnorm.flower.states import MemoryStates
+from fedgradnorm.messages import Instruction, Report
+
+__all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
+
+log = logging.getLogger(__name__)
+
+CODES = {
+    0: "an unknown error",
+    1: "its app could not be loaded",
+    2: "its app raised an error",
+    3: "the message expired before it was answered",
+    4: "the reply expired",
+    5: "its node is gone",
+    6: "a mod refused",
+    7: "its app bundle is invalid",
+    8: "its app crashed or was killed",
+}
+"""Flower's error codes in words."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a server waits, and for whom.
+
+    Attributes:
+        min_nodes: clients that have to be connected before a round.
+        node_timeout: seconds to wait for them; then the run stops, and can be resumed.
+        round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
+        poll: seconds between looks for new nodes.
+        ask_again: seconds until a node that stays out is asked once more who it is.
+    """
+
+    min_nodes: int = 1
+    node_timeout: float = 600.0
+    round_timeout: float = 3600.0
+    poll: float = 1.0
+    ask_again: float = 60.0
+
+
+class GridEngine:
+    """Sends instructions to the nodes of a Grid, and reads what comes back.
+
+    A node is asked for its client's key once; weights and states go by that key, never by the node's id, which is another one after a
+    restart. Two nodes that claim one key at once both stay out until one is gone; a node that claims the key of one that is already
+    connected stays out until that one is gone.
+
+    States stay with the clients: here a `ClientState` is but the round that the state is of. What the server has not taken (a lost report,
+    a round that is repeated, a checkpoint that a run goes on from) the client undoes, for each message names the round to begin with.
+
+    Args:
+        grid: Flower's.
+        roster: the clients; it decides who is one.
+        layout: of the encoder.
+        experiment: the name under which the clients keep their states.
+        limits: for how long to wait, and for whom.
+        keep: so many earlier states stay with the clients, besides the last, for a run that is resumed.
+        config: for users' own apps, what goes along with messages for training and for evaluation.
+        federated: whether the clients run a Federation, and need the settings of training.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        roster: Roster,
+        layout: Layout,
+        experiment: str,
+        limits: Limits = Limits(),
+        keep: int = 3,
+        config: Mapping[str, ConfigRecord] | None = None,
+        federated: bool = True,
+    ) -> None:
+        self.grid, self.roster, self.layout, self.experiment = grid, roster, layout, experiment
+        self.limits, self.keep, self.config, self.federated = limits, keep, config or {}, federated
+        self.messages: dict[str, Message] = {}
+        self.failures: dict[str, str] = {}
+        self._nodes: dict[str, int] = {}
+        self._strangers: dict[int, str] = {}
+        self._asked: dict[int, float] = {}
+        self._untested: set[str] = set()
+        self._states: dict[str, ClientState] = {}
+        self._bases: dict[str, list[int]] = {}
+        self._round = 0
+
+    @property
+    def clients(self) -> list[str]:
+        """The keys of the clients that are connected."""
+        return sorted(self._nodes)
+
+    @property
+    def client_states(self) -> Mapping[str, ClientState]:
+        """The round that each client's state is of, by key."""
+        return dict(self._states)
+
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Let the clients go on from these rounds."""
+        self._states = dict(states)
+
+    def wait(self) -> None:
+        """Wait until enough clients are connected.
+
+        Raises:
+            StoppedError: there are too few after ``node_timeout`` seconds.
+        """
+        end = time.monotonic() + self.limits.node_timeout
+        while True:
+            self._greet()
+            if len(self._nodes) >= self.limits.min_nodes:
+                return
+            if time.monotonic() >= end:
+                raise StoppedError(
+                    f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
+                    f"{self.limits.min_nodes}; connected: {', '.join(self.clients) or 'none'}"
+                )
+            time.sleep(self.limits.poll)
+
+    def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
+        """Let the instructed clients train. Who is not connected, fails or is late has no report, and a reason in ``failures``."""
+        self.wait()
+        return self.reports(self._send(self.messages_for(instructions)))
+
+    def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
+        """The messages for those of the instructed clients that are connected, by key."""
+        self.failures = {}
+        for instruction in instructions:
+            self._remember(instruction)
+        arrays = self.layout.arrays(instructions[0].encoder) if instructions else arrays_of({})
+        self.messages = {}
+        for instruction in instructions:
+            id, state = instruction.client, self._states.get(instruction.client, ClientState({}))
+            if id not in self._nodes:
+                self.failures[id] = self._refused(id) or "not connected"
+                continue
+            control = Control(
+                kind="train",
+                experiment=self.experiment,
+                client=id,
+                round=instruction.round,
+                attempt=instruction.attempt,
+                base=state.round,
+                keep=tuple(sorted({*self._bases[id], state.round})),
+                training=instruction.training.model_dump_json() if self.federated else "",
+            )
+            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("train", instruction.round)})
+            if instruction.buffers:
+                content[BUFFERS] = arrays_of(instruction.buffers)
+            self.messages[id] = self._message(content, "train", self._nodes[id], str(instruction.round))
+        return self.messages
+
+    def reports(self, replies: Iterable[Message]) -> list[Report]:
+        """The reports in the replies to the last ``messages_for``; the other clients have a reason in ``failures``."""
+        reports = []
+        for id, reply in self._sound(self.messages, replies).items():
+            try:
+                report = read_report(reply, self.layout)
+                if report.client != id:
+                    raise MessageError(f"it answered as client '{report.client}'")
+            except MessageError as error:
+                self.failures[id] = str(error)
+                continue
+            reports.append(report)
+            self._took(id, report)
+        return reports
+
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
+        """Let every client that is connected test this encoder with its own head; who fails has no evaluation."""
+        self._greet()
+        return self.evaluations(self._send(self.tests_for(encoder, buffers)))
+
+    def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
+        """The messages that ask the connected clients to test, by key."""
+        arrays, self.messages = self.layout.arrays(encoder), {}
+        for id, node in self._nodes.items():
+            if id in self._untested:
+                continue
+            base = self._states.get(id, ClientState({})).round
+            control = Control(kind="evaluate", experiment=self.experiment, client=id, round=self._round, base=base)
+            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("evaluate", self._round)})
+            if buffers:
+                content[BUFFERS] = arrays_of(buffers)
+            self.messages[id] = self._message(content, "evaluate", node, str(self._round))
+        return self.messages
+
+    def evaluations(self, replies: Iterable[Message]) -> dict[str, Evaluation]:
+        """The evaluations in the replies to the last ``tests_for``."""
+        evaluations, failures = {}, dict(self.failures)
+        for id, reply in self._sound(self.messages, replies).items():
+            try:
+                who, evaluations[id] = read_evaluation(reply)
+                if who != id:
+                    del evaluations[id]
+                    raise MessageError(f"it answered as client '{who}'")
+            except MessageError as error:
+                log.warning("client %s: no evaluation: %s", id, error)
+        self.failures = failures
+        return evaluations
+
+    def _took(self, id: str, report: Report) -> None:
+        self._states[id] = ClientState({}, report.initial_loss, round=report.round)
+
+    def _remember(self, instruction: Instruction) -> None:
+        """Note which state each client had before a round: a checkpoint of that moment may have to be gone back to."""
+        if instruction.attempt == 0:
+            bases = self._bases.setdefault(instruction.client, [])
+            bases.append(self._states.get(instruction.client, ClientState({})).round)
+            del bases[: -self.keep - 1]
+        self._round = instruction.round
+
+    def _greet(self) -> None:
+        """Ask new nodes who they are, and forget those that are gone."""
+        online = list(self.grid.get_node_ids())
+        self._nodes = {client: node for client, node in self._nodes.items() if node in online}
+        self._strangers = {node: why for node, why in self._strangers.items() if node in online}
+        known = set(self._nodes.values())
+        now = time.monotonic()
+        new = [node for node in online if node not in known and now >= self._asked.get(node, -math.inf) + self.limits.ask_again]
+        if not new:
+            return
+        self._asked |= dict.fromkeys(new, now)
+        hello = Control(kind="hello", experiment=self.experiment)
+        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: hello.record(), CONFIG: self._config("train", 0)})
+        asked = {str(node): self._message(content, "train", node, "hello") for node in new}
+        answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.node_timeout))
+        greetings: dict[int, Greeting] = {}
+        for node in new:
+            try:
+                if str(node) in answers:
+                    greetings[node] = greeting_of(answers[str(node)])
+                else:
+                    self._refuse(node, self.failures.pop(str(node)))
+            except MessageError as error:
+                self._refuse(node, str(error))
+        claims = Counter(greeting.client for greeting in greetings.values())
+        for node, greeting in greetings.items():
+            if greeting.client in self._nodes:
+                why: str | None = f"client key '{greeting.client}' belongs to a node that is connected"
+            elif claims[greeting.client] > 1:
+                why = f"client key '{greeting.client}' is claimed by {claims[greeting.client]} nodes"
+            else:
+                why = self.roster.admit(greeting)
+            if why is not None:
+                self._refuse(node, why)
+            else:
+                self._strangers.pop(node, None)
+                (self._untested.discard if greeting.tests else self._untested.add)(greeting.client)
+                self._nodes[greeting.client] = node
+                self._states.setdefault(greeting.client, ClientState({}))
+                log.info("client %s is connected, node %d", greeting.client, node)
+
+    def _refuse(self, node: int, why: str) -> None:
+        if self._strangers.get(node) != why:
+            log.warning("node %d stays out: %s", node, why)
+        self._strangers[node] = why
+
+    def _refused(self, client: str) -> str | None:
+        """Why nobody stands for a client, if a node that was refused says so."""
+        return next((why for why in self._strangers.values() if f"'{client}'" in why), None)
+
+    def _ask(self, messages: Mapping[str, Message], whom: str = "client", timeout: float | None = None) -> dict[str, Message]:
+        """Send messages, and give the sound replies by the same names; for the others there is a failure."""
+        timeout = timeout or self.limits.round_timeout
+        return self._sound(messages, self._send(messages, timeout), whom, timeout)
+
+    def _send(self, messages: Mapping[str, Message], timeout: float | None = None) -> Iterable[Message]:
+        sent = list(messages.values())
+        return self.grid.send_and_receive(sent, timeout=timeout or self.limits.round_timeout) if sent else []
+
+    def _sound(
+        self, messages: Mapping[str, Message], replies: Iterable[Message], whom: str = "client", timeout: float | None = None
+    ) -> dict[str, Message]:
+        timeout = timeout or self.limits.round_timeout
+        asked = {message.metadata.message_id: name for name, message in messages.items()}
+        sound: dict[str, Message] = {}
+        for reply in replies:
+            name = asked.pop(reply.metadata.reply_to_message_id, None)
+            if name is None:
+                log.warning("a reply to no message of this round is left alone")
+            elif reply.has_error():
+                said = " ".join((reply.error.reason or "").split())[-300:]
+                self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
+                log.warning("%s %s: %s", whom, name, self.failures[name])
+            else:
+                sound[name] = reply
+        for name in asked.values():
+            self.failures[name] = f"no answer within {timeout:g} s"
+            log.warning("%s %s: %s", whom, name, self.failures[name])
+        return sound
+
+    def _config(self, kind: str, round: int) -> ConfigRecord:
+        return ConfigRecord({**self.config.get(kind, {}), "server-round": round})
+
+    def _message(self, content: RecordDict, kind: str, node: int, group: str) -> Message:
+        if isinstance(self.grid, LocalGrid):
+            return self.grid.create_message(content, kind, node, group)
+        return Message(content, node, kind, group_id=group, ttl=self.limits.round_timeout)
+
+
+class FlowerLocalEngine(GridEngine):
+    """Flower messages in this process, without Ray: the same messages as between machines, the clients' states in memory.
+
+    Args:
+        federation: whose clients it runs.
+        seed: of the models' initialisation.
+    """
+
+    def __init__(self, federation: Federation, seed: int) -> None:
+        self._stores = {client.id: MemoryStates() for client in federation.clients}
+        nodes = [
+            Node(federation, client, seed, lambda _, store=self._stores[client.id]: store)  # type: ignore[misc]
+            for client in federation.clients
+        ]
+
+        def answer(node: Node) -> Callable[[Message, Context], Message]:
+            return lambda message, _: node.answer(message)
+
+        grid = LocalGrid({number: answer(node) for number, node in enumerate(nodes, start=2)})
+        super().__init__(grid, roster_of(federation), nodes[0].layout, "local")
+        self._initial = {node.client.id: node.initial for node in nodes}
+        self._states = dict(self._initial)
+
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Put the clients' states back."""
+        for id, state in states.items():
+            if state.round:
+                self._stores[id].by_round[state.round] = state
+        super().restore(states)
+
+    def _took(self, id: str, report: Report) -> None:
+        self._states[id] = self._stores[id].load(report.round)

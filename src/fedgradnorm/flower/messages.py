@@ -1,0 +1,280 @@
+"""Instructions, reports and evaluations as Flower records, and back. What comes back is checked: it may come from anyone.
+
+A message to a client has the records ``arrays`` (the encoder's trainable parameters by name), ``buffers``, ``config`` (what the user sends
+along) and ``fedgradnorm`` (who and when). A reply has ``arrays`` (the mean gradient, by the same names), ``buffers``, ``metrics`` and
+``fedgradnorm``. Nothing of a head or of the data is in either.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from fedgradnorm.client import Evaluation
+from fedgradnorm.config import TrainConfig, validated
+from fedgradnorm.errors import MessageError
+from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.parameters import trainable
+
+__all__ = [
+    "ARRAYS",
+    "BUFFERS",
+    "CONFIG",
+    "CONTROL",
+    "METRICS",
+    "Control",
+    "Greeting",
+    "Layout",
+    "arrays_of",
+    "control_of",
+    "evaluation_reply",
+    "greeting_of",
+    "greeting_reply",
+    "read_evaluation",
+    "read_instruction",
+    "read_report",
+    "report_reply",
+    "tensors_of",
+]
+
+Checked = TypeVar("Checked", bound=BaseModel)
+ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
+
+
+class Control(BaseModel):
+    """What a message to a client says beside its arrays.
+
+    Attributes:
+        kind: ``hello`` asks who the node is; ``train`` and ``evaluate`` are what they say.
+        experiment: whose states the client is to use; a run and its resumptions are one experiment.
+        client: the key of the client that it is for; empty in a hello.
+        round: the round k, from 1.
+        attempt: 0, and one more each time that the round is repeated.
+        base: the round whose state the client begins with: its last one that the server has taken. 0: its initial state.
+        keep: the rounds whose states the server may come back to.
+        training: how to train, as JSON; empty for a user's own app.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    kind: str = Field(pattern="^(hello|train|evaluate)$")
+    experiment: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    client: str = ""
+    round: int = Field(0, ge=0)
+    attempt: int = Field(0, ge=0)
+    base: int = Field(0, ge=0)
+    keep: tuple[int, ...] = Field((0,), strict=False)
+    training: str = ""
+
+    def record(self) -> ConfigRecord:
+        """As a record."""
+        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self})
+
+
+class Greeting(BaseModel):
+    """Who answers to a hello.
+
+    Attributes:
+        client: its key.
+        task: the name of its task.
+        num_examples: of its training data; 0 where it does not say.
+        tests: whether it has test data.
+        metric: the name of its main metric, where the server cannot know it; empty for none.
+        higher_is_better: of that metric.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    client: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")
+    task: str = Field(min_length=1, max_length=200)
+    num_examples: int = Field(0, ge=0)
+    tests: bool = True
+    metric: str = ""
+    higher_is_better: bool = True
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    client: str
+    task: str
+    round: int
+    metrics: str = "{}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The encoder's trainable parameters: their names and shapes in the order of the flat vector, and their type."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> "Layout":
+        """The layout of an encoder."""
+        parameters = trainable(encoder)
+        return cls({name: tuple(parameter.shape) for name, parameter in parameters}, parameters[0][1].dtype)
+
+    def arrays(self, vector: Tensor) -> ArrayRecord:
+        """A flat vector as arrays by name."""
+        parts = vector.split([torch.Size(shape).numel() for shape in self.shapes.values()])
+        return arrays_of({name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)})
+
+    def vector(self, record: ArrayRecord) -> Tensor:
+        """The flat vector of arrays.
+
+        Raises:
+            MessageError: other names, shapes or types than the encoder's.
+        """
+        tensors = tensors_of(record)
+        if tensors.keys() != self.shapes.keys():
+            odd = sorted(tensors.keys() ^ self.shapes.keys())[0]
+            raise MessageError(f"arrays: expected those of the encoder, found {len(tensors)}; '{odd}' is in one alone")
+        for name, shape in self.shapes.items():
+            found = tensors[name]
+            if tuple(found.shape) != shape or found.dtype != self.dtype:
+                raise MessageError(f"array '{name}': expected {self.dtype} of {shape}, found {found.dtype} of {tuple(found.shape)}")
+        return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as arrays."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+
+
+def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
+    """Arrays as tensors of their own memory. Raises MessageError for what is no array of numbers."""
+    try:
+        return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    except (TypeError, ValueError, EOFError, OSError) as error:
+        raise MessageError(f"arrays: expected arrays of numbers; {error}") from error
+
+
+def control_of(message: Message) -> Control:
+    """What a message to a client says. Raises MessageError for a message of someone else."""
+    return _checked(Control, message, CONTROL)
+
+
+def read_instruction(message: Message, control: Control, layout: Layout) -> Instruction:
+    """The instruction in a message to a client that runs a Federation. Raises MessageError."""
+    records = message.content
+    training = validated(TrainConfig, _json(control.training, "training"), prefix="training")
+    buffers = tensors_of(records.array_records[BUFFERS]) if BUFFERS in records else {}
+    return Instruction(control.round, control.client, layout.vector(_arrays(records)), buffers, training, control.attempt)
+
+
+def greeting_reply(greeting: Greeting, message: Message) -> Message:
+    """The answer to a hello."""
+    return Message(RecordDict({CONTROL: ConfigRecord(greeting.model_dump())}), reply_to=message)
+
+
+def greeting_of(reply: Message) -> Greeting:
+    """Who answered to a hello. Raises MessageError."""
+    return _checked(Greeting, reply, CONTROL)
+
+
+def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Message:
+    """A report as a reply, its gradient as these arrays."""
+    metrics: dict[str, Any] = {
+        "loss": report.loss,
+        "initial-loss": report.initial_loss,
+        "grad-norm": report.grad_norm,
+        "num-examples": report.num_examples,
+        "seconds": report.seconds,
+        "head-seconds": report.head_seconds,
+    }
+    content = RecordDict(
+        {
+            ARRAYS: arrays,
+            METRICS: MetricRecord(metrics),
+            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round}),
+        }
+    )
+    if report.buffers:
+        content[BUFFERS] = arrays_of(report.buffers)
+    return Message(content, reply_to=message)
+
+
+def read_report(reply: Message, layout: Layout) -> Report:
+    """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
+    who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
+    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "num-examples", "seconds", "head-seconds")}
+    return Report(
+        client=who.client,
+        task=who.task,
+        gradient=layout.vector(_arrays(reply.content)),
+        loss=numbers["loss"],
+        initial_loss=numbers["initial-loss"],
+        grad_norm=numbers["grad-norm"],
+        num_examples=_count(numbers["num-examples"]),
+        buffers=tensors_of(reply.content.array_records[BUFFERS]) if BUFFERS in reply.content else {},
+        seconds=numbers["seconds"],
+        round=who.round,
+        head_seconds=numbers["head-seconds"],
+    )
+
+
+def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation, message: Message) -> Message:
+    """An evaluation as a reply."""
+    control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": json.dumps(dict(evaluation.metrics))}
+    metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
+    return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
+
+
+def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
+    """Whose evaluation it is, and the evaluation. Raises MessageError."""
+    who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply)
+    metrics = _json(who.metrics, "metrics")
+    if not all(isinstance(value, int | float) for value in metrics.values()):
+        raise MessageError(f"metrics: expected numbers by name, found {who.metrics[:100]}")
+    return who.client, Evaluation(_number(numbers, "loss"), metrics, _count(_number(numbers, "num-examples")))
+
+
+def _checked(model: type[Checked], message: Message, record: str) -> Checked:
+    found = message.content.config_records.get(record)
+    if found is None:
+        raise MessageError(f"expected a record '{record}', found {sorted(message.content)}: both sides have to be FedGradNorm's")
+    try:
+        return model.model_validate(dict(found))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MessageError(f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.100}") from error
+
+
+def _arrays(records: RecordDict) -> ArrayRecord:
+    found = records.array_records.get(ARRAYS)
+    if found is None:
+        raise MessageError(f"expected a record '{ARRAYS}', found {sorted(records)}")
+    return found
+
+
+def _metrics(reply: Message) -> MetricRecord:
+    found = reply.content.metric_records.get(METRICS)
+    if found is None:
+        raise MessageError(f"expected a record '{METRICS}', found {sorted(reply.content)}")
+    return found
+
+
+def _number(record: MetricRecord, name: str) -> float:
+    found = record.get(name)
+    if isinstance(found, Sequence) or found is None:
+        raise MessageError(f"metrics.{name}: expected a number, found {found!r:.100}")
+    return found
+
+
+def _count(number: float) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise MessageError(f"metrics.num-examples: expected a whole number, found {number!r}")
+    return number
+
+
+def _json(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{name}: expected JSON; {error}") from error
+    if not isinstance(value, dict):
+        raise MessageError(f"{name}: expected an object, found {text[:100]!r}")
+    return value

@@ -1,0 +1,155 @@
+"""A mod that gives a user's own Flower ClientApp a private head, and the server what FedGradNorm weights clients by."""
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor, nn
+
+from fedgradnorm.client import ClientState, Evaluation, norm_over
+from fedgradnorm.errors import ConfigError, MessageError
+from fedgradnorm.flower.client import client_key, state_dir
+from fedgradnorm.flower.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    Greeting,
+    Layout,
+    arrays_of,
+    control_of,
+    evaluation_reply,
+    greeting_reply,
+    report_reply,
+    tensors_of,
+)
+from fedgradnorm.flower.roster import module_of
+from fedgradnorm.flower.states import StateFiles, States
+from fedgradnorm.messages import Report
+from fedgradnorm.parameters import matches, norm_layer_slices
+from fedgradnorm.randomness import seeded_torch
+
+__all__ = ["FedGradNormMod"]
+
+
+class FedGradNormMod:
+    """For ``ClientApp(mods=[FedGradNormMod(...)])``: the app keeps its training code and sees whole models, the server sees encoders alone.
+
+    Before the app is called, the client's head is put beside the encoder that came; afterwards the head goes to the client's own files
+    (``state-dir`` in the node's configuration), and the reply holds the encoder's update, F_i(k), F_i(0) and n_i. F_i(0) is the training
+    loss of the client's first round, as an app gives no earlier one. Buffers, such as BatchNorm's statistics, stay with the head.
+
+    The app's functions get a message with the records ``arrays`` and ``config``, and answer with the trained ``arrays`` and ``metrics``, as
+    Flower's own examples do.
+
+    Args:
+        model: makes the client's model, without arguments or from the `Context`: where its head is from at first.
+        head: which of its parameters are the head: names, layers or patterns such as ``"fc3"``.
+        task: the task's name; by default ``task`` of the node's configuration, or the client's key.
+        norm_layer: which encoder parameters are the norm layer ω̃; None: the encoder's last layer.
+        loss: the name of the training loss in the app's metrics.
+        test_loss: the name of the test loss in the app's metrics.
+        metric: the name of the main test metric in the app's metrics; empty for none.
+        higher_is_better: of that metric.
+        seed: of the first head, which no two clients share.
+        states: gives the place of the client's states; by default files under ``state-dir``.
+
+    Raises:
+        ConfigError: no head.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module] | Callable[[Context], nn.Module],
+        head: str | Sequence[str],
+        *,
+        task: str | None = None,
+        norm_layer: str | Sequence[str] | None = None,
+        loss: str = "train_loss",
+        test_loss: str = "eval_loss",
+        metric: str = "eval_acc",
+        higher_is_better: bool = True,
+        seed: int = 0,
+        states: Callable[[Context, str, str], States] | None = None,
+    ) -> None:
+        self.model, self.head = model, (head,) if isinstance(head, str) else tuple(head)
+        self.task, self.norm_layer, self.loss, self.test_loss, self.metric = task, norm_layer, loss, test_loss, metric
+        self.higher_is_better, self.seed = higher_is_better, seed
+        self.states = states or (lambda context, experiment, client: StateFiles(state_dir(context), experiment, client))
+        if not self.head:
+            raise ConfigError("head: expected the names of the parameters that stay with the client, found none")
+
+    def __call__(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
+        """Answer a message with the app's help."""
+        control, client = control_of(message), client_key(context)
+        task = self.task or str(context.node_config.get("task", client))
+        if control.kind == "hello":
+            return greeting_reply(Greeting(client=client, task=task, metric=self.metric, higher_is_better=self.higher_is_better), message)
+        if control.client != client:
+            raise MessageError(f"a message for client '{control.client}' came to client '{client}'")
+        start, states, sent = (
+            perf_counter(),
+            self.states(context, control.experiment, client),
+            tensors_of(message.content.array_records[ARRAYS]),
+        )
+        state = states.load(control.base) if control.base else ClientState(self._first_head(client, context, sent))
+        whole = RecordDict({ARRAYS: arrays_of({**sent, **state.head}), CONFIG: message.content.config_records.get(CONFIG, ConfigRecord())})
+        message.content = whole
+        reply = app(message, context)
+        if reply.has_error():
+            return reply
+        metrics = {name: value for name, value in reply.content.metric_records[METRICS].items() if isinstance(value, int | float)}
+        if control.kind == "evaluate":
+            evaluation = Evaluation(self._metric(metrics, self.test_loss), metrics, int(metrics.get("num-examples", 0)))
+            return evaluation_reply(client, task, control.round, evaluation, message)
+        came = self._arrays(reply, whole)
+        loss = self._metric(metrics, self.loss)
+        initial_loss = loss if state.initial_loss is None else state.initial_loss
+        update = {name: sent[name] - came[name] for name in sent}
+        layout = Layout.of(module_of(sent))
+        flat = torch.cat([update[name].reshape(-1) for name in layout.shapes])
+        norm = norm_over(flat, norm_layer_slices(module_of(sent), self.norm_layer)).item()
+        states.save(ClientState({name: came[name] for name in came.keys() - sent.keys()}, initial_loss, round=control.round), control.keep)
+        report = Report(
+            client=client,
+            task=task,
+            gradient=flat,
+            loss=loss,
+            initial_loss=initial_loss,
+            grad_norm=norm,
+            num_examples=int(metrics.get("num-examples", 1)),
+            seconds=perf_counter() - start,
+            round=control.round,
+        )
+        return report_reply(report, layout.arrays(flat), message)
+
+    def _first_head(self, client: str, context: Context, sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of the model's state the server did not send, as initialised."""
+        with seeded_torch(self.seed, 0, client, "head"):
+            try:
+                model = self.model()  # type: ignore[call-arg]
+            except TypeError:
+                model = self.model(context)  # type: ignore[call-arg]
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        shared = {name for name, value in own.items() if not matches(name, self.head) and isinstance(value, Tensor) and name in sent}
+        missing = sent.keys() - shared
+        if missing:
+            raise MessageError(f"array '{sorted(missing)[0]}': the server sent it, and it is in the client's head or not in its model")
+        return {name: value for name, value in own.items() if name not in shared}
+
+    def _arrays(self, reply: Message, whole: RecordDict) -> dict[str, Tensor]:
+        record = reply.content.array_records.get(ARRAYS)
+        came = {} if record is None else tensors_of(record)
+        expected = set(whole.array_records[ARRAYS])
+        if came.keys() != expected:
+            raise MessageError(
+                f"the app's reply: expected the record '{ARRAYS}' with the {len(expected)} arrays that it was given, found {len(came)}"
+            )
+        return came
+
+    @staticmethod
+    def _metric(metrics: Mapping[str, float], name: str) -> float:
+        if name not in metrics:
+            raise MessageError(f"the app's metrics: expected '{name}', found {sorted(metrics)}")
+        return float(metrics[name])

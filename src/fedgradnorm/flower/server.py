@@ -1,0 +1,66 @@
+"""The server's side of a Federation on Flower: a ServerApp that does the run of a configuration file."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedgradnorm import registry
+from fedgradnorm.build import build_federation, resolve_config
+from fedgradnorm.config import load_config
+from fedgradnorm.errors import ConfigError
+from fedgradnorm.flower.engine import GridEngine, Limits
+from fedgradnorm.flower.messages import Layout
+from fedgradnorm.flower.roster import roster_of
+from fedgradnorm.flower.training import new_experiment, train_on_grid
+
+__all__ = ["server_app"]
+
+log = logging.getLogger(__name__)
+
+
+def server_app(config: str | Path) -> ServerApp:
+    """A ServerApp that trains the federation that a configuration file describes, and writes the run's folder.
+
+    A run that was cut short goes on from its checkpoint when the app is started again. The app's run configuration
+    (``[tool.flwr.app.config]``, or ``flwr run --run-config``) may have:
+
+    - ``run-dir``: the run's folder, in place of the file's ``run.dir``.
+    - ``settings``: words like ``train.num_rounds=5`` that win over the file, separated by spaces. The server tells clients how to train.
+    - ``min-nodes``: clients to wait for before a round; by default all of the federation in the first one.
+    - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
+    - ``start-round``: 1 begins anew.
+
+    Args:
+        config: the file, such as ``Path(__file__).with_name("federation.toml")``.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        options = context.run_config
+        settings = resolve_config(load_config(Path(config), str(options.get("settings", "")).split()))
+        if "run-dir" in options:
+            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(options["run-dir"])})})
+        if settings.run.dir is None:
+            raise ConfigError("run.dir: expected a folder for the run: set it in the file, or run-dir in the app's configuration")
+        roster = roster_of(build_federation(settings))
+        limits = Limits(
+            min_nodes=_number(context, "min-nodes", len(roster.clients)),
+            node_timeout=_number(context, "node-timeout", 600),
+            round_timeout=_number(context, "round-timeout", 3600),
+        )
+        engine = GridEngine(grid, roster, Layout.of(roster.make_encoder(settings.train.seed)), new_experiment(), limits, settings.run.keep)
+        start_round = _number(context, "start-round", 0) or None
+        train_on_grid(settings, engine, registry.build("weighting", settings.weighting), start_round)
+        log.info("run: %s", settings.run.dir)
+
+    return app
+
+
+def _number(context: Context, name: str, default: int) -> int:
+    value = context.run_config.get(name, default)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"run config: {name}: expected a whole number, found {value!r}")
+    return value

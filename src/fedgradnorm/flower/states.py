@@ -1,0 +1,112 @@
+"""Where a client keeps its states between messages: every message may find it in a new process, and a round may have to be undone.
+
+A state is kept under the round that it was trained in. The server names the round whose state is to be used, and those that it may come
+back to; all others are removed.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedgradnorm.atomic import write_atomically
+from fedgradnorm.client import ClientState
+from fedgradnorm.errors import RunError
+
+__all__ = ["MemoryStates", "StateFiles", "States"]
+
+PARTS = ("head", "encoder_buffers", "head_velocity")
+FILE = re.compile(r"round-(\d{8})\.safetensors")
+
+
+class States(Protocol):
+    """A client's states, by the round that they were trained in."""
+
+    def load(self, round: int) -> ClientState:
+        """The state after a round. Raises RunError where there is none."""
+        ...
+
+    def save(self, state: ClientState, keep: Collection[int]) -> None:
+        """Keep a state under its round, and remove all others but those of the rounds to be kept."""
+        ...
+
+
+class MemoryStates:
+    """States in memory, for clients in one process."""
+
+    def __init__(self) -> None:
+        self.by_round: dict[int, ClientState] = {}
+
+    def load(self, round: int) -> ClientState:
+        """The state after a round."""
+        try:
+            return self.by_round[round]
+        except KeyError:
+            raise RunError(f"no state of round {round} is kept, expected one of {sorted(self.by_round)}") from None
+
+    def save(self, state: ClientState, keep: Collection[int]) -> None:
+        """Keep a state."""
+        self.by_round = {round: kept for round, kept in self.by_round.items() if round in keep} | {state.round: state}
+
+
+class StateFiles:
+    """States as files, ``STATE-DIR/EXPERIMENT/CLIENT/round-00000012.safetensors``, each written whole or not at all.
+
+    Args:
+        state_dir: a folder that outlives the node's process, readable by this site alone.
+        experiment: which experiment.
+        client: the client's key.
+    """
+
+    def __init__(self, state_dir: Path, experiment: str, client: str) -> None:
+        self.folder, self.client = state_dir / experiment / client, client
+
+    def load(self, round: int) -> ClientState:
+        """The state after a round.
+
+        Raises:
+            RunError: there is no such file, it cannot be read, or it is another client's.
+        """
+        path = self._path(round)
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            if numbers["client"] != self.client or numbers["round"] != round:
+                raise RunError(f"state {path}: it is that of client '{numbers['client']}' after round {numbers['round']}")
+            parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
+            for name, tensor in tensors.items():
+                part, _, own = name.partition("/")
+                parts[part][own] = tensor
+            return ClientState(initial_loss=numbers["initial_loss"], round=round, **parts)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            found = sorted(entry.name for entry in self.folder.glob("round-*")) if self.folder.is_dir() else []
+            raise RunError(
+                f"state {path}: there is no such file, found {found or 'none'}: client '{self.client}' was trained up to round {round} "
+                "and needs its head to go on; restore it, or begin a new experiment"
+            ) from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise RunError(f"state {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
+
+    def save(self, state: ClientState, keep: Collection[int]) -> None:
+        """Keep a state. Raises OSError where it cannot be written; the others are as they were."""
+        tensors = {f"{part}/{name}": value.contiguous().clone() for part in PARTS for name, value in _part(state, part).items()}
+        numbers = {"client": self.client, "round": state.round, "initial_loss": state.initial_loss}
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))
+        for path in self.folder.iterdir():
+            match = FILE.fullmatch(path.name)
+            if match and int(match[1]) not in {*keep, state.round}:
+                path.unlink(missing_ok=True)
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"round-{round:08}.safetensors"
+
+
+def _part(state: ClientState, part: str) -> Mapping[str, Tensor]:
+    return getattr(state, part)  # type: ignore[no-any-return]

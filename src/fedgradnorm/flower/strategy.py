@@ -1,0 +1,239 @@
+"""FedGradNorm as a Flower strategy: the functions of the simulation, its checkpoints and its run folder."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedgradnorm import registry
+from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.build import IN_PYTHON
+from fedgradnorm.config import AggregationConfig, EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, validated
+from fedgradnorm.errors import ConfigError, StoppedError, require
+from fedgradnorm.flower.engine import GridEngine, Limits
+from fedgradnorm.flower.messages import Layout, arrays_of, tensors_of
+from fedgradnorm.flower.roster import Roster, module_of
+from fedgradnorm.flower.training import new_experiment, train_on_grid
+from fedgradnorm.messages import Instruction
+from fedgradnorm.parameters import matches
+from fedgradnorm.records import Row
+from fedgradnorm.run import rows_of, weighting_of
+from fedgradnorm.server import ServerState, conclude, instruct, screen
+from fedgradnorm.weighting.base import Weighting
+
+__all__ = ["FedGradNorm"]
+
+log = logging.getLogger(__name__)
+
+TRAINED = ("loss", "inverse_training_rate", "grad_norm")
+TESTED = ("test_loss", "metric")
+
+
+class FedGradNorm(Strategy):
+    """FedGradNorm for a Flower ServerApp, with clients that use `FedGradNormMod`.
+
+    It re-weights, screens, aggregates, records and writes checkpoints by the functions of the simulation. It takes the place of ``FedAvg``
+    in a ServerApp::
+
+        strategy = FedGradNorm(head="fc3", min_nodes=3, run_dir="runs/hospitals")
+        result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=20)
+
+    A client's update is the difference between the encoder that it was sent and the one that it came back with; the server's step is
+    ω ← ω - server_lr · Σ p_i g_i / Σ p_i with these differences as g_i.
+
+    Args:
+        head: which of the initial arrays are the clients' own and stay out of every message: names, layers or patterns such as ``"fc3"``.
+            Arrays that are not of floating-point numbers always do.
+        weighting: a weighting, or the name of one with its default options.
+        aggregation: the name of an aggregation.
+        run_dir: the run's folder, with a checkpoint for every round; None writes nothing.
+        server_lr: the server's step size.
+        fraction_train: the share of the clients that takes part in a round, drawn anew each time.
+        min_nodes: clients that have to be connected before a round.
+        min_clients: a round with fewer sound reports is undone and repeated, up to three times.
+        node_timeout: seconds to wait for ``min_nodes`` before the run stops.
+        evaluate_every: the clients test after the first and the last round, and after every so many.
+        seed: of the draws of clients.
+
+    Raises:
+        ConfigError: an unknown name, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        head: str | Sequence[str] = (),
+        weighting: str | Weighting = "fedgradnorm",
+        aggregation: str = "mean",
+        *,
+        run_dir: str | Path | None = None,
+        server_lr: float = 1.0,
+        fraction_train: float = 1.0,
+        min_nodes: int = 2,
+        min_clients: int = 1,
+        node_timeout: float = 600.0,
+        evaluate_every: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.head = (head,) if isinstance(head, str) else tuple(head)
+        self.weighting, self._weighting = weighting_of(weighting)
+        self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
+        self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
+        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout)
+        self.run_dir = None if run_dir is None else str(run_dir)
+        self._training: dict[str, Any] = {
+            "encoder_steps": 1,
+            "encoder_lr": 1.0,  # what clients report are whole updates
+            "server_lr": server_lr,
+            "fraction_train": fraction_train,
+            "min_clients": min_clients,
+            "eval_every": evaluate_every,
+            "seed": seed,
+        }
+        self._settings(1)
+        self._engine: GridEngine | None = None
+        self._state: ServerState | None = None
+        self._instructions: Sequence[Instruction] = ()
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log.info("weighting %s, aggregation %s, %s", self.weighting, self.aggregation, self.limits)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        start_round: int | None = None,
+        should_stop: Callable[[Result], bool] = lambda _: False,
+    ) -> Result:
+        """Train.
+
+        Args:
+            grid: Flower's.
+            initial_arrays: the model, with or without a head.
+            num_rounds: rounds in all, with those of a run that is gone on with.
+            timeout: seconds to wait for the replies of a round.
+            train_config: goes along with messages for training, with ``server-round``.
+            evaluate_config: goes along with messages for evaluation.
+            evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
+            start_round: 1 begins, and replaces a run in ``run_dir``; one more than that run has done goes on with it; None goes on where
+                there is a checkpoint, and begins where there is none.
+            should_stop: asked after every round with what there is so far; True ends the training.
+
+        Returns:
+            The encoder, and the metrics of the rounds since this start.
+
+        Raises:
+            ConfigError: arrays without an encoder, or a ``start_round`` that does not fit.
+            StoppedError: too few clients, or too few sound reports. The checkpoint is there to go on from.
+        """
+        self.summary()
+        engine = self._engine_for(grid, initial_arrays, timeout)
+        engine.config = {"train": train_config or ConfigRecord(), "evaluate": evaluate_config or ConfigRecord()}
+        engine.wait()
+        result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
+
+        def note_state(state: ServerState) -> None:
+            result.arrays = engine.layout.arrays(state.encoder)
+            found = None if evaluate_fn is None else evaluate_fn(state.round, result.arrays)
+            if found is not None:
+                result.evaluate_metrics_serverapp[state.round] = found
+
+        def note(rows: Sequence[Row]) -> None:
+            nonlocal stop
+            round = rows[0]["round"]
+            for metrics, names in ((result.train_metrics_clientapp, TRAINED), (result.evaluate_metrics_clientapp, TESTED)):
+                means = _means(rows, names)
+                if means:
+                    metrics[round] = means
+            stop = should_stop(result)
+
+        try:
+            train_on_grid(self._settings(num_rounds), engine, self.weighting, start_round, note, lambda: stop, note_state)
+        except StoppedError:
+            if not stop:
+                raise
+        return result
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
+        if self._engine is None or self._engine.grid is not grid:
+            self._engine, self._state = self._engine_for(grid, arrays), None
+        engine = self._engine
+        engine.config = {**engine.config, "train": config}
+        engine.wait()
+        encoder = engine.layout.vector(arrays_of(self._shared(arrays)))
+        if self._state is None:
+            self._state = ServerState(0, encoder, {}, self.weighting.init(engine.clients))
+        self._state = replace(self._state, round=server_round - 1, encoder=encoder)
+        self._instructions = instruct(self._state, engine.roster, self._settings(server_round).train)
+        return list(engine.messages_for(self._instructions).values())
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next encoder, and the means of the clients' figures. None, None, and the round undone, where too few reports are sound."""
+        engine, state = self._begun()
+        training, before = self._settings(server_round).train, engine.client_states
+        reports, dropped = screen(sorted(engine.reports(replies), key=attrgetter("client")), self._instructions, state.norms)
+        if len(reports) < max(1, training.min_clients):
+            engine.restore(before)
+            return None, None
+        engine.restore({**engine.client_states, **{client: before[client] for client in dropped if client in before}})
+        self._state, record = conclude(state, self._instructions, reports, dropped, self.weighting, self.aggregation, training)
+        return engine.layout.arrays(self._state.encoder), _means(rows_of(engine.roster, self._state, record, {}), TRAINED)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:  # noqa: ARG002
+        """The messages for testing."""
+        engine, _ = self._begun()
+        engine.config = {**engine.config, "evaluate": config}
+        return list(engine.tests_for(engine.layout.vector(arrays_of(self._shared(arrays))), {}).values())
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
+        """The mean of the clients' test losses."""
+        engine, _ = self._begun()
+        evaluations = engine.evaluations(replies).values()
+        return MetricRecord({"test_loss": fmean(one.loss for one in evaluations)}) if evaluations else None
+
+    def _begun(self) -> tuple[GridEngine, ServerState]:
+        if self._engine is None or self._state is None:
+            raise ConfigError("strategy: expected configure_train to be called before")
+        return self._engine, self._state
+
+    def _shared(self, arrays: ArrayRecord) -> dict[str, Tensor]:
+        tensors = tensors_of(arrays)
+        shared = {name: value for name, value in tensors.items() if value.is_floating_point() and not matches(name, self.head)}
+        require(bool(shared), "head", f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}", self.head)
+        return shared
+
+    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float = 3600) -> GridEngine:
+        shared = self._shared(arrays)
+        limits = replace(self.limits, round_timeout=timeout)
+        roster = Roster([], lambda: module_of(shared))
+        return GridEngine(grid, roster, Layout.of(module_of(shared)), new_experiment(), limits, federated=False)
+
+    def _settings(self, num_rounds: int) -> RunConfig:
+        return RunConfig(
+            federation=FederationConfig(name=IN_PYTHON),
+            train=validated(TrainConfig, {"num_rounds": num_rounds, **self._training}, prefix="strategy"),
+            weighting=self._weighting,
+            aggregation=self._aggregation,
+            engine=EngineConfig(name="flower"),
+            run=RunSettings(dir=self.run_dir),
+        )
+
+
+def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> MetricRecord:
+    """The means over clients of the figures that they have."""
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return MetricRecord({name: fmean(values) for name, values in found.items() if values})

@@ -1,0 +1,79 @@
+"""A run on a Grid: the simulation's loop, files and checkpoints, with the clients elsewhere."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from fedgradnorm.checkpoint import load_newest
+from fedgradnorm.config import RunConfig
+from fedgradnorm.engines.base import Engine
+from fedgradnorm.errors import ConfigError
+from fedgradnorm.federation import Federation
+from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.history import CHECKPOINTS, Run
+from fedgradnorm.run import OnRound, OnState, Result, begin, resume
+from fedgradnorm.weighting.base import Weighting
+
+__all__ = ["new_experiment", "train_on_grid"]
+
+log = logging.getLogger(__name__)
+
+
+def new_experiment() -> str:
+    """A name under which clients keep their states, and that no other experiment has."""
+    return uuid4().hex[:12]
+
+
+def train_on_grid(
+    config: RunConfig,
+    engine: GridEngine,
+    weighting: Weighting,
+    start_round: int | None = None,
+    on_round: OnRound | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_state: OnState | None = None,
+) -> Result:
+    """Train the clients of an engine's roster: from the first round on, or from the checkpoint in the run's folder.
+
+    Args:
+        config: the resolved settings; ``run.dir`` says where the run is written, with a checkpoint for every round.
+        engine: how to reach the clients.
+        weighting: their weights.
+        start_round: 1 begins, and replaces a run that is there; one more than its checkpoint has goes on; None goes on where there is a
+            checkpoint, and begins where there is none.
+        on_round: called after every round with its rows.
+        should_stop: asked after every round; True ends the run there, with a checkpoint.
+        on_state: called before ``on_round`` with the server's state.
+
+    Raises:
+        ConfigError: a ``start_round`` that is neither, or settings that are not those of the checkpoint.
+        StoppedError: too few clients, too few sound reports, or ``should_stop``; what is done is in the run's folder.
+    """
+    folder, done = None if config.run.dir is None else Path(config.run.dir).expanduser(), 0
+    if folder is not None and (folder / "config.toml").is_file():
+        checkpoint, _, _ = load_newest(folder / CHECKPOINTS)
+        done = 0 if checkpoint is None else checkpoint.server.round
+    if start_round not in (None, 1, done + 1):
+        raise ConfigError(f"start_round: expected 1 or {done + 1}, as {done} rounds are done in {folder}, found {start_round}")
+
+    def made(settings: RunConfig, _: Federation) -> Engine:
+        engine.experiment = settings.run.experiment or new_experiment()
+        return engine
+
+    if folder is not None and done and start_round != 1:
+        for row in Run(folder).rows():
+            engine.roster.expect(row["client"], row["task"])
+        return resume(
+            folder,
+            engine.roster,
+            num_rounds=config.train.num_rounds,
+            on_round=on_round,
+            should_stop=should_stop,
+            on_message=log.info,
+            make_engine=made,
+            on_state=on_state,
+        )
+    settings = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})  # clients keep only their last states
+    config = config.model_copy(update={"run": settings})
+    return begin(config, engine.roster, weighting, folder is not None, on_round, should_stop, make_engine=made, on_state=on_state)
