@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import case
+from benchmarks.products import product_rounds, shares
 from fedgradnorm import Client, Federation
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.client import norm_over
@@ -146,7 +147,7 @@ def round_flops(federation: Federation, training: TrainConfig) -> float:
 def main() -> None:
     """Answer to lines on standard input until it ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("variant", help="bare, reference, vectorized, peak, or about")
+    parser.add_argument("variant", help="bare, reference, vectorized, products, profile, peak, or about")
     parser.add_argument("workload")
     parser.add_argument("--clients", type=int)
     parser.add_argument("--threads", type=int)
@@ -165,7 +166,16 @@ def main() -> None:
             )
         )
         return
-    if args.variant == "bare":
+    alone = EngineConfig(name="vectorized", threads=1)
+    if args.variant == "profile":
+        profiled = our_rounds(federation, training, alone)
+        next(profiled)
+        for _ in sys.stdin:
+            print(json.dumps(shares(profiled)), flush=True)
+        return
+    if args.variant == "products":
+        rounds = product_rounds(our_rounds(federation, training, alone))
+    elif args.variant == "bare":
         rounds = bare_rounds(federation, training)
     else:
         name = args.variant if args.variant in BUILT_INS["engine"] else "reference"  # an older revision knows no other
