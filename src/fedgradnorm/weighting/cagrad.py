@@ -15,7 +15,8 @@ from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_
 
 __all__ = ["CAGrad", "conflict_averse"]
 
-NO_LENGTH = 1e-9
+NO_LENGTH = 1e-6
+"""A g_w shorter than this share of the longest gradient is 0: it has no direction that rounding has not made."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class CAGrad:
         d = g_0 + c ‖g_0‖ g_w / ‖g_w‖    for the w that makes ⟨g_w, g_0⟩ + c ‖g_0‖ ‖g_w‖ least,    g_w = Σ w_i g_i
 
     so a_i = 1/n + c ‖g_0‖ w_i / ‖g_w‖. c = 0 is equal weights; c < 1 still goes to a minimum of the mean loss; large c comes to MGDA's
-    direction. Where g_w is 0 no direction lowers all losses, and a_i = 1/n (ours).
+    direction. Where g_w is 0, which takes c ≥ 1, no direction lowers all losses, and
+    a_i = 1/n (ours).
 
     Args:
         c: from 0 to 100; the paper's 0.4 or 0.5.

@@ -81,7 +81,9 @@ def _shares(coefficients: np.ndarray) -> tuple[np.ndarray, float]:
     most = np.abs(coefficients).max()
     if np.isfinite(most) and most > 0:
         relative = coefficients / most  # so that no sum overflows
-        total, scale = relative.sum(), relative.sum() * most
+        total = relative.sum()
+        with np.errstate(over="ignore"):
+            scale = total * most
         if total > CANCELLED * np.abs(relative).sum() and np.isfinite(scale):
             return relative / total, float(scale)
     return np.full(len(coefficients), 1 / len(coefficients)), 1.0
