@@ -29,8 +29,7 @@ class CAGrad:
         d = g_0 + c ‖g_0‖ g_w / ‖g_w‖    for the w that makes ⟨g_w, g_0⟩ + c ‖g_0‖ ‖g_w‖ least,    g_w = Σ w_i g_i
 
     so a_i = 1/n + c ‖g_0‖ w_i / ‖g_w‖. c = 0 is equal weights; c < 1 still goes to a minimum of the mean loss; large c comes to MGDA's
-    direction. Where g_w is 0, which takes c ≥ 1, no direction lowers all losses, and
-    a_i = 1/n (ours).
+    direction. Where g_w is 0, which takes c ≥ 1, no direction lowers all losses, and a_i = 1/n (ours).
 
     Args:
         c: from 0 to 100; the paper's 0.4 or 0.5.
@@ -85,6 +84,6 @@ def conflict_averse(gram: np.ndarray, c: float) -> np.ndarray:
     least, most = NO_LENGTH, 1.0 + NO_LENGTH
     if best(least)[1] <= least:
         return mean
-    weights, length = best(brentq(lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13))
+    weights, length = best(brentq(lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13, maxiter=500))
     coefficients: np.ndarray = mean + reach / length * weights
     return coefficients

@@ -108,7 +108,7 @@ def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.nda
     root = np.vstack([_root(gram), np.full(count, SUM_WEIGHT)])
     bounds, aim = (np.maximum(base - radius, 0.0), np.minimum(base + radius, 1.0)), 1.0
     for _ in range(TRIES):
-        weights = lsq_linear(root, np.append(np.zeros(count), SUM_WEIGHT * aim), bounds, method="bvls", tol=1e-14).x
+        weights = lsq_linear(root, np.append(np.zeros(count), SUM_WEIGHT * aim), bounds, method="bvls", tol=1e-14, max_iter=10 * count).x
         lacking = 1.0 - weights.sum()
         if abs(lacking) < 1e-13:
             break
