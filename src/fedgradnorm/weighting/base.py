@@ -14,7 +14,7 @@ class WeightingState:
     """What a weighting remembers from one round to the next. It holds JSON values only, so that it can be saved and sent.
 
     Attributes:
-        weights: p_i for every client known so far, by client id; they sum to their number N.
+        weights: p_i for every client known so far, by client id; they are above 0 and sum to their number N.
         memory: whatever else the method needs.
     """
 
@@ -27,9 +27,9 @@ class Weights:
     """The weights of one round's participants, by client id.
 
     Attributes:
-        values: p_i, which multiply the gradients g_i.
+        values: p_i, which multiply the gradients g_i; their sum is above 0. With some methods single ones are 0 or negative.
         targets: what p_i n_i should be, where the method has such a target; for the record.
-        scale: a factor on the aggregated direction.
+        scale: a factor above 0 on the aggregated direction.
     """
 
     values: Mapping[str, float]

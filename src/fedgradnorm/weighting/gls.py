@@ -1,0 +1,39 @@
+"""The geometric loss strategy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgradnorm.messages import Report
+from fedgradnorm.weighting.base import WeightingState, Weights
+from fedgradnorm.weighting.combination import combination, start
+from fedgradnorm.weighting.losses import losses_of
+
+__all__ = ["GLS"]
+
+
+@dataclass(frozen=True)
+class GLS:
+    """The gradient of the geometric mean of the losses, (Π F_i)^(1/n) (Chennupati et al., CVPR Workshops 2019).
+
+    It is Σ a_i g_i with a_i = (Π_j F_j)^(1/n) / (n F_i): p_i ∝ 1 / F_i, and the scale is the geometric over the harmonic mean of the
+    losses. The scale of a loss cancels in the ratios p_i F_i. A loss below 10⁻⁶ of the initial one counts as that much: one would divide
+    by it.
+
+    >>> import torch
+    >>> def report(client, loss):
+    ...     return Report(client, "a task", torch.zeros(1), loss=loss, initial_loss=1.0, grad_norm=1.0, num_examples=9)
+    >>> weights, _ = GLS().update(GLS().init(["a", "b"]), [report("a", 1.0), report("b", 4.0)])
+    >>> weights.values, weights.scale  # 2 over 8/5
+    ({'a': 1.6, 'b': 0.4}, 1.25)
+    """
+
+    def init(self, client_ids: Sequence[str]) -> WeightingState:
+        """Weight 1 for everyone."""
+        return start(client_ids)
+
+    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+        """Weights by the inverse losses of this round."""
+        logarithms = np.log(losses_of(reports, positive=True))
+        return combination(state, reports, np.exp(logarithms.mean() - logarithms) / len(reports))
