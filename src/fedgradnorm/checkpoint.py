@@ -72,6 +72,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for client, state in clients.items():
         for part in ("head", "encoder_buffers", "head_velocity"):
             tensors |= _under(f"client/{client}/{part}", getattr(state, part))
+        if state.encoder is not None:
+            tensors[f"client/{client}/encoder"] = state.encoder
     numbers = {
         "format": FORMAT,
         "round": server.round,
@@ -141,6 +143,7 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
             initial_loss=initial_loss,
             encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
             head_velocity=_of(tensors, f"client/{client}/head_velocity"),
+            encoder=tensors.get(f"client/{client}/encoder"),
         )
         for client, initial_loss in numbers["clients"].items()
     }
