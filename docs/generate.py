@@ -36,8 +36,8 @@ fedgradnorm run configs/digits.toml train.num_rounds=5 weighting.gamma=0.5 run.d
 
 A word's value is read as TOML, or as plain text where it is none. A word that names another part, such as `weighting.name=equal`,
 drops the options that the file gives to its own. An unknown key, or a value out of range, is an error before anything is read or written.
-`federation`, `model`, `weighting`, `aggregation`, `engine` and `train.method` take the name of a built-in part, or `module:attribute` of your own, installed or in the
-current folder; the other keys of the table are its options.
+`federation`, `model`, `weighting`, `aggregation`, `engine` and `train.method` take the name of a built-in part, or `module:attribute` of
+your own, installed or in the current folder; the other keys of the table are its options.
 """
 
 
