@@ -103,7 +103,8 @@ def train(
         overwrite: whether a run that is in this folder already is replaced.
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there.
-        **training: the settings of `TrainConfig`, such as ``num_rounds=20``.
+        **training: the settings of `TrainConfig`, such as ``num_rounds=20``, ``method="fedper"`` or
+            ``method={"name": "fedprox", "mu": 0.1}``.
 
     Raises:
         ConfigError: a setting that is unknown or out of range.

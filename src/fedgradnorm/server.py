@@ -107,7 +107,7 @@ def _run_step(
     """All of a round, or one step of it where it is in lockstep."""
     before = engine.client_states
     for attempt in range(training.max_retries + 1):
-        instructions = [replace(one, step=step) for one in instruct(state, federation, training, attempt)]
+        instructions = instruct(state, federation, training, attempt, step)
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         if len(reports) >= training.min_clients:
@@ -159,12 +159,12 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
     return RoundRecord(record.instructions, reports, dropped, weights or record.weights, record.retries + another.retries)
 
 
-def instruct(state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0) -> list[Instruction]:
-    """One instruction for each client that takes part in the next round, sorted by client id."""
-    round = state.round + 1
-    return [
-        Instruction(round, client, state.encoder, state.buffers, training, attempt) for client in participants(federation, training, round)
-    ]
+def instruct(
+    state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0, step: int | None = None
+) -> list[Instruction]:
+    """One instruction for each client that takes part in the next round, or in this step of it, sorted by client id."""
+    round, ids = state.round + 1, participants(federation, training, state.round + 1)
+    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step) for client in ids]
 
 
 def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:

@@ -18,7 +18,7 @@ from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.training import Method, method_of
 from fedgradnorm.weighting import Equal, FedGradNorm
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_encoder, small_federation, timeless
-from tests.parity.test_vectorized import check_same, doubled, ways
+from tests.parity.test_vectorized import DEVICES, check_same, doubled, ways
 
 NAMES = sorted(BUILT_INS["method"])
 EXCHANGING = [name for name in NAMES if not resolve("method", name).own_encoder]
@@ -116,9 +116,10 @@ def test_the_engines_agree(name, encoder, buffers):
 
 
 @EVERY_METHOD
-def test_the_engines_agree_on_the_digits_and_on_every_clients_own_encoder(name):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_engines_agree_on_the_digits_and_on_every_clients_own_encoder(name, device):
     federation, states = doubled(digits.make(0)), []
-    for engine in (ReferenceEngine(federation, 0), VectorizedEngine(federation, 0, threads=2)):
+    for engine in (ReferenceEngine(federation, 0), VectorizedEngine(federation, 0, threads=2, device=device)):
         state = initial_state(federation, FedGradNorm(), 0)
         for _ in range(2):
             state, _ = run_round(state, federation, engine, FedGradNorm(), Mean(), TrainConfig(method=name, loss_estimate="exact", **QUICK))
