@@ -1,6 +1,7 @@
 """What every registered way to train must do: a new one is tested by being registered."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.training import Method, method_of
 from fedgradnorm.weighting import Equal, FedGradNorm
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_encoder, small_federation, timeless
+from tests.parity.test_awkward_models import Tokens
+from tests.parity.test_awkward_models import federation as awkward_federation
 from tests.parity.test_vectorized import DEVICES, check_same, doubled, ways
 
 NAMES = sorted(BUILT_INS["method"])
@@ -128,6 +131,21 @@ def test_the_engines_agree_on_the_digits_and_on_every_clients_own_encoder(name, 
         assert one.keys() == other.keys()
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-11)
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("engine", [ReferenceEngine, VectorizedEngine])
+def test_sparse_gradients_are_as_good_as_dense_ones(name, engine):
+    encoders = []
+    for sparse in (False, True):
+        federation, settings = awkward_federation(partial(Tokens, sparse=sparse)), TrainConfig(method=name, head_momentum=0.5, **QUICK)
+        made, state = engine(federation, 0), initial_state(federation, Equal(), 0)
+        for _ in range(2):
+            state, record = run_round(state, federation, made, Equal(), Mean(), settings)
+            assert not record.dropped
+        encoders.append([state.encoder, *(each.encoder for each in made.client_states.values() if each.encoder is not None)])
+    for dense, sparse in zip(*encoders, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
 
 
 @EVERY_METHOD

@@ -86,10 +86,12 @@ def encoder_steps(local: LocalRound, *, with_head: bool = False, mu: float = 0.0
             pairs = zip(parameters, found, strict=False)
             gradients = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
             if mu:
-                gradients = list(torch._foreach_add(gradients, torch._foreach_sub(parameters, received), alpha=mu))
+                pull = torch._foreach_mul(torch._foreach_sub(parameters, received), mu)
+                gradients = list(torch._foreach_add(pull, gradients))  # in this order: a gradient may be sparse
             torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
             torch._foreach_add_(sums, gradients)
-        _move_head(of_head, found[len(parameters) :], local)
+        if with_head:
+            _move_head(of_head, found[len(parameters) :], local)
         losses.append(loss.detach())
     return concatenated(sums) / len(losses), float(torch.stack(losses).double().mean())
 
