@@ -10,9 +10,11 @@ from pydantic_core import PydanticUndefined
 
 from fedgradnorm.config import (
     AggregationConfig,
+    Component,
     EngineConfig,
     FaultsConfig,
     FederationConfig,
+    MethodConfig,
     ModelConfig,
     RunSettings,
     TrainConfig,
@@ -34,15 +36,15 @@ fedgradnorm run configs/digits.toml train.num_rounds=5 weighting.gamma=0.5 run.d
 
 A word's value is read as TOML, or as plain text where it is none. A word that names another part, such as `weighting.name=equal`,
 drops the options that the file gives to its own. An unknown key, or a value out of range, is an error before anything is read or written.
-`federation`, `model`, `weighting` and `engine` take the name of a built-in part, or `module:attribute` of your own, installed or in the
-current folder; the other keys of the table are its options.
+`federation`, `model`, `weighting`, `aggregation`, `engine` and `train.method` take the name of a built-in part, or `module:attribute` of
+your own, installed or in the current folder; the other keys of the table are its options.
 """
 
 
 def text_of(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    value = list(value) if isinstance(value, tuple) else value
+    value = list(value) if isinstance(value, tuple) else value.name if isinstance(value, Component) else value
     return "none" if value is None else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
 
 
@@ -62,11 +64,11 @@ def argument_docs(made_by: Any) -> dict[str, str]:
     return dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section, flags=re.M))
 
 
-def part(kind: str, name: str) -> str:
+def part(kind: str, name: str, table_of_kind: str = "") -> str:
     summary, options = describe(kind, name)
     documented = argument_docs(resolve(kind, name))
     rows = [(key, default, documented[key].replace("``", "`")) for key, default in options.items()]
-    return f'### `{kind}.name = "{name}"`\n\n{summary}\n\n{table(rows) if rows else "No options."}'
+    return f'### `{table_of_kind or kind}.name = "{name}"`\n\n{summary}\n\n{table(rows) if rows else "No options."}'
 
 
 def page() -> str:
@@ -77,6 +79,9 @@ def page() -> str:
         sections += [part(kind, name) + "\n" for name in sorted(BUILT_INS[kind])]
     for kind, settings in (("train", TrainConfig), ("faults", FaultsConfig), ("run", RunSettings)):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(settings))}\n")
+        if kind == "train":
+            sections.append(f"## `[train.method]`\n\n{table(fields_of(MethodConfig))}\n")
+            sections += [part("method", name, "train.method") + "\n" for name in sorted(BUILT_INS["method"])]
     return "\n".join(sections)
 
 

@@ -7,11 +7,11 @@ from importlib.metadata import version
 from typing import Any
 
 from fedgradnorm import registry
-from fedgradnorm.config import RunConfig
+from fedgradnorm.config import RunConfig, TrainConfig
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
 
-__all__ = ["IN_PYTHON", "build_federation", "resolve_config", "versions"]
+__all__ = ["IN_PYTHON", "build_federation", "resolve_config", "resolve_training", "versions"]
 
 IN_PYTHON = "given in Python"
 DEFAULT_MODEL = "default"
@@ -22,7 +22,12 @@ def resolve_config(config: RunConfig) -> RunConfig:
     parts = {kind: registry.resolved(kind, getattr(config, kind)) for kind in ("federation", "weighting", "aggregation", "engine")}
     if config.model.name != DEFAULT_MODEL:
         parts["model"] = registry.resolved("model", config.model)
-    return config.model_copy(update=parts)
+    return config.model_copy(update={**parts, "train": resolve_training(config.train)})
+
+
+def resolve_training(training: TrainConfig) -> TrainConfig:
+    """The settings with the defaults of the method's options filled in."""
+    return training.model_copy(update={"method": registry.resolved("method", training.method)})
 
 
 def build_federation(config: RunConfig) -> Federation:

@@ -73,6 +73,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for client, state in clients.items():
         for part in ("head", "encoder_buffers", "head_velocity"):
             tensors |= _under(f"client/{client}/{part}", getattr(state, part))
+        if state.encoder is not None:
+            tensors[f"client/{client}/encoder"] = state.encoder
     numbers = {
         "format": FORMAT,
         "round": server.round,
@@ -144,6 +146,7 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
             encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
             head_velocity=_of(tensors, f"client/{client}/head_velocity"),
             round=numbers.get("rounds", {}).get(client, 0),
+            encoder=tensors.get(f"client/{client}/encoder"),
         )
         for client, initial_loss in numbers["clients"].items()
     }

@@ -114,7 +114,7 @@ def report(
 
 @app.command("list")
 def list_parts() -> None:
-    """List the federations, models, weightings and engines, with their options and defaults."""
+    """List the federations, models, methods, weightings, aggregations and engines, with their options and defaults."""
     from fedgradnorm.registry import BUILT_INS, describe
 
     for kind, names in BUILT_INS.items():

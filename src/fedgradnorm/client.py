@@ -1,10 +1,9 @@
 """The client's half of the algorithm: pure functions of a client, its state and an instruction."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,20 +11,19 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import Data, batch_order, size, take
+from fedgradnorm.data import Data, size, take
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
-from fedgradnorm.parameters import buffers_of, concatenated, load_buffers, load_flat, trainable
+from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, trainable
 from fedgradnorm.randomness import generator, seeded_torch
 from fedgradnorm.task import Task
+from fedgradnorm.training import LocalRound, method_of
+from fedgradnorm.training.steps import Encoded, encoded
 
 __all__ = [
-    "ENCODER_BATCHES",
-    "HEAD_BATCHES",
     "ClientState",
     "Evaluation",
     "constant_guess",
-    "direction",
     "evaluate",
     "evaluation_of",
     "initial_state",
@@ -33,16 +31,7 @@ __all__ = [
     "local_update",
     "loss_examples",
     "norm_over",
-    "order_of",
 ]
-
-Encoded: TypeAlias = Callable[[Client, nn.Module, Instruction], Iterable[tuple[Tensor, Tensor]]]
-
-HEAD_BATCHES, ENCODER_BATCHES = "head batches", "encoder batches"
-"""What the two orders of batches are drawn for."""
-
-GATHERED_BYTES = 16 * 2**20
-"""Batches that take no more together are gathered at once."""
 
 EVALUATION_BATCH = 512
 MOST_CLASSES = 100_000
@@ -58,6 +47,8 @@ class ClientState:
         encoder_buffers: the client's own encoder buffers, when they are local; empty otherwise.
         head_velocity: the head optimiser's momentum, by parameter name; empty without momentum.
         round: the last round that it was trained in; 0 before the first.
+        encoder: the client's own trainable encoder parameters, flat, shape ``(P,)``, where its method keeps them; None where it goes on
+            from the server's.
     """
 
     head: Mapping[str, Tensor]
@@ -65,6 +56,7 @@ class ClientState:
     encoder_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     head_velocity: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
+    encoder: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +74,6 @@ def initial_state(federation: Federation, client: Client, seed: int, encoder_buf
     return ClientState(head=_snapshot(federation.make_head(client, seed)), encoder_buffers=buffers)
 
 
-def encoded(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the head's steps, their inputs as the fixed encoder's features."""
-    for inputs, targets in _batches(client, instruction, HEAD_BATCHES, instruction.training.head_steps):
-        with torch.no_grad():
-            features = encoder(inputs)
-        yield features, targets
-
-
 def local_update(
     client: Client,
     encoder: nn.Module,
@@ -101,7 +85,7 @@ def local_update(
     encoded: Encoded = encoded,
     random_model: bool = True,
 ) -> tuple[Report, ClientState]:
-    """One round at one client: train the head with the encoder fixed, then the encoder with the head fixed.
+    """One round at one client: train its head and the encoder, as the method in the settings says.
 
     Args:
         client: who trains.
@@ -117,6 +101,7 @@ def local_update(
         The report for the server, and the client's next state.
     """
     start, training = perf_counter(), instruction.training
+    method = method_of(training)
     load_model(encoder, head, state, instruction.encoder, instruction.buffers)
     initial_loss = state.initial_loss
     if initial_loss is None:
@@ -124,14 +109,17 @@ def local_update(
 
     encoder.train()
     head.train()
-    key = (training.seed, instruction.round, client.id, "dropout")
+    velocity = {name: state.head_velocity[name].to(parameter.device) for name, parameter in trainable(head) if name in state.head_velocity}
+    local = LocalRound(client, encoder, head, velocity, instruction, encoded)
+    purpose = "dropout" if instruction.step is None else f"dropout {instruction.step}"
+    key = (training.seed, instruction.round, client.id, purpose)
     with seeded_torch(*key, device=instruction.encoder.device) if random_model else nullcontext():
         with record_function("head steps"):
-            velocity = _train_head(client.task, head, encoded(client, encoder, instruction), state.head_velocity, training)
+            method.train_head(local)
         exact_loss = mean_loss(client, encoder, head, training) if training.loss_estimate == "exact" else None
         head_seconds = perf_counter() - start
         with record_function("encoder steps"):
-            gradient, batch_loss = _train_encoder(client, encoder, head, instruction)
+            gradient, batch_loss = method.train_encoder(local)
 
     buffers = buffers_of(encoder)
     shares_buffers = bool(instruction.buffers)
@@ -148,55 +136,15 @@ def local_update(
         round=instruction.round,
         head_seconds=head_seconds,
     )
-    return report, ClientState(_snapshot(head), initial_loss, {} if shares_buffers else buffers, velocity, instruction.round)
-
-
-def _train_head(
-    task: Task, head: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], velocity: Mapping[str, Tensor], training: TrainConfig
-) -> dict[str, Tensor]:
-    """An SGD step on the head with step size α for each batch of features. Gives the momentum after it."""
-    parameters = trainable(head)
-    velocity = {name: velocity[name].to(parameter.device) for name, parameter in parameters if name in velocity}
-    if not parameters:  # a task may do without: an encoder's output can be its prediction
-        return {}
-    for features, targets in batches:
-        loss = task.loss(head(features), targets)
-        gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
-        used = [
-            (name, parameter, gradient) for (name, parameter), gradient in zip(parameters, gradients, strict=True) if gradient is not None
-        ]
-        with torch.no_grad():
-            directions = [direction(name, gradient, velocity, training.head_momentum) for name, _, gradient in used]
-            torch._foreach_sub_([parameter for _, parameter, _ in used], directions, alpha=training.head_lr)  # α
-    return velocity
-
-
-def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum: float) -> Tensor:
-    """Where SGD goes: along the gradient, or with momentum along v ← momentum · v + gradient, which is kept in ``velocity``."""
-    if momentum == 0:
-        return gradient
-    velocity[name] = velocity[name] * momentum + gradient if name in velocity else gradient
-    return velocity[name]
-
-
-def _train_encoder(client: Client, encoder: nn.Module, head: nn.Module, instruction: Instruction) -> tuple[Tensor, float]:
-    """τ_ω SGD steps on the encoder with step size β, the head fixed: the mean gradient g_i, and the mean loss of the batches."""
-    training, losses = instruction.training, []
-    parameters: list[Tensor] = [parameter for _, parameter in trainable(encoder)]
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for inputs, targets in _batches(client, instruction, ENCODER_BATCHES, training.encoder_steps):
-        loss = client.task.loss(head(encoder(inputs)), targets)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        with torch.no_grad():
-            torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
-            torch._foreach_add_(sums, gradients)
-        losses.append(loss.detach())
-    return concatenated(sums) / training.encoder_steps, float(torch.stack(losses).double().mean())
+    own_encoder = flatten(encoder) if method.own_encoder else None
+    return report, ClientState(
+        _snapshot(head), initial_loss, {} if shares_buffers else buffers, local.velocity, instruction.round, own_encoder
+    )
 
 
 def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: Tensor, buffers: Mapping[str, Tensor]) -> None:
-    """Put a client's model together in place: the shared encoder, the shared or its own buffers, and its head."""
-    load_flat(encoder, vector)
+    """Put a client's model together in place: the shared or its own encoder, the shared or its own buffers, and its head."""
+    load_flat(encoder, vector if state.encoder is None else state.encoder)
     load_buffers(encoder, {**state.encoder_buffers, **buffers}.items())
     head.load_state_dict(dict(state.head))
 
@@ -269,23 +217,6 @@ def _outputs(task: Task, encoder: nn.Module, head: nn.Module, data: Data, indice
         targets.append(expected)
         losses.append(task.loss(outputs[-1], expected).item() * len(expected))
     return sum(losses) / len(indices), torch.cat(outputs), torch.cat(targets)
-
-
-def _batches(client: Client, instruction: Instruction, purpose: str, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    data, order = client.train_data, order_of(client, instruction, purpose, steps)
-    if isinstance(data, tuple) and order.size * data[0][0].nbytes <= GATHERED_BYTES:
-        inputs, targets = take(data, order.reshape(-1))
-        yield from zip(inputs.split(order.shape[1]), targets.split(order.shape[1]), strict=True)
-    else:
-        for indices in order:
-            yield take(data, indices)
-
-
-def order_of(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
-    """The examples of a round's batches, shape ``(steps, batch)``."""
-    training = instruction.training
-    rng = generator(training.seed, instruction.round, client.id, purpose)
-    return batch_order(size(client.train_data), training.batch_size, steps, rng)
 
 
 def _snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ __all__ = [
     "EngineConfig",
     "FaultsConfig",
     "FederationConfig",
+    "MethodConfig",
     "ModelConfig",
     "RunConfig",
     "RunSettings",
@@ -34,10 +35,43 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Component(BaseModel):
+    """A table that names a part and gives its options: the other keys of the table."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, without the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The same part with these options in place of its own."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**own, **options)
+
+
+class MethodConfig(Component):
+    """How a client trains in a round: the table ``[train.method]``, or its name alone."""
+
+    name: str = Field(
+        "fedrep",
+        description="`fedrep`, `fedper`, `fedprox`, `fedavg`, `local`, `centralized`, or your own `module:Class`; its options beside it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class TrainConfig(Section):
     """How to train: the table ``[train]``."""
 
     num_rounds: int = Field(50, ge=1, description="Rounds to train.")
+    method: MethodConfig = Field(MethodConfig(), description="How a client trains in a round: a name, or a table with options.")
     head_steps: int = Field(10, ge=1, description="SGD steps on the head in a round, the encoder fixed: τ_h.")
     encoder_steps: int = Field(10, ge=1, description="SGD steps on the encoder in a round, the head fixed: τ_ω.")
     head_lr: float = Field(0.05, gt=0, le=1e6, description="Step size of the head: α.")
@@ -79,24 +113,6 @@ class FaultsConfig(Section):
     delay: float = Field(0.0, ge=0, le=1, description="It arrives a round too late, and then counts for nothing.")
     nan: float = Field(0.0, ge=0, le=1, description="One of its numbers is not a number.")
     corrupt: float = Field(0.0, ge=0, le=1, description="A gradient a thousand times too long, cut short or noise, or a negative loss.")
-
-
-class Component(BaseModel):
-    """A table that names a part and gives its options: the other keys of the table."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options, without the name."""
-        return dict(self.__pydantic_extra__ or {})
-
-    def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The same part with these options in place of its own."""
-        own = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**own, **options)
 
 
 class FederationConfig(Component):
@@ -222,13 +238,17 @@ def _parse_override(word: str) -> tuple[str, Any]:
 
 
 def _drop_options_of_another_part(values: dict[str, Any], dotted: str, name: Any) -> None:
-    table, _, key = dotted.partition(".")
-    field, part = RunConfig.model_fields.get(table), values.get(table)
-    kind = field.annotation if field is not None else None
+    *tables, key = dotted.split(".")
+    kind: Any = RunConfig
+    part: Any = values
+    for table in tables:
+        field = kind.model_fields.get(table) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind, part = field.annotation if field is not None else None, part.get(table) if isinstance(part, dict) else None
     if key == "name" and isinstance(kind, type) and issubclass(kind, Component) and isinstance(part, dict):
         if part.get("name", kind.model_fields["name"].default) == name:
             return
-        values[table] = {key: value for key, value in part.items() if key in kind.model_fields}
+        for option in part.keys() - kind.model_fields.keys():
+            del part[option]
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any, word: str) -> None:

@@ -103,7 +103,7 @@ class RunWriter:
             save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
-        """Save the encoder's state and every client's head, with the encoder buffers of its own."""
+        """Save the encoder's state and every client's head, with the encoder buffers, and the encoder, of its own."""
         with self._writing():
             tensors = {**encoder.state_dict(), **dict(encoder.named_buffers())}  # buffers that are not persistent too
             _save(tensors, self.folder / "models" / "encoder.safetensors")
@@ -112,7 +112,8 @@ class RunWriter:
                     continue
                 head = {f"head.{name}": value for name, value in state.head.items()}
                 buffers = {f"buffer.{name}": value for name, value in state.encoder_buffers.items()}
-                _save(head | buffers, self.folder / "models" / "heads" / f"{id}.safetensors")
+                own = {} if state.encoder is None else {"encoder": state.encoder}
+                _save(head | buffers | own, self.folder / "models" / "heads" / f"{id}.safetensors")
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""

@@ -23,6 +23,7 @@ class Instruction:
         buffers: the encoder's buffers by name, when the federation averages them; empty otherwise.
         training: how to train.
         attempt: 0, and one more each time that the round has to be repeated.
+        step: which of the round's encoder steps to take, from 0, where the server steps after each of them; None: all.
     """
 
     round: int
@@ -31,6 +32,7 @@ class Instruction:
     buffers: Mapping[str, Tensor]
     training: TrainConfig
     attempt: int = 0
+    step: int | None = None
 
     @property
     def num_bytes(self) -> int:

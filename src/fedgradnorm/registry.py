@@ -29,6 +29,14 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "cnn": "fedgradnorm.models:cnn",
         "mlp": "fedgradnorm.models:mlp",
     },
+    "method": {
+        "centralized": "fedgradnorm.training.centralized:Centralized",
+        "fedavg": "fedgradnorm.training.fedavg:FedAvg",
+        "fedper": "fedgradnorm.training.fedper:FedPer",
+        "fedprox": "fedgradnorm.training.fedprox:FedProx",
+        "fedrep": "fedgradnorm.training.fedrep:FedRep",
+        "local": "fedgradnorm.training.local:Local",
+    },
     "weighting": {
         "afl": "fedgradnorm.weighting.afl:AFL",
         "cagrad": "fedgradnorm.weighting.cagrad:CAGrad",
@@ -55,18 +63,29 @@ BUILT_INS: dict[str, dict[str, str]] = {
     },
 }
 
-GIVEN = {"federation": ("seed",), "model": ("input_shape",), "weighting": (), "aggregation": (), "engine": ("federation", "seed")}
+GIVEN = {
+    "federation": ("seed",),
+    "model": ("input_shape",),
+    "method": (),
+    "weighting": (),
+    "aggregation": (),
+    "engine": ("federation", "seed"),
+}
 """By kind, the arguments that the package gives; all others are options for a configuration to set."""
 
 
 MEMBERS = {
     "federation": ("clients", "encoder", "check_data"),
     "model": ("forward", "named_parameters"),
+    "method": ("train_head", "train_encoder", "own_encoder", "lockstep"),
     "weighting": ("init", "update"),
     "aggregation": ("__call__",),
     "engine": ("execute", "evaluate", "client_states", "restore"),
 }
 """By kind, what a part has to have."""
+
+TABLES = {"method": "train.method"}
+"""By kind, the table of a configuration that names such a part, where it is not called as the kind is."""
 
 
 def resolve(kind: str, name: str) -> Any:
@@ -79,11 +98,11 @@ def resolve(kind: str, name: str) -> Any:
     target = known.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        raise ConfigError(f"{kind}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')")
+        raise ConfigError(f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{kind}.name: '{name}' cannot be imported: {error}") from error
+        raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {error}") from error
 
 
 def resolved(kind: str, part: Part) -> Part:
@@ -92,7 +111,7 @@ def resolved(kind: str, part: Part) -> Part:
     Raises:
         ConfigError: an unknown option (names the nearest), or one of the wrong type.
     """
-    options = validated(_options_model(kind, part.name), part.options, prefix=kind).model_dump()
+    options = validated(_options_model(kind, part.name), part.options, prefix=_table(kind)).model_dump()
     return part.with_options(options)
 
 
@@ -106,12 +125,12 @@ def build(kind: str, part: Component, **given: Any) -> Any:
     try:
         made = resolve(kind, part.name)(**given, **checked)
     except ConfigError as error:
-        raise ConfigError(f"{kind}.{error}") from error
+        raise ConfigError(f"{_table(kind)}.{error}") from error
     except TypeError as error:
-        raise ConfigError(f"{kind}.name: '{part.name}' cannot be made: {error}") from error
+        raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {error}") from error
     missing = [name for name in MEMBERS[kind] if not hasattr(made, name)]
     if missing:
-        raise ConfigError(f"{kind}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'")
+        raise ConfigError(f"{_table(kind)}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'")
     return made
 
 
@@ -127,18 +146,24 @@ def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
     return (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0], options
 
 
+def _table(kind: str) -> str:
+    return TABLES.get(kind, kind)
+
+
 def _options_model(kind: str, name: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     extra: Literal["allow", "forbid"] = "forbid"
     try:
         parameters = inspect.signature(resolve(kind, name), eval_str=True).parameters
     except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(f"{kind}.name: '{name}' is nothing that makes a {kind}: {error}") from error
+        raise ConfigError(f"{_table(kind)}.name: '{name}' is nothing that makes a {kind}: {error}") from error
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             extra = "allow"
         elif parameter.name in ({"name", "norm_layer", "buffers"} if kind == "model" else {"name"}):
-            raise ConfigError(f"{kind}.name: '{name}' has an option '{parameter.name}', which the table [{kind}] keeps for itself")
+            raise ConfigError(
+                f"{_table(kind)}.name: '{name}' has an option '{parameter.name}', which the table [{_table(kind)}] keeps for itself"
+            )
         elif parameter.name not in GIVEN[kind]:
             annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
             fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)

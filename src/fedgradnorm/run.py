@@ -16,7 +16,7 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, versions
+from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, resolve_training, versions
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
@@ -33,6 +33,7 @@ from fedgradnorm.report import write_report
 from fedgradnorm.saved import joined
 from fedgradnorm.server import RoundRecord, ServerState, initial_state, run_round
 from fedgradnorm.summary import check_targets, summarise
+from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["Result", "begin", "resume", "run", "train", "weighting_of"]
@@ -69,14 +70,14 @@ class Result:
         return dict(self.state.weighting.weights)
 
     def encoder(self) -> nn.Module:
-        """The shared encoder after the last round."""
+        """The shared encoder after the last round; as initialised where every client has its own."""
         encoder = self.federation.make_encoder(self.seed)
         load_flat(encoder, self.state.encoder)
         load_buffers(encoder, self.state.buffers.items())
         return encoder.eval()
 
     def model(self, client: str) -> nn.Module:
-        """The whole model of a client: the encoder, with its own buffers, and its head."""
+        """The whole model of a client: the shared or its own encoder, with its own buffers, and its head."""
         encoder, state = self.encoder(), self.client_states[self.federation.client(client).id]
         head = self.federation.make_head(self.federation.client(client), self.seed)
         client_side.load_model(encoder, head, state, self.state.encoder, self.state.buffers)
@@ -104,7 +105,8 @@ def train(
         overwrite: whether a run that is in this folder already is replaced.
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there.
-        **training: the settings of `TrainConfig`, such as ``num_rounds=20``.
+        **training: the settings of `TrainConfig`, such as ``num_rounds=20``, ``method="fedper"`` or
+            ``method={"name": "fedprox", "mu": 0.1}``.
 
     Raises:
         ConfigError: a setting that is unknown or out of range.
@@ -115,7 +117,7 @@ def train(
     method, component = weighting_of(weighting)
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
-        train=validated(TrainConfig, training, prefix="train"),
+        train=resolve_training(validated(TrainConfig, training, prefix="train")),
         weighting=component,
         engine=EngineConfig(name=engine),
         run=RunSettings(dir=None if run_dir is None else str(run_dir)),
@@ -241,7 +243,19 @@ def _checked(config: RunConfig, federation: Federation) -> None:
             federation.client(client)
     if config.train.min_clients > len(federation.clients):
         raise ConfigError(f"train.min_clients: expected at most the {len(federation.clients)} clients, found {config.train.min_clients}")
+    _check_method(config, federation)
     federation.check_data(config.train.batch_size)
+
+
+def _check_method(config: RunConfig, federation: Federation) -> None:
+    """Raise ConfigError where the settings ask for what the method cannot do."""
+    method, name = method_of(config.train), config.train.method.name
+    if method.own_encoder and federation.buffers == "averaged":
+        raise ConfigError(f'train.method: {name} exchanges nothing: expected model.buffers = "local", found "averaged"')
+    if method.lockstep and (config.train.fraction_train < 1 or config.train.participants):
+        raise ConfigError(f"train.method: {name} trains on all data at every step: expected no fraction_train below 1 and no participants")
+    if method.lockstep and any(config.faults.model_dump().values()):
+        raise ConfigError(f"train.method: {name} sends no reports that could meet faults: expected no [faults]")
 
 
 def _engine_of(config: RunConfig, federation: Federation) -> Engine:
@@ -364,7 +378,9 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
     """A round as lines for metrics.jsonl: one a client, in the federation's order. What a client did not do is None."""
     reports = {report.client: report for report in record.reports}
     instructed = {instruction.client for instruction in record.instructions}
-    bytes_down = record.instructions[0].num_bytes  # to each the same
+    method = method_of(record.instructions[0].training)
+    sends = not (method.own_encoder or method.lockstep)
+    bytes_down = record.instructions[0].num_bytes if sends else 0  # to each the same
     targets, applied = (record.weights.targets, record.weights.values) if record.weights is not None else ({}, {})
     rows: list[Row] = []
     for client in federation.clients:
@@ -388,7 +404,7 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
                 "metric": _finite(evaluation.metrics[main.name]) if evaluation and main else None,
                 "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()} if evaluation else {},
                 "examples": report.num_examples if report else size(client.train_data),
-                "bytes_up": report.num_bytes if report else 0,
+                "bytes_up": report.num_bytes if report and sends else 0,
                 "bytes_down": bytes_down if id in instructed else 0,
                 "seconds": report.seconds if report else 0.0,
             }

@@ -11,13 +11,13 @@ from fedgradnorm.client import Evaluation, evaluate
 from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Federation
 from fedgradnorm.history import Run
-from fedgradnorm.parameters import load_buffers
+from fedgradnorm.parameters import load_buffers, load_flat
 
 __all__ = ["evaluate_run", "joined", "load_model"]
 
 
 def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
-    """The whole model of a client from a run's folder: the encoder, with the client's own buffers, and its head.
+    """The whole model of a client from a run's folder: the shared or its own encoder, with the client's own buffers, and its head.
 
     Args:
         run: the run's folder.
@@ -41,6 +41,8 @@ def load_model(run: str | Path, client: str, federation: Federation | None = Non
         shared = opened.tensors("encoder.safetensors")
         encoder.load_state_dict({name: value for name, value in shared.items() if name not in passing_buffers(encoder)})
         load_buffers(encoder, [(name, shared[name]) for name in passing_buffers(encoder)])
+        if "encoder" in saved:
+            load_flat(encoder, saved["encoder"])
         head.load_state_dict(_with_prefix(saved, "head."))
         load_buffers(encoder, _with_prefix(saved, "buffer.").items())
     except (RuntimeError, KeyError) as error:

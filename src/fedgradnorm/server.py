@@ -20,6 +20,7 @@ from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
 from fedgradnorm.randomness import generator
 from fedgradnorm.threads import kernel_threads
+from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
 __all__ = ["RoundRecord", "ServerState", "advance", "conclude", "initial_state", "instruct", "run_round", "screen"]
@@ -75,12 +76,38 @@ def run_round(
 ) -> tuple[ServerState, RoundRecord]:
     """One round. With fewer sound reports than ``min_clients`` it is undone at server and clients, and repeated.
 
+    Where the method keeps all clients in lockstep, all this happens for every encoder step of the round.
+
     Raises:
-        StoppedError: it was repeated ``max_retries`` times. All states are as they were before it.
+        StoppedError: it was repeated ``max_retries`` times. All states are as they were before the round.
     """
+    if not method_of(training).lockstep:
+        return _run_step(state, federation, engine, weighting, aggregate, training, None)
+    before = engine.client_states
+    try:
+        after, record = _run_step(state, federation, engine, weighting, aggregate, training, 0)
+        for step in range(1, training.encoder_steps):
+            after, another = _run_step(replace(after, round=state.round), federation, engine, weighting, aggregate, training, step)
+            record = joined(record, step, another)
+    except StoppedError:
+        engine.restore(before)
+        raise
+    return after, record
+
+
+def _run_step(
+    state: ServerState,
+    federation: Federation,
+    engine: Engine,
+    weighting: Weighting,
+    aggregate: Aggregation,
+    training: TrainConfig,
+    step: int | None,
+) -> tuple[ServerState, RoundRecord]:
+    """All of a round, or one step of it where it is in lockstep."""
     before = engine.client_states
     for attempt in range(training.max_retries + 1):
-        instructions = instruct(state, federation, training, attempt)
+        instructions = instruct(state, federation, training, attempt, step)
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         failures: Mapping[str, str] = getattr(engine, "failures", {})
@@ -120,12 +147,40 @@ def conclude(
     return after, RoundRecord(instructions, reports, dropped, weights, attempt)
 
 
-def instruct(state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0) -> list[Instruction]:
-    """One instruction for each client that takes part in the next round, sorted by client id."""
-    round = state.round + 1
-    return [
-        Instruction(round, client, state.encoder, state.buffers, training, attempt) for client in participants(federation, training, round)
+def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord:
+    """The record of so many steps of a round, and that of another one, as one.
+
+    Gradients, losses, norms and targets are means over the steps, weights those of the last one, seconds and retries sums. A client that
+    was dropped at any step counts as dropped.
+    """
+    share = 1 / (steps + 1)
+    earlier, dropped = {report.client: report for report in record.reports}, {**record.dropped, **another.dropped}
+    reports = [
+        replace(
+            report,
+            gradient=torch.lerp(before.gradient, report.gradient, share),
+            loss=before.loss + (report.loss - before.loss) * share,
+            grad_norm=before.grad_norm + (report.grad_norm - before.grad_norm) * share,
+            seconds=before.seconds + report.seconds,
+            head_seconds=before.head_seconds + report.head_seconds,
+        )
+        for report in another.reports
+        if report.client not in dropped and (before := earlier.get(report.client)) is not None
     ]
+    weights = another.weights
+    if weights is not None and record.weights is not None:
+        old = record.weights.targets
+        targets = {client: old.get(client, new) + (new - old.get(client, new)) * share for client, new in weights.targets.items()}
+        weights = replace(weights, targets=targets)
+    return RoundRecord(record.instructions, reports, dropped, weights or record.weights, record.retries + another.retries)
+
+
+def instruct(
+    state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0, step: int | None = None
+) -> list[Instruction]:
+    """One instruction for each client that takes part in the next round, or in this step of it, sorted by client id."""
+    round, ids = state.round + 1, participants(federation, training, state.round + 1)
+    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step) for client in ids]
 
 
 def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:
@@ -241,9 +296,21 @@ def advance(
 ) -> ServerState:
     """The next state: a step of the server's optimiser along the direction, and the mean of the clients' buffers.
 
-    With plain SGD, ω ← ω - η · direction, where η = τ_ω · β · server_lr.
+    With plain SGD, ω ← ω - η · direction, where η = τ_ω · β · server_lr; τ_ω is 1 in lockstep. Where every client has an encoder of its
+    own, ω stays.
     """
-    step_size = training.encoder_steps * training.encoder_lr * training.server_lr  # η
+    encoder, optimizer = (state.encoder, state.optimizer) if method_of(training).own_encoder else _stepped(state, direction, training)
+    buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
+    norms = dict(state.norms)
+    for report, length in zip(reports, lengths_of(reports), strict=True):
+        norms[report.client] = (*norms.get(report.client, ()), length)[-LAST_NORMS:]
+    return ServerState(state.round + 1, encoder, buffers, weighting, optimizer, norms)
+
+
+def _stepped(state: ServerState, direction: Tensor, training: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The encoder and the optimiser's state after its step."""
+    steps = 1 if method_of(training).lockstep else training.encoder_steps
+    step_size = steps * training.encoder_lr * training.server_lr  # η
     parameter = nn.Parameter(state.encoder.clone())
     parameter.grad = direction
     optimizer: torch.optim.Optimizer
@@ -253,12 +320,7 @@ def advance(
         optimizer = torch.optim.SGD([parameter], lr=step_size, momentum=training.server_momentum)
     optimizer.state[parameter].update({name: value.clone() for name, value in state.optimizer.items()})
     optimizer.step()
-    memory = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
-    buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
-    norms = dict(state.norms)
-    for report, length in zip(reports, lengths_of(reports), strict=True):
-        norms[report.client] = (*norms.get(report.client, ()), length)[-LAST_NORMS:]
-    return ServerState(state.round + 1, parameter.detach(), buffers, weighting, memory, norms)
+    return parameter.detach(), {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
 
 
 def _mean(buffers: Sequence[Tensor]) -> Tensor:

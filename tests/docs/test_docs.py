@@ -71,6 +71,19 @@ def test_the_guides_weighting_and_federation_run(tmp_path, monkeypatch):
     call(monkeypatch, ["fedgradnorm", "evaluate", "b"])
 
 
+def test_the_guides_method_and_the_commands_on_training_run(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_method.py").write_text("\n".join(blocks("docs/training.md", "python")))
+    words = ["train.method.name=own_method:HeadsThenBoth", "train.method.warm=false", "train.num_rounds=2", "run.dir=a"]
+    call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", *words])
+    call(monkeypatch, ["fedgradnorm", "evaluate", "a"])
+    for words in commands("docs/training.md"):
+        call(monkeypatch, [*words, "train.num_rounds=2"])
+    fedper, own = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("runs/fedper", "a"))
+    assert re.findall('"loss": [^,]*', fedper) == re.findall('"loss": [^,]*', own)  # not warm, it is FedPer
+
+
 def test_the_page_on_the_configuration_is_what_the_code_says():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
     generate = importlib.util.module_from_spec(spec)

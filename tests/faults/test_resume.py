@@ -84,7 +84,8 @@ def plain(checkpoint: Checkpoint) -> tuple[Any, ...]:
     clients = {}
     for id, state in checkpoint.clients.items():
         parts = (state.head, state.encoder_buffers, state.head_velocity)
-        clients[id] = state.initial_loss, [{key: value.tolist() for key, value in part.items()} for part in parts]
+        own = None if state.encoder is None else state.encoder.tolist()
+        clients[id] = state.initial_loss, own, [{key: value.tolist() for key, value in part.items()} for part in parts]
     return server.round, {key: value.tolist() for key, value in tensors.items()}, server.weighting, server.norms, clients
 
 
@@ -124,6 +125,22 @@ def whole(tmp_path_factory):
         pytest.param(["train.server_momentum=0.5"], id="server momentum"),
         pytest.param(["train.server_optimizer=adam", "train.server_lr=0.1"], id="adam"),
         pytest.param(["train.loss_estimate=exact"], id="exact loss"),
+        pytest.param(["train.method=fedper", "train.head_momentum=0.9"], id="fedper, head momentum"),
+        pytest.param(["train.method=fedavg", "train.fraction_train=0.67"], id="fedavg, partial"),
+        pytest.param(["train.method.name=fedprox", "train.method.mu=2"], id="fedprox"),
+        pytest.param(["train.method=local", "train.head_momentum=0.9"], id="local, head momentum"),
+        pytest.param(["train.method=local", "train.fraction_train=0.34"], id="local, partial"),
+        pytest.param(["train.method=local", "federation.encoder='batch norm'"], id="local, local buffers"),
+        pytest.param(["train.method=local", "federation.encoder=dropout", *ALMOST_ALL, "train.min_clients=0"], id="local, dropout, faults"),
+        pytest.param(["train.method=centralized", "federation.encoder=dropout"], id="centralized, dropout"),
+        pytest.param(
+            ["train.method=centralized", "train.server_optimizer=adam", "train.server_lr=0.1", "federation.encoder='batch norm'"],
+            id="centralized, adam, local buffers",
+        ),
+        pytest.param(
+            ["train.method=centralized", "federation.encoder='batch norm'", "federation.buffers=averaged"],
+            id="centralized, averaged buffers",
+        ),
         pytest.param(["aggregation.name=median"], id="median"),
         pytest.param(["aggregation.name=clipped_mean"], id="clipped mean"),
         pytest.param(["train.max_update_ratio=1.1"], id="max_update_ratio"),
@@ -146,7 +163,8 @@ def test_stopped_after_every_round_and_resumed_is_the_same_as_never_stopped(tmp_
 
 def test_these_settings_do_something(whole):
     plain_run = outcome(whole())
-    for words in (["federation.encoder=dropout"], ["train.max_update_ratio=1.1"], [*ALMOST_ALL, "train.min_clients=0"]):
+    methods = (["train.method=fedper", "train.head_momentum=0.9"], ["train.method.name=fedprox", "train.method.mu=2"])
+    for words in (*methods, ["federation.encoder=dropout"], ["train.max_update_ratio=1.1"], [*ALMOST_ALL, "train.min_clients=0"]):
         assert outcome(whole(*words)) != plain_run
     assert any(row["dropped"] for row in Run(whole("train.max_update_ratio=1.1")).rows())
     retried = Run(whole(*ALMOST_ALL, "train.min_clients=2", "train.max_retries=50")).rows()

@@ -1,7 +1,8 @@
 import pytest
 
 from fedgradnorm import ConfigError
-from fedgradnorm.config import Component, RunConfig, WeightingConfig, load_config
+from fedgradnorm.build import resolve_training
+from fedgradnorm.config import Component, MethodConfig, RunConfig, TrainConfig, WeightingConfig, load_config
 from fedgradnorm.registry import BUILT_INS, build, describe, name_of, resolve, resolved
 from fedgradnorm.weighting import FedGradNorm
 
@@ -122,6 +123,10 @@ def test_a_table_without_a_name_keeps_the_default_part():
         ("federation", Component(name="digits", sizes={"clas": 3}), "federation.sizes.clas: no such client or task"),
         ("federation", Component(name="digits", sizes="huge"), "federation.sizes: expected 'equal', 'dirichlet'"),
         ("federation", Component(name="digits", seed=3), "unknown key 'federation.seed'"),
+        ("method", Component(name="fedpre"), "train.method.name: there is no method 'fedpre'; did you mean 'fedrep'?"),
+        ("method", Component(name="fedprox", mue=1), "unknown key 'train.method.mue'; did you mean 'mu'?"),
+        ("method", Component(name="fedprox", mu=-1), "train.method.mu: expected a number from 0 to 1e6, found -1"),
+        ("method", Component(name="tests.helpers:small_encoder"), "train.method.name: 'tests.helpers:small_encoder' makes no method"),
     ],
 )
 def test_a_part_with_bad_options_is_refused(kind, part, message):
@@ -148,3 +153,19 @@ def test_a_users_own_part_is_found_by_module_and_attribute():
 
 def test_resolved_fills_in_the_defaults():
     assert resolved("weighting", Component(name="fedgradnorm", gamma=2)).options["weight_steps"] == FedGradNorm().weight_steps
+
+
+def test_a_method_is_a_name_or_a_table(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nmethod = "fedper"\n')
+    assert load_config(path).train.method.name == "fedper"
+    assert load_config(path, ["train.method=local"]).train.method.name == "local"
+    path.write_text('[train.method]\nname = "fedprox"\nmu = 0.5\n')
+    assert load_config(path).train.method == MethodConfig(name="fedprox", mu=0.5)
+    assert load_config(path, ["train.method.mu=2"]).train.method == MethodConfig(name="fedprox", mu=2)
+    assert load_config(path, ["train.method.name=fedprox"]).train.method == MethodConfig(name="fedprox", mu=0.5)
+    assert load_config(path, ["train.method.name=fedper"]).train.method == MethodConfig(name="fedper")
+    assert load_config(path, ["train.method=fedper"]).train.method == MethodConfig(name="fedper")
+    assert TrainConfig(method="fedper") == TrainConfig(method={"name": "fedper"})
+    assert TrainConfig().method.name == "fedrep"
+    assert resolve_training(TrainConfig(method="fedprox")).method.options == {"mu": 0.1}

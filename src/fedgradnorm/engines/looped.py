@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgradnorm.client import HEAD_BATCHES, order_of
 from fedgradnorm.data import size, take
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
+from fedgradnorm.training.steps import HEAD_BATCHES, order_of
 
 __all__ = ["encoded_once"]
 

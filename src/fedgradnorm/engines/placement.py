@@ -68,6 +68,7 @@ def at_home(report: Report, state: ClientState) -> tuple[Report, ClientState]:
             head=home(dict(state.head)),
             encoder_buffers=home(dict(state.encoder_buffers)),
             head_velocity=home(dict(state.head_velocity)),
+            encoder=None if state.encoder is None else state.encoder.cpu(),
         ),
     )
 

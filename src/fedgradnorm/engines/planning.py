@@ -18,6 +18,7 @@ from fedgradnorm.federation import Client
 from fedgradnorm.parameters import buffers_of, flatten, trainable
 from fedgradnorm.randomness import seeded_torch
 from fedgradnorm.task import Task
+from fedgradnorm.training import FedRep, method_of
 
 __all__ = ["Plan", "plan_for"]
 
@@ -74,6 +75,8 @@ def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Pla
         return Plan("looped", False, "its encoder does not treat every example by itself", flops)
     if any(parameter.ndim > 2 for parameter in encoder.parameters()):
         return Plan("looped", True, "convolutions are slower stacked", flops)
+    if not isinstance(method_of(training), FedRep):
+        return Plan("looped", True, "only fedrep is stacked", flops)
     if flops > STACKED_FLOPS:
         return Plan("looped", True, f"an encoder step takes {flops / 1e6:.0f} MFLOP, and calls count for little", flops)
     if examples > EVALUATION_BATCH:

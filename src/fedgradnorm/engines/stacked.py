@@ -15,17 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
-from fedgradnorm.client import (
-    ENCODER_BATCHES,
-    HEAD_BATCHES,
-    ClientState,
-    Evaluation,
-    direction,
-    evaluation_of,
-    loss_examples,
-    norm_over,
-    order_of,
-)
+from fedgradnorm.client import ClientState, Evaluation, evaluation_of, loss_examples, norm_over
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import size, take, tensors
 from fedgradnorm.engines.workspace import Workspace, head_kind, views
@@ -33,6 +23,7 @@ from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import load_flat, trainable
 from fedgradnorm.task import Task
+from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, direction, order_of
 
 __all__ = ["Member", "stacked_encoder", "stacked_evaluations", "stacked_losses", "stacked_update"]
 
@@ -108,7 +99,7 @@ class _Heads:
 
 
 def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tuple[Report, ClientState]]:
-    """`local_update` for many clients, in their order.
+    """`local_update` with the method FedRep for many clients, in their order.
 
     Args:
         members: clients whose data are tensors, whose models draw no random numbers, have no buffers, and treat every example by

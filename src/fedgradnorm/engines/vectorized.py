@@ -19,8 +19,8 @@ import torch
 from pydantic import ByteSize
 from torch import Tensor
 
-from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, encoded, evaluate, initial_state, load_model, local_update
-from fedgradnorm.config import TrainConfig
+from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, evaluate, initial_state, load_model, local_update
+from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, take, tensors
 from fedgradnorm.engines.looped import encoded_once
 from fedgradnorm.engines.placement import at_home, client_on, device_named, instructions_on, total_memory
@@ -32,6 +32,7 @@ from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.threads import kernel_threads
+from fedgradnorm.training.steps import encoded
 
 __all__ = ["VectorizedEngine"]
 
@@ -84,7 +85,7 @@ class VectorizedEngine:
         self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
         self._arranged = False
         self._clients: dict[str, Client] = {}
-        self._planned_for: int | None = None
+        self._planned_for: tuple[int, MethodConfig] | None = None
         self._plans: dict[object, Plan] = {}
         self._plan_of: dict[str, Plan] = {}
 
@@ -163,7 +164,7 @@ class VectorizedEngine:
 
     def _make_plans(self, training: TrainConfig) -> None:
         """A plan for every client, so that a run that is resumed with other participants goes the same ways."""
-        if self._planned_for == training.batch_size:
+        if self._planned_for == (training.batch_size, training.method):
             return
         clients = sorted(self.federation.clients, key=lambda client: client.id)
         inputs = take(clients[0].train_data, np.arange(min(training.batch_size, size(clients[0].train_data))))[0]
@@ -171,7 +172,7 @@ class VectorizedEngine:
             self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs.to(self.device))
             self._workspaces, self._plans = SimpleQueue(), {}
             self._plan_of = {client.id: self._plan(client, training) for client in clients}
-        self._planned_for = training.batch_size
+        self._planned_for = training.batch_size, training.method
 
     def _client(self, id: str) -> Client:
         if id not in self._clients:

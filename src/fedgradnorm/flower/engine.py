@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedgradnorm.client import ClientState, Evaluation
-from fedgradnorm.errors import MessageError, StoppedError
+from fedgradnorm.errors import MessageError, StoppedError, require
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.client import Node
 from fedgradnorm.flower.local_grid import LocalGrid
@@ -154,6 +154,7 @@ class GridEngine:
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
         self.failures = {}
+        require(all(one.step is None for one in instructions), "train.method", "one whose clients are not in lockstep", "one with steps")
         for instruction in instructions:
             self._remember(instruction)
         arrays = self.layout.arrays(instructions[0].encoder) if instructions else arrays_of({})

@@ -20,7 +20,7 @@ from fedgradnorm.errors import RunError
 
 __all__ = ["MemoryStates", "StateFiles", "States"]
 
-PARTS = ("head", "encoder_buffers", "head_velocity")
+PARTS, ENCODER = ("head", "encoder_buffers", "head_velocity"), "encoder"
 FILE = re.compile(r"round-(\d{8})\.safetensors")
 
 
@@ -79,11 +79,12 @@ class StateFiles:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             if numbers["client"] != self.client or numbers["round"] != round:
                 raise RunError(f"state {path}: it is that of client '{numbers['client']}' after round {numbers['round']}")
+            encoder = tensors.pop(ENCODER, None)
             parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
             for name, tensor in tensors.items():
                 part, _, own = name.partition("/")
                 parts[part][own] = tensor
-            return ClientState(initial_loss=numbers["initial_loss"], round=round, **parts)  # type: ignore[arg-type]
+            return ClientState(initial_loss=numbers["initial_loss"], round=round, encoder=encoder, **parts)  # type: ignore[arg-type]
         except FileNotFoundError:
             found = sorted(entry.name for entry in self.folder.glob("round-*")) if self.folder.is_dir() else []
             raise RunError(
@@ -96,6 +97,8 @@ class StateFiles:
     def save(self, state: ClientState, keep: Collection[int]) -> None:
         """Keep a state. Raises OSError where it cannot be written; the others are as they were."""
         tensors = {f"{part}/{name}": value.contiguous().clone() for part in PARTS for name, value in _part(state, part).items()}
+        if state.encoder is not None:
+            tensors[ENCODER] = state.encoder
         numbers = {"client": self.client, "round": state.round, "initial_loss": state.initial_loss}
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))

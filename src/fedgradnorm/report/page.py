@@ -106,12 +106,13 @@ def _legend_html(loaded: Sequence[Loaded], kinds: set[str]) -> str:
 
 
 def _runs_html(loaded: Sequence[Loaded]) -> str:
-    titles = ("weighting", "rounds", "clients", "took part", "reports dropped", "seed", "time")
+    titles = ("method", "weighting", "rounds", "clients", "took part", "reports dropped", "seed", "time")
     head = _tag("thead", _tag("tr", _tag("th", "run"), _texts("th", titles)))
     lines = []
     for one in loaded:
         present = fmean(row["participated"] for row in one.rows)
         facts = (
+            one.run.config.train.method.name,
             one.run.config.weighting.name,
             str(one.summary["rounds"]),
             str(len(one.summary["clients"])),

@@ -1,0 +1,23 @@
+"""No exchange: every client by itself."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedgradnorm.training.base import Joint
+
+__all__ = ["Local"]
+
+
+@dataclass(frozen=True)
+class Local(Joint):
+    """Single-task SGD: every client trains its head and an encoder of its own, from the same initial encoder; nobody else counts.
+
+    τ_ω = encoder_steps joint steps a round, as in `FedPer`, from where the last round left head *and* encoder. The server's encoder stays
+    as initialised, and its settings (weighting, aggregation, ``server_lr``, optimiser) move nothing. The reports are recorded as usual.
+    It says what a task reaches without the others.
+
+    >>> Local().own_encoder
+    True
+    """
+
+    own_encoder: ClassVar[bool] = True
