@@ -20,10 +20,14 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "RunSettings",
+    "Section",
     "TrainConfig",
     "WeightingConfig",
     "dotted",
     "load_config",
+    "overlaid",
+    "parse_override",
+    "read_toml",
     "validated",
 ]
 
@@ -143,6 +147,8 @@ class RunSettings(Section):
     )
     checkpoint_every: int = Field(10, ge=1, description="A checkpoint is written after the last round, and after every so many.")
     keep: int = Field(3, ge=1, description="So many checkpoints are kept, the last ones.")
+    page: bool = Field(True, description="Whether the run ends with report.html, about 5 MB, where plotly is installed.")
+    tensorboard: bool = Field(True, description="Whether TensorBoard events are written, where tensorboard is installed.")
     loss_targets: tuple[float, ...] = Field(
         (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
     )
@@ -175,9 +181,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a missing or malformed file, an unknown key, or a value of the wrong type or out of range.
     """
-    values = {} if path is None else _read_toml(path)
+    values = {} if path is None else read_toml(path)
     places = {}
-    parsed = [(*_parse_override(word), word) for word in overrides]
+    parsed = [(*parse_override(word), word) for word in overrides]
     for dotted, value, _ in parsed:
         _drop_options_of_another_part(values, dotted, value)
     for dotted, value, word in parsed:
@@ -198,7 +204,28 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def overlaid(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with others laid over them, table by table; one that names another part drops the options of the old one.
+
+    >>> overlaid({"weighting": {"name": "fedgradnorm", "gamma": 0.5}, "train": {"seed": 1}}, {"weighting": {"name": "equal"}})
+    {'weighting': {'name': 'equal'}, 'train': {'seed': 1}}
+    """
+    result = dict(values)
+    for table, value in settings.items():
+        if isinstance(value, Mapping) and "name" in value:
+            _drop_options_of_another_part(result, f"{table}.name", value["name"])
+        result[table] = _merged(result.get(table), value)
+    return result
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where it is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -207,7 +234,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
 
 
-def _parse_override(word: str) -> tuple[str, Any]:
+def parse_override(word: str) -> tuple[str, Any]:
+    """The dotted key and the value of a word such as ``train.seed=1``. Raises ConfigError where it is none."""
     dotted, equals, text = word.partition("=")
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"'{word}': expected table.key=value, such as train.num_rounds=5")
