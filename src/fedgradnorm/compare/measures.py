@@ -29,12 +29,12 @@ class Target:
     Attributes:
         reached: whether it did.
         rounds: the first round that had reached it; all rounds where none had.
-        seconds: the time up to the end of that round.
+        seconds: the time up to the end of that round; None where it is not known.
     """
 
     reached: bool
-    rounds: int
-    seconds: float
+    rounds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _task(
 
     def target(curve: Mapping[int, float], is_reached: Callable[[float], bool]) -> Target:
         found = rounds_to(curve, is_reached)
-        return Target(found is not None, found or rounds, clock[found or rounds])
+        return Target(found is not None, float(found or rounds), clock[found or rounds])
 
     found = {f"{LOSS_RATIO}{ratio:g}": target(ratios, partial(ge, ratio)) for ratio in sorted(targets.loss_ratios, reverse=True)}
     if metric is not None and name in targets.metrics:

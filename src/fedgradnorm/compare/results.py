@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedgradnorm.compare.cells import Ended
 from fedgradnorm.compare.grid import Cell, Point
-from fedgradnorm.compare.measures import Measured
+from fedgradnorm.compare.measures import Measured, Target
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval, delta_m, difference_of
 
@@ -60,11 +60,11 @@ class Estimate:
         target: for ``rounds`` and ``seconds``, to what, such as ``loss ratio 0.6``.
         unit: of the values.
         better: which direction is good; None where neither is.
-        values: by seed. A run that never reached the target counts with all of its rounds.
+        values: by seed. A run that never reached the target, or has diverged, counts with all of its rounds.
         reached: for a target, in how many seeds it was reached; else None.
         difference: against the baseline, over the seeds that both have; None for the baseline itself, where there is no such seed, and
             where neither method reached the target in any of them.
-        censored: in how many of these pairs one or both did not reach the target.
+        censored: in how many of these pairs one or both did not reach the target, so that the difference is one of min(rounds, K).
     """
 
     variant: str
@@ -118,13 +118,18 @@ def estimates_of(study: Study, cells: Sequence[CellResult]) -> list[Estimate]:
     for result in cells:
         if result.measured is not None:
             measured.setdefault((result.cell.variant, result.cell.method), {})[result.cell.seed] = result.measured
+    lost: dict[By, dict[int, int]] = {}
+    for result in cells:
+        if result.ended.state == "diverged":
+            lost.setdefault((result.cell.variant, result.cell.method), {})[result.cell.seed] = result.cell.config.train.num_rounds
     found: list[Estimate] = []
     for variant in study.variants:
-        baseline = measured.get((variant.name, study.baseline), {})
+        base = (variant.name, study.baseline)
         single = {} if study.single is None else measured.get((variant.name, study.single), {})
         for method in study.methods:
-            own = measured.get((variant.name, method.name), {})
-            found += _Comparison(variant.name, method.name, own, {} if method.name == study.baseline else baseline, single).estimates()
+            own = (variant.name, method.name)
+            compared = (measured.get(base, {}), lost.get(base, {})) if own != base else ({}, {})
+            found += _Comparison(*own, measured.get(own, {}), lost.get(own, {}), *compared, single).estimates()
     return found
 
 
@@ -133,12 +138,17 @@ Getter = Callable[[Measured], float | None]
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A method in a variant: its cells, those of the baseline (none for the baseline itself), and those of single-task training."""
+    """A method in a variant: its cells, those of the baseline (none for the baseline itself), and those of single-task training.
+
+    Of cells that have diverged there are the rounds, by seed.
+    """
 
     variant: str
     method: str
     own: Mapping[int, Measured]
+    lost: Mapping[int, int]
     baseline: Mapping[int, Measured]
+    baseline_lost: Mapping[int, int]
     single: Mapping[int, Measured]
 
     def estimates(self) -> Iterator[Estimate]:
@@ -182,13 +192,21 @@ class _Comparison:
         return Estimate(self.variant, self.method, task, measure, "", unit, better, values, None, difference, 0)
 
     def _to_target(self, task: str, target: str, measure: Literal["rounds", "seconds"]) -> Estimate:
-        own, base = ({seed: one.tasks[task].targets[target] for seed, one in cells.items()} for cells in (self.own, self.baseline))
-        values, others = ({seed: float(getattr(found, measure)) for seed, found in some.items()} for some in (own, base))
-        pairs = [own[seed].reached + base[seed].reached for seed in own.keys() & base.keys()]
+        own, base = _targets(self.own, self.lost, task, target), _targets(self.baseline, self.baseline_lost, task, target)
+        values, others = (
+            {seed: value for seed, one in some.items() if (value := getattr(one, measure)) is not None} for some in (own, base)
+        )
+        pairs = [own[seed].reached + base[seed].reached for seed in values.keys() & others.keys()]
         difference = difference_of(values, others) if any(pairs) else None
-        reached = sum(found.reached for found in own.values())
+        reached = sum(one.reached for one in own.values())
         censored = sum(both < 2 for both in pairs)
         return Estimate(self.variant, self.method, task, measure, target, measure, "less", values, reached, difference, censored)
+
+
+def _targets(cells: Mapping[int, Measured], lost: Mapping[int, int], task: str, target: str) -> dict[int, Target]:
+    """By seed; a run that has diverged has not reached its target, and took we do not know how long."""
+    reached = {seed: one.tasks[task].targets[target] for seed, one in cells.items()}
+    return reached | {seed: Target(False, float(rounds), None) for seed, rounds in lost.items()}
 
 
 def _metric(task: str, which: str) -> Getter:

@@ -10,7 +10,7 @@ from fedgradnorm.compare.grid import Cell, Point, final_cells, points_of, tuning
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
 from fedgradnorm.compare.results import CellResult, Results, TunedMethod, estimates_of
 from fedgradnorm.compare.spec import Study
-from fedgradnorm.compare.workers import Listener, train_all
+from fedgradnorm.compare.workers import Listener, Workers
 from fedgradnorm.errors import RunError, StoppedError
 
 __all__ = ["compare", "found_in"]
@@ -39,10 +39,11 @@ def compare(
         RunError: the folder cannot be written.
     """
     _check(study)
-    grid = _Grid(folder, jobs, listener or (lambda _stage, _orders: _Silent()), should_stop)
-    grid.train("tuning", tuning_cells(study))
-    chosen = {(one.variant, one.method): one.chosen for one in _tuned(study, folder)}
-    grid.train("comparison", final_cells(study, chosen))
+    with Workers(jobs) as workers:
+        grid = _Grid(folder, workers, listener or (lambda _stage, _orders: _Silent()), should_stop)
+        grid.train("tuning", tuning_cells(study))
+        chosen = {(one.variant, one.method): one.chosen for one in _tuned(study, folder)}
+        grid.train("comparison", final_cells(study, chosen))
     return found_in(study, folder)
 
 
@@ -57,23 +58,23 @@ def _check(study: Study) -> None:
     """Build every method's federation once, so that what is wrong with it is said before anything is trained."""
     first = {(variant.name, method.name): points_of(study)[0] for variant in study.variants for method in study.methods}
     known: set[str] = set()
-    for cell in [*final_cells(replace_seeds(study), first), *tuning_cells(study)]:
+    for cell in [*final_cells(_with_one_seed(study), first), *tuning_cells(study)]:
         federation = cell.config.federation.model_dump_json() + cell.config.model.model_dump_json()
         if federation not in known:
             known.add(federation)
             build_federation(cell.config)
 
 
-def replace_seeds(study: Study) -> Study:
+def _with_one_seed(study: Study) -> Study:
     """The study with its first seed alone."""
     return study.model_copy(update={"seeds": study.seeds[:1]})
 
 
 class _Grid:
     def __init__(
-        self, folder: Path, jobs: int, listener: Callable[[str, Sequence[Order]], Listener], should_stop: Callable[[], bool]
+        self, folder: Path, workers: Workers, listener: Callable[[str, Sequence[Order]], Listener], should_stop: Callable[[], bool]
     ) -> None:
-        self.folder, self.jobs, self.listener, self.should_stop = folder, jobs, listener, should_stop
+        self.folder, self.workers, self.listener, self.should_stop = folder, workers, listener, should_stop
 
     def train(self, stage: str, cells: Sequence[Cell]) -> None:
         by_folder = {cell.name: cell for cell in cells}  # cells with the same settings are trained once
@@ -86,7 +87,7 @@ class _Grid:
         except OSError as error:
             raise RunError(f"study folder {self.folder}: cannot be written: {error.strerror or error}") from error
         noting = _Noting(self.listener(stage, orders))
-        if not train_all(orders, self.jobs, noting, self.should_stop):
+        if not self.workers.train(orders, noting, self.should_stop):
             left = len(orders) - noting.finished
             raise StoppedError(f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; the same command goes on")
 

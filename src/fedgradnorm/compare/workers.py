@@ -10,14 +10,14 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from fedgradnorm.compare.cells import Ended, Order, end_of
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["Listener", "train_all"]
+__all__ = ["Listener", "Workers"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PATIENCE = 0.2
@@ -37,34 +37,6 @@ class Listener(Protocol):
         """A cell has ended; None where it was stopped."""
 
 
-def train_all(orders: Sequence[Order], jobs: int, listener: Listener, should_stop: Callable[[], bool]) -> bool:
-    """Train cells, at most ``jobs`` at once: in this process for one, else in processes of their own.
-
-    A cell that fails is told of and the others go on. A process that is killed costs its cell, and no other.
-
-    Returns:
-        Whether all were trained or tried: False where it was stopped before.
-    """
-    if not orders:
-        return True
-    if jobs == 1:
-        return _one_by_one(orders, listener, should_stop)
-    return _Pool(orders, min(jobs, len(orders)), listener, should_stop).go()
-
-
-def _one_by_one(orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
-    with kernel_threads(1):
-        for order in orders:
-            if should_stop():
-                return False
-            listener.began(order)
-            ended = end_of(order, partial(listener.round, order), should_stop)
-            listener.ended(order, ended)
-            if ended is None:
-                return False
-    return True
-
-
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -72,25 +44,49 @@ class _Worker:
     order: Order | None = None
 
 
-class _Pool:
-    def __init__(self, orders: Sequence[Order], jobs: int, listener: Listener, should_stop: Callable[[], bool]) -> None:
-        self.waiting, self.jobs, self.listener, self.should_stop = deque(orders), jobs, listener, should_stop
+class Workers:
+    """Trains cells, so many at once. A context manager: leaving it ends the processes.
+
+    Args:
+        jobs: how many at once: 1 trains in this process, more in processes of their own, which are started as they are needed.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
         self.workers: list[_Worker] = []
+        self.waiting: deque[Order] = deque()
+        self.listener: Listener
         self.stopping = False
 
-    def go(self) -> bool:
-        try:
-            while True:
-                if not self.stopping and self.should_stop():
-                    self._stop()
-                self._hand_out()
-                busy = [worker for worker in self.workers if worker.order is not None]
-                if not busy:
-                    return not self.waiting and not self.stopping
-                for connection in wait([worker.connection for worker in busy], timeout=PATIENCE):
-                    self._hear(next(worker for worker in busy if worker.connection is connection))
-        finally:
-            self._send_home()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.connection.close()  # a worker whom nobody hears ends after its round
+        for worker in self.workers:
+            worker.process.join(timeout=60)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+    def train(self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+        """Train these cells. One that fails is told of, and the others go on; a process that is killed costs its cell alone.
+
+        Returns:
+            Whether all were trained or tried: False where they were stopped before.
+        """
+        if self.jobs == 1:
+            return _one_by_one(orders, listener, should_stop)
+        self.waiting, self.listener = deque(orders), listener
+        while True:
+            if not self.stopping and should_stop():
+                self._stop()
+            self._hand_out()
+            busy = [worker for worker in self.workers if worker.order is not None]
+            if not busy:
+                return not self.waiting and not self.stopping
+            for connection in wait([worker.connection for worker in busy], timeout=PATIENCE):
+                self._hear(next(worker for worker in busy if worker.connection is connection))
 
     def _hand_out(self) -> None:
         while self.waiting and not self.stopping:
@@ -139,13 +135,18 @@ class _Pool:
                 except OSError:
                     continue  # it is dead, and found to be so when it is listened to
 
-    def _send_home(self) -> None:
-        for worker in self.workers:
-            worker.connection.close()  # an idle worker ends when nobody is there to hear
-        for worker in self.workers:
-            worker.process.join(timeout=60)
-            if worker.process.is_alive():
-                worker.process.kill()
+
+def _one_by_one(orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+    with kernel_threads(1):
+        for order in orders:
+            if should_stop():
+                return False
+            listener.began(order)
+            ended = end_of(order, partial(listener.round, order), should_stop)
+            listener.ended(order, ended)
+            if ended is None:
+                return False
+    return True
 
 
 def _started() -> _Worker:
