@@ -1,9 +1,9 @@
 """The settings of a run: frozen, from a TOML file and ``key=value`` words, checked before anything else happens."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -289,14 +289,14 @@ def validated(
 def _message(
     model: type[BaseModel], error: ValidationError, values: Mapping[str, Any], prefix: str, places: Mapping[str, str], place: str
 ) -> str:
-    first, *others = error.errors()
+    first, *others = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains a missing one
     keys: list[str] = []
     table: Any = values
     for part in first["loc"]:  # pydantic ends some locations with the names of types: those are no keys of ours
-        if not isinstance(table, Mapping) or part not in table:
+        if not (isinstance(table, Mapping) and part in table) and not (isinstance(table, Sequence) and isinstance(part, int)):
             break
         keys.append(str(part))
-        table = table[part]
+        table = table[part]  # type: ignore[index]  # a key of a table, or a number in a list
     dotted = ".".join(keys)
     where = places.get(dotted, place)
     full = ".".join(filter(None, (prefix, dotted)))
@@ -306,6 +306,8 @@ def _message(
         message = f"'{'.'.join(filter(None, (full, str(first['loc'][-1]))))}' is missing"
     else:
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
+        if first["type"] == "too_short":
+            expected = f"at least {first['ctx']['min_length']} in it"
         found = _shown(first["input"])
         message = f"{full}: expected {expected}, found {found}"
     more = f" (and {len(others)} more)" if others else ""
@@ -322,7 +324,14 @@ def _shown(value: object) -> str:
 
 def _known_keys(model: type[BaseModel], tables: Sequence[str]) -> list[str]:
     for table in tables:
-        annotation = model.model_fields[table].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        if not table.isdigit():
+            model = next(_models_in(model.model_fields[table].annotation), model)
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables in a type: itself, or what may be in its place, or in its list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

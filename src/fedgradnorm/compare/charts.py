@@ -15,6 +15,8 @@ __all__ = ["Look", "curves_of", "forest_of", "looks_of"]
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+LOSS_ROOM = 1.1
+"""The axis of the training loss ends so much above the highest median: single runs jump far beyond it."""
 MOST_SHOWN = 6
 """So many methods' curves are drawn at first; a click shows the others."""
 
@@ -73,7 +75,10 @@ def curves_of(results: Results, variant: str, task: str) -> list[dict[str, Any]]
         lines = [line for at, cells in enumerate(measured) if (line := _line(at, cells, task, key, factor))]
         if title and lines:
             guess = scale * metric["guess"] if key == "metric" and metric and metric["guess"] is not None else None
-            charts.append({"kind": "curves", "title": title, "unit": unit, "lines": lines, "rounds": first.rounds, "guess": guess})
+            top = LOSS_ROOM * max(1.0, *(max(line["y"]) for line in lines)) if key == "inverse_training_rate" else None
+            charts.append(
+                {"kind": "curves", "title": title, "unit": unit, "lines": lines, "rounds": first.rounds, "guess": guess, "top": top}
+            )
     return charts
 
 

@@ -1,6 +1,6 @@
 """What a study says in words, made from its numbers."""
 
-from fedgradnorm.compare.results import Estimate, Results
+from fedgradnorm.compare.results import Estimate, Results, TunedMethod
 from fedgradnorm.compare.statistics import FEWEST_PAIRS, Interval
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.findings import listed, plural
@@ -45,6 +45,8 @@ def interval_text(found: Interval) -> str:
     """An interval of rounds, such as "12 to 30 fewer" or "3 fewer to 5 more"."""
     if found.low is None or found.high is None:
         return f"too few seeds for an interval: {found.pairs} of {FEWEST_PAIRS}"
+    if found.low == found.high == 0:
+        return "the same with every seed"
     if found.high <= 0:
         return f"95 % interval {abs(found.high):.3g} to {abs(found.low):.3g} fewer"
     if found.low >= 0:
@@ -112,8 +114,14 @@ def caveats(results: Results) -> list[str]:
     for state, words in (("diverged", "diverged"), ("failed", "failed"), ("missing", "not trained yet")):
         if count := sum(one.ended.state == state for one in results.cells):
             texts.append(f"{plural(count, 'run')} of {len(results.cells)} {words}.")
-    texts += [f"{one.method} diverged or failed with all step sizes, and is missing." for one in results.tuned if one.chosen is None]
-    return texts
+    return texts + [_untuned(one) for one in results.tuned if one.chosen is None]
+
+
+def _untuned(one: TunedMethod) -> str:
+    where = f"{one.variant}, {one.method}" if one.variant else one.method
+    if any(reason.startswith("missing") for reason in one.reasons.values()):
+        return f"{where} is not tuned yet."
+    return f"{where} diverged or failed with all step sizes, and is missing."
 
 
 def edge_note(method: str, variant: str, edges: tuple[str, ...]) -> str:

@@ -1,7 +1,6 @@
 """A whole study: tune, train what is not trained yet, and write what was found."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from fedgradnorm.build import build_federation
@@ -82,8 +81,6 @@ class _Grid:
         orders = [order_for(self.folder, cell) for cell in missing]
         try:
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                (self.folder / ".gitignore").open("x").write("cells/\nfailures/\n")
         except OSError as error:
             raise RunError(f"study folder {self.folder}: cannot be written: {error.strerror or error}") from error
         noting = _Noting(self.listener(stage, orders))
@@ -164,6 +161,8 @@ def _chosen(
         else:
             by_point[point] = sum(scores[key]) / len(scores[key])
     known = {point: score for point, score in by_point.items() if score is not None}
+    if any(reason.startswith("missing") for reason in why.values()):
+        known = {}  # half a grid chooses nothing
     best = min(known, key=known.__getitem__) if known else None
     edges: list[str] = []
     if best is not None and study.tuning is not None:
