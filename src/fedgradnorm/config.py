@@ -289,7 +289,7 @@ def validated(
 def _message(
     model: type[BaseModel], error: ValidationError, values: Mapping[str, Any], prefix: str, places: Mapping[str, str], place: str
 ) -> str:
-    first, *others = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    first, *others = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # which a misspelt key explains
     keys: list[str] = []
     table: Any = values
     for part in first["loc"]:  # pydantic ends some locations with the names of types: those are no keys of ours

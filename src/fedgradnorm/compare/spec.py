@@ -70,7 +70,7 @@ class Study(Section):
     baseline: str = Field("equal", description="The method that the others are compared with.")
     single: str | None = Field(None, description="The method that trains every task by itself: the reference of delta-m.")
     tuning: Tuning | None = Field(None, description="How step sizes are chosen; by default they are those of the settings.")
-    targets: Targets = Targets()
+    targets: Targets = Field(Targets(), description="What the rounds are counted to.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

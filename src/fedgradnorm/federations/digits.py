@@ -61,7 +61,7 @@ def make(
         sizes: how the training images are dealt out; see `partition`.
         alpha: for ``sizes="dirichlet"``.
         test_fraction: the share of the images that is kept for testing, whole, at every client.
-        loss_scale: by task, a factor on its loss; see `with_loss_scale`.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.

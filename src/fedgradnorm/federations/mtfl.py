@@ -166,7 +166,7 @@ def make(
         clients_per_task: how many clients each task has.
         sizes: how the training images are dealt out, each to one client; see `partition`. Every client has all test images.
         alpha: for ``sizes="dirichlet"``.
-        loss_scale: by task, a factor on its loss; see `with_loss_scale`.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.

@@ -74,7 +74,7 @@ def make(
         sizes: how the training snapshots are dealt out; see `partition`.
         alpha: for ``sizes="dirichlet"``.
         test_fraction: the share of the snapshots of each pair at each SNR that is kept for testing.
-        loss_scale: by task, a factor on its loss; see `with_loss_scale`.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
