@@ -8,6 +8,8 @@ from fedgradnorm.summary import LOSS_RATIO
 
 __all__ = ["answers", "caveats", "edge_note", "goal", "headline_target", "interval_text", "sentence", "task_title", "verdict"]
 
+UNCLEAR, UNKNOWN = "not clearly different from", "not comparable with"
+
 
 def headline_target(results: Results, variant: str, task: str) -> str | None:
     """The target by which a task's speed is told, chosen by the baseline alone: of those that it reached most often, the least loss ratio.
@@ -87,22 +89,41 @@ def task_title(results: Results, variant: str, task: str) -> str:
 
 
 def answers(results: Results) -> list[str]:
-    """The study's findings: for each variant and method, where it is faster than the baseline, where slower, and where nothing is clear."""
-    return [
-        f"{variant.name}: {text}" if variant.name else text
-        for variant in results.study.variants
-        for method in results.study.methods
-        if method.name != results.study.baseline and (text := _answer(results, variant.name, method.name))
-    ]
+    """The study's findings: for each variant and method, where it is faster than the baseline, where slower, and where nothing is clear.
+
+    Methods of which nothing is clear on any task are told of together.
+    """
+    baseline, texts = results.study.baseline, []
+    for variant in results.study.variants:
+        start = f"{variant.name}: " if variant.name else ""
+        unclear = []
+        for method in results.study.methods:
+            sides = _sides(results, variant.name, method.name) if method.name != baseline else {}
+            if set(sides) == {UNCLEAR}:
+                unclear.append(method.name)
+            elif set(sides) == {UNKNOWN}:
+                texts.append(f"{start}{method.name} cannot be compared with {baseline}: too few runs.")
+            elif sides:
+                parts = [f"{side} {baseline} on {listed(tasks)}" for side, tasks in sides.items()]
+                texts.append(f"{start}{method.name} is {'; '.join(parts)}.")
+        if unclear:
+            texts.append(f"{start}No clear difference between {baseline} and {listed(unclear)} on {listed(results.tasks)}.")
+    return texts
 
 
 def caveats(results: Results) -> list[str]:
     """How far the findings can be trusted, and what the comparison did for fairness."""
     study = results.study
     seeds = plural(len(study.seeds), "seed")
+    shown = sum(
+        one.difference is not None and one.difference.low is not None
+        for variant in study.variants
+        for task in results.tasks
+        for one in _against(results, variant.name, task)
+    )
     texts = [
         f"Differences are of runs with the same seed ({seeds}), with 95 % bootstrap intervals, made wider for so few of them. "
-        "One interval in twenty misses the truth by chance: of many, some do.",
+        f"One interval in twenty misses the truth by chance: about {0.05 * shown:.1g} of the {plural(shown, 'difference')} in rounds here.",
         "A run that does not reach a target, or diverges, counts with all of its rounds: its difference is no larger than the true one.",
     ]
     if study.tuning is None:
@@ -141,17 +162,14 @@ def _mean_difference(one: Estimate) -> float:
     return 0.0 if one.difference is None else one.difference.mean
 
 
-def _answer(results: Results, variant: str, method: str) -> str:
-    sides: dict[str, list[str]] = {"faster than": [], "slower than": [], "not clearly different from": [], "not comparable with": []}
+def _sides(results: Results, variant: str, method: str) -> dict[str, list[str]]:
+    """On which tasks a method is faster than the baseline, slower, and so on."""
+    sides: dict[str, list[str]] = {"faster than": [], "slower than": [], UNCLEAR: [], UNKNOWN: []}
     for task in results.tasks:
         one = next((one for one in _against(results, variant, task) if one.method == method), None)
         if one is None or one.difference is None or one.difference.low is None:
-            side, amount = "not comparable with", ""
+            sides[UNKNOWN].append(task)
         else:
-            side = {1: "faster than", -1: "slower than", 0: "not clearly different from"}[verdict(one)]
-            amount = f" (by {abs(one.difference.mean):.3g} rounds)" if verdict(one) else ""
-        sides[side].append(f"{task}{amount}")
-    if len(sides["not comparable with"]) == len(results.tasks):
-        return f"{method} cannot be compared with {results.study.baseline}: too few runs." if results.tasks else ""
-    parts = [f"{side} {results.study.baseline} on {listed(tasks)}" for side, tasks in sides.items() if tasks]
-    return f"{method} is {'; '.join(parts)}."
+            side = {1: "faster than", -1: "slower than", 0: UNCLEAR}[verdict(one)]
+            sides[side].append(f"{task} (by {abs(one.difference.mean):.3g} rounds)" if verdict(one) else task)
+    return {side: tasks for side, tasks in sides.items() if tasks}

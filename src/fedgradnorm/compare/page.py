@@ -69,20 +69,19 @@ def write_page(results: Results, output: Path) -> Path:
 
 def _key_html(at: int, look: Look) -> str:
     """A method's entry in the legend: a button that shows and hides its curves."""
+    pressed = str(look.shown).lower()
     return tag(
-        "button",
-        f'<i style="border-top-style:{"solid" if look.dash == "solid" else "dashed" if "dash" in look.dash else "dotted"}"></i>',
-        tag("span", escape(look.name)),
-        class_="key",
-        style=f"color:{look.colour}",
-        type="button",
-        data_method=str(at),
-        aria_pressed=str(look.shown).lower(),
+        "button", _dash_html(look), class_="key", style=f"color:{look.colour}", type="button", data_method=str(at), aria_pressed=pressed
     )
 
 
 def _name_html(look: Look) -> str:
-    return tag("span", "<i></i>", tag("span", escape(look.name)), class_="key", style=f"color:{look.colour}")
+    return tag("span", _dash_html(look), class_="key", style=f"color:{look.colour}")
+
+
+def _dash_html(look: Look) -> str:
+    style = {"solid": "", "dot": "border-top-style:dotted"}.get(look.dash, "border-top-style:dashed")
+    return tag("i", style=style) + tag("span", escape(look.name))
 
 
 def _variant_html(results: Results, variant: str, looks: Sequence[Look], charts: list[dict[str, Any]]) -> str:
