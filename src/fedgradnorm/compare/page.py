@@ -5,7 +5,6 @@ from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 from string import Template
 from typing import Any
 
@@ -17,7 +16,6 @@ from fedgradnorm.compare.results import OVERALL, Results
 from fedgradnorm.compare.tables import (
     OVERALL_MEASURES,
     difference_text,
-    figure,
     mean_text,
     overview,
     point_text,
@@ -113,7 +111,7 @@ def _speed_html(results: Results, variant: str, looks: Sequence[Look]) -> str:
         figures = []
         for text, side in cells:
             mean, _, difference = text.partition("; ")
-            figures.append(tag("td", escape(mean), tag("small", "<br>", escape(difference)) if difference else "", class_=SIDES[side]))
+            figures.append(_cell_html(mean, difference, side))
         lines.append(tag("tr", tag("td", _name_html(look)), *figures))
     note = tag(
         "caption", "Mean rounds; under it the mean paired difference and its 95 % interval. Green: clearly faster, red: clearly slower."
@@ -193,23 +191,26 @@ def _task_html(results: Results, variant: str, task: str, looks: Sequence[Look],
 
 
 def _task_table(results: Results, variant: str, task: str, looks: Sequence[Look]) -> str:
-    targets, seeds = results.targets(task), len(results.study.seeds)
-    heads = [title for target in targets for title in (f"rounds to {target}", "difference", "seconds", "difference")]
+    seeds, columns = len(results.study.seeds), list[tuple[str, str, str]]()
     metric = next((one.unit for one in results.estimates if one.task == task and one.measure == "last metric"), "")
-    heads += [f"last {metric}", "difference", f"best {metric}", "difference"] if metric else []
+    columns += [(f"{which} {metric}", f"{which} metric", "") for which in ("last", "best") if metric]
+    for target in results.targets(task):
+        columns += [(f"rounds to {target}", "rounds", target), (f"seconds to {target}", "seconds", target)]
     lines = []
     for look in looks:
         cells = []
-        for target in targets:
-            for measure in ("rounds", "seconds"):
-                one = results.find(variant, look.name, task, measure, target)
-                cells += [speed_text(one, seeds), difference_text(one)]
-        if metric:
-            for which in ("last", "best"):
-                one = results.find(variant, look.name, task, f"{which} metric")
-                cells += [figure(fmean(one.values.values())) if one and one.values else ABSENT, difference_text(one)]
-        lines.append(tag("tr", tag("td", _name_html(look)), texts("td", cells)))
-    return tag("table", tag("thead", tag("tr", tag("th", "method"), texts("th", heads))), tag("tbody", *lines))
+        for _, measure, target in columns:
+            one = results.find(variant, look.name, task, measure, target)
+            mean = speed_text(one, seeds) if target else mean_text(one)
+            cells.append(_cell_html(mean, difference_text(one), 0 if one is None else verdict(one)))
+        lines.append(tag("tr", tag("td", _name_html(look)), *cells))
+    head = tag("tr", tag("th", "method"), *(tag("th", escape(title).replace(" to ", " to<br>")) for title, _, _ in columns))
+    return tag("table", tag("thead", head), tag("tbody", *lines), class_="speed")
+
+
+def _cell_html(mean: str, difference: str, side: int) -> str:
+    """A mean, and under it the difference against the baseline."""
+    return tag("td", escape(mean), tag("small", "<br>", escape(difference)) if difference not in ("", ABSENT) else "", class_=SIDES[side])
 
 
 def _tuning_html(results: Results) -> str:

@@ -10,6 +10,7 @@ from fedgradnorm.compare.grid import Cell, Point
 from fedgradnorm.compare.measures import Measured, Target
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval, delta_m, difference_of
+from fedgradnorm.records import MetricSummary
 
 __all__ = ["OVERALL", "CellResult", "Estimate", "Results", "TunedMethod", "estimates_of"]
 
@@ -164,7 +165,7 @@ class _Comparison:
             if figures.metric is not None:
                 better: Literal["less", "more"] = "more" if figures.metric["higher_is_better"] else "less"
                 for which in ("last", "best"):
-                    yield self._estimate(task, f"{which} metric", figures.metric["name"], better, _metric(task, which))
+                    yield self._estimate(task, f"{which} metric", _metric_unit(figures.metric), better, _metric(task, which))
         for which in ("last", "best"):
             values = {seed: _delta_m(one, self.single[seed], which) for seed, one in self.own.items() if seed in self.single}
             base = {seed: _delta_m(one, self.single[seed], which) for seed, one in self.baseline.items() if seed in self.single}
@@ -213,9 +214,13 @@ def _metric(task: str, which: str) -> Getter:
     def get(one: Measured) -> float | None:
         metric = one.tasks[task].metric
         value: float | None = None if metric is None else metric["last"] if which == "last" else metric["best"]
-        return value
+        return 100 * value if value is not None and metric is not None and metric["percent"] else value
 
     return get
+
+
+def _metric_unit(metric: MetricSummary) -> str:
+    return f"{metric['name']}, %" if metric["percent"] else metric["name"]
 
 
 def _delta_m(one: Measured, single: Measured, which: str) -> float | None:

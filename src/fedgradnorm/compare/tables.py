@@ -84,8 +84,13 @@ def difference_text(one: Estimate | None) -> str:
     if one is None or one.difference is None:
         return ABSENT
     found = one.difference
-    text = f"{found.mean:+.3g}"
-    return text if found.low is None else f"{text} ({found.low:+.3g} to {found.high:+.3g})"
+    text = _signed(found.mean)
+    return text if found.low is None or found.high is None else f"{text} ({_signed(found.low)} to {_signed(found.high)})"
+
+
+def _signed(value: float) -> str:
+    """A difference with its sign; what is but rounding is 0."""
+    return "0" if abs(value) < 1e-9 else f"{value:+.3g}"
 
 
 def overview(results: Results, variant: str) -> list[list[tuple[str, int]]]:
