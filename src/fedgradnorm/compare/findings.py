@@ -61,7 +61,8 @@ def sentence(one: Estimate, baseline: str) -> str:
     found = one.difference
     if found is None:
         return f"Neither {one.method} nor {baseline} gets {one.task} to {goal(one.target)}."
-    amount = f"{abs(found.mean):.3g} rounds {'fewer' if found.mean < 0 else 'more'}" if found.mean else "as many rounds"
+    size = f"{abs(found.mean):.3g}"
+    amount = f"{size} round{'' if size == '1' else 's'} {'fewer' if found.mean < 0 else 'more'}" if found.mean else "as many rounds"
     than = f"{'than' if found.mean else 'as'} {baseline}"
     text = f"{one.method} needs {amount} {than}"
     if verdict(one):
@@ -122,8 +123,8 @@ def caveats(results: Results) -> list[str]:
         for one in _against(results, variant.name, task)
     )
     texts = [
-        f"Differences are of runs with the same seed ({seeds}), with 95 % bootstrap intervals, made wider for so few of them. "
-        f"One interval in twenty misses the truth by chance: about {0.05 * shown:.1g} of the {plural(shown, 'difference')} in rounds here.",
+        f"Differences are of runs with the same seed ({seeds}), with 95 % bootstrap intervals, made wider for so few of them. One in "
+        f"twenty misses the truth by chance{f': about {0.05 * shown:.1g} of the {shown} in rounds here' if shown > 1 else ''}.",
         "A run that does not reach a target, or diverges, counts with all of its rounds: its difference is no larger than the true one.",
     ]
     if study.tuning is None:

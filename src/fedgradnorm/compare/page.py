@@ -191,7 +191,7 @@ def _task_html(results: Results, variant: str, task: str, looks: Sequence[Look],
 
 
 def _task_table(results: Results, variant: str, task: str, looks: Sequence[Look]) -> str:
-    seeds, columns = len(results.study.seeds), list[tuple[str, str, str]]()
+    columns = list[tuple[str, str, str]]()
     metric = next((one.unit for one in results.estimates if one.task == task and one.measure == "last metric"), "")
     columns += [(f"{which} {metric}", f"{which} metric", "") for which in ("last", "best") if metric]
     for target in results.targets(task):
@@ -201,7 +201,7 @@ def _task_table(results: Results, variant: str, task: str, looks: Sequence[Look]
         cells = []
         for _, measure, target in columns:
             one = results.find(variant, look.name, task, measure, target)
-            mean = speed_text(one, seeds) if target else mean_text(one)
+            mean = speed_text(one) if target else mean_text(one)
             cells.append(_cell_html(mean, difference_text(one), 0 if one is None else verdict(one)))
         lines.append(tag("tr", tag("td", _name_html(look)), *cells))
     head = tag("tr", tag("th", "method"), *(tag("th", escape(title).replace(" to ", " to<br>")) for title, _, _ in columns))

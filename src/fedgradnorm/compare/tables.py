@@ -69,14 +69,14 @@ def mean_text(one: Estimate | None) -> str:
     return figure(mean / 1e6 if one.unit == "bytes" else mean)
 
 
-def speed_text(one: Estimate | None, num_seeds: int) -> str:
-    """Rounds or seconds to a target: the mean, with how many seeds reached it where not all did, such as "52 (3 of 5)"."""
+def speed_text(one: Estimate | None) -> str:
+    """Rounds or seconds to a target: the mean, with how many runs reached it where not all did, such as "52 (3 of 5)"."""
     if one is None or not one.values:
         return ABSENT
     if not one.reached:
         return f"not in {max(one.values.values()):.0f}" if one.measure == "rounds" else "not reached"
     text = figure(fmean(one.values.values()))
-    return text if one.reached == num_seeds else f"≥ {text} ({one.reached} of {num_seeds})"
+    return text if one.reached == len(one.values) else f"≥ {text} ({one.reached} of {len(one.values)})"
 
 
 def difference_text(one: Estimate | None) -> str:
@@ -101,7 +101,7 @@ def overview(results: Results, variant: str) -> list[list[tuple[str, int]]]:
         for task in results.tasks:
             target = headline_target(results, variant, task)
             one = results.find(variant, method.name, task, "rounds", target) if target else None
-            text = speed_text(one, len(results.study.seeds))
+            text = speed_text(one)
             if one is not None and one.difference is not None:
                 text += f"; {difference_text(one)}"
             cells.append((text, 0 if one is None else verdict(one)))

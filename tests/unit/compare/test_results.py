@@ -59,14 +59,14 @@ def test_a_target_that_is_not_reached_counts_with_all_rounds():
     results = made_up({"equal": [measured(None)] * 2 + [measured(40)] * 3, "fast": [measured(None)] + [measured(20)] * 4})
     one = results.find("", "fast", "smile", "rounds", "loss ratio 0.6")
     assert (one.reached, one.difference.mean, one.censored) == (4, (0 - 30 - 20 - 20 - 20) / 5, 2)
-    assert speed_text(one, 5) == "≥ 26 (4 of 5)"
-    assert speed_text(results.find("", "equal", "smile", "rounds", "loss ratio 0.6"), 5) == "≥ 44 (3 of 5)"
+    assert speed_text(one) == "≥ 26 (4 of 5)"
+    assert speed_text(results.find("", "equal", "smile", "rounds", "loss ratio 0.6")) == "≥ 44 (3 of 5)"
 
 
 def test_a_target_that_none_reached_has_no_difference():
     results = made_up({"equal": [measured(None)] * 5, "never": [measured(None)] * 5})
     one = results.find("", "never", "smile", "rounds", "loss ratio 0.6")
-    assert (one.difference, one.reached, speed_text(one, 5)) == (None, 0, "not in 50")
+    assert (one.difference, one.reached, speed_text(one)) == (None, 0, "not in 50")
     assert headline_target(results, "", "smile") is None
     assert task_title(results, "", "smile") == "smile: no method brings the training loss down to a target."
 
