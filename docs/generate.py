@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fedgradnorm.compare.spec import Axis, Study, Targets, Tuning
 from fedgradnorm.config import (
     AggregationConfig,
     Component,
@@ -21,6 +22,44 @@ from fedgradnorm.config import (
     WeightingConfig,
 )
 from fedgradnorm.registry import BUILT_INS, describe, resolve
+
+STUDY = """## A study
+
+`fedgradnorm compare STUDY.toml` trains every method with every seed, after it has tuned the step sizes of each on the same grid and
+on other seeds.
+
+```toml
+title = "Three radio tasks"
+config = "../configs/demo.toml"       # relative to the study's file
+seeds = [0, 1, 2, 3, 4]
+base.train.num_rounds = 100           # over that file, in every run
+
+[tuning]
+seeds = [100]
+num_rounds = 60
+axes = [{ keys = ["train.encoder_lr", "train.head_lr"], values = [0.05, 0.1, 0.2] }]
+
+[[methods]]
+name = "equal"
+weighting.name = "equal"
+
+[[methods]]
+name = "FedGradNorm, γ = 0.5"         # whatever a run may set makes a method
+weighting.name = "fedgradnorm"
+weighting.gamma = 0.5
+
+[[variants]]                          # optional: all methods once more, under other settings
+name = "signal has a tenth of the data"
+federation.sizes.signal = 0.1
+
+[full]                                # what --full changes: keys of the study, or settings of its base
+train.num_rounds = 300
+```
+
+Words on the command line win: `seeds=[0,1]` for the study, `train.num_rounds=5` for its base. A cell is a run's folder under the
+study's, named by its settings: called again, the command trains what is missing, and a changed setting is another cell. `--jobs` cells
+are trained at once, each in one thread.
+"""
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -45,6 +84,8 @@ def text_of(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
     value = list(value) if isinstance(value, tuple) else value.name if isinstance(value, Component) else value
+    if isinstance(value, BaseModel) or (isinstance(value, list) and any(isinstance(one, BaseModel) for one in value)):
+        return "see below"
     return "none" if value is None else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
 
 
@@ -82,6 +123,10 @@ def page() -> str:
         if kind == "train":
             sections.append(f"## `[train.method]`\n\n{table(fields_of(MethodConfig))}\n")
             sections += [part("method", name, "train.method") + "\n" for name in sorted(BUILT_INS["method"])]
+    sections.append(STUDY)
+    tables: dict[str, type[BaseModel]] = {"": Study, "[tuning]": Tuning, "[[tuning.axes]]": Axis, "[targets]": Targets}
+    for title, model in tables.items():
+        sections.append((f"### `{title}`\n\n" if title else "") + table(fields_of(model)) + "\n")
     return "\n".join(sections)
 
 

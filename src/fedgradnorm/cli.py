@@ -1,4 +1,4 @@
-"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report`` and ``list``."""
+"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare`` and ``list``."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -112,6 +113,43 @@ def report(
     _say(f"report: {page}")
 
 
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="A study's TOML file, such as studies/radcom.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the study, or settings of its runs, that win over the file."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once, each in one thread; by default as many as there are cores.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; by default `runs/studies/` and the name of the file.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="The study's size for a larger machine: its table [full].")] = False,
+) -> None:
+    """Compare methods over seeds: tune every one, train what is not trained yet, and write tables and a page."""
+    from fedgradnorm.compare.findings import answers
+    from fedgradnorm.compare.page import write_page
+    from fedgradnorm.compare.progress import StudyProgress
+    from fedgradnorm.compare.spec import load_study
+    from fedgradnorm.compare.study import compare as compare_methods
+    from fedgradnorm.compare.tables import terminal_table, write_tables
+
+    settings = load_study(study, overrides or [], full=full)
+    folder = out if out is not None else Path("runs/studies") / f"{study.stem}{'-full' if full else ''}"
+    with stop_on_signals() as should_stop, StudyProgress(console) as progress:
+        results = compare_methods(settings, folder, jobs=jobs or available_cores(), listener=progress, should_stop=should_stop)
+    write_tables(results, folder)
+    console.print(terminal_table(results))
+    for answer in answers(results):
+        _say(answer)
+    if bad := sum(one.ended.state != "trained" for one in results.cells):
+        _say(f"{bad} of {len(results.cells)} runs diverged or failed: see the page")
+    if find_spec("plotly") is None:
+        _say(f'results: {folder / "results.md"}; no page: pip install "fedgradnorm[report]"')
+    else:
+        _say(f"page: {write_page(results, folder / 'index.html')}")
+
+
 @app.command("list")
 def list_parts() -> None:
     """List the federations, models, methods, weightings, aggregations and engines, with their options and defaults."""
@@ -123,6 +161,11 @@ def list_parts() -> None:
             summary, options = describe(kind, name)
             table.add_row(name, summary, "\n".join(f"{key} = {value!r}" for key, value in options.items()))
         console.print(table)
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

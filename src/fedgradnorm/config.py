@@ -1,9 +1,9 @@
 """The settings of a run: frozen, from a TOML file and ``key=value`` words, checked before anything else happens."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,10 +21,14 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "RunSettings",
+    "Section",
     "TrainConfig",
     "WeightingConfig",
     "dotted",
     "load_config",
+    "overlaid",
+    "parse_override",
+    "read_toml",
     "validated",
 ]
 
@@ -159,6 +163,8 @@ class RunSettings(Section):
     )
     checkpoint_every: int = Field(10, ge=1, description="A checkpoint is written after the last round, and after every so many.")
     keep: int = Field(3, ge=1, description="So many checkpoints are kept, the last ones.")
+    page: bool = Field(True, description="Whether the run ends with report.html, about 5 MB, where plotly is installed.")
+    tensorboard: bool = Field(True, description="Whether TensorBoard events are written, where tensorboard is installed.")
     loss_targets: tuple[float, ...] = Field(
         (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
     )
@@ -194,9 +200,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a missing or malformed file, an unknown key, or a value of the wrong type or out of range.
     """
-    values = {} if path is None else _read_toml(path)
+    values = {} if path is None else read_toml(path)
     places = {}
-    parsed = [(*_parse_override(word), word) for word in overrides]
+    parsed = [(*parse_override(word), word) for word in overrides]
     for dotted, value, _ in parsed:
         _drop_options_of_another_part(values, dotted, value)
     for dotted, value, word in parsed:
@@ -217,7 +223,28 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def overlaid(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with others laid over them, table by table; one that names another part drops the options of the old one.
+
+    >>> overlaid({"weighting": {"name": "fedgradnorm", "gamma": 0.5}, "train": {"seed": 1}}, {"weighting": {"name": "equal"}})
+    {'weighting': {'name': 'equal'}, 'train': {'seed': 1}}
+    """
+    result = dict(values)
+    for table, value in settings.items():
+        if isinstance(value, Mapping) and "name" in value:
+            _drop_options_of_another_part(result, f"{table}.name", value["name"])
+        result[table] = _merged(result.get(table), value)
+    return result
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where it is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -226,7 +253,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
 
 
-def _parse_override(word: str) -> tuple[str, Any]:
+def parse_override(word: str) -> tuple[str, Any]:
+    """The dotted key and the value of a word such as ``train.seed=1``. Raises ConfigError where it is none."""
     dotted, equals, text = word.partition("=")
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"'{word}': expected table.key=value, such as train.num_rounds=5")
@@ -284,14 +312,14 @@ def validated(
 def _message(
     model: type[BaseModel], error: ValidationError, values: Mapping[str, Any], prefix: str, places: Mapping[str, str], place: str
 ) -> str:
-    first, *others = error.errors()
+    first, *others = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # which a misspelt key explains
     keys: list[str] = []
     table: Any = values
     for part in first["loc"]:  # pydantic ends some locations with the names of types: those are no keys of ours
-        if not isinstance(table, Mapping) or part not in table:
+        if not (isinstance(table, Mapping) and part in table) and not (isinstance(table, Sequence) and isinstance(part, int)):
             break
         keys.append(str(part))
-        table = table[part]
+        table = table[part]  # type: ignore[index]  # a key of a table, or a number in a list
     dotted = ".".join(keys)
     where = places.get(dotted, place)
     full = ".".join(filter(None, (prefix, dotted)))
@@ -301,6 +329,8 @@ def _message(
         message = f"'{'.'.join(filter(None, (full, str(first['loc'][-1]))))}' is missing"
     else:
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
+        if first["type"] == "too_short":
+            expected = f"at least {first['ctx']['min_length']} in it"
         found = _shown(first["input"])
         message = f"{full}: expected {expected}, found {found}"
     more = f" (and {len(others)} more)" if others else ""
@@ -317,7 +347,14 @@ def _shown(value: object) -> str:
 
 def _known_keys(model: type[BaseModel], tables: Sequence[str]) -> list[str]:
     for table in tables:
-        annotation = model.model_fields[table].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        if not table.isdigit():
+            model = next(_models_in(model.model_fields[table].annotation), model)
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables in a type: itself, or what may be in its place, or in its list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

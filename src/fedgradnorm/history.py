@@ -72,7 +72,8 @@ class RunWriter:
         with self._writing(), ExitStack() as undo:
             self._metrics = undo.enter_context((folder / "metrics.jsonl").open("a+b"))
             self._metrics.truncate(_end_of_round(self._metrics, folder, round))
-            self._tensorboard = _tensorboard_writer(folder / "tensorboard", purge_step=round + 1)
+            events = folder / "tensorboard"
+            self._tensorboard = _tensorboard_writer(events, purge_step=round + 1) if config.run.tensorboard else None
             undo.pop_all()
 
     def __enter__(self) -> Self:

@@ -216,7 +216,8 @@ def resume(
     with RunWriter(opened.folder, config, done) as writer:
         job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows(), on_state)
         result = job.go_on(writer, on_round, should_stop)
-    write_page(opened.folder)
+    if config.run.page:
+        write_page(opened.folder)
     return result
 
 
@@ -345,7 +346,8 @@ def begin(
     create_run(folder, config, overwrite=overwrite)
     with RunWriter(folder, config) as writer, profiler_of(folder, config) if profiled else nullcontext() as profiler:
         result = job.go_on(writer, on_round, should_stop, profiler)
-    write_page(folder)
+    if config.run.page:
+        write_page(folder)
     return result
 
 

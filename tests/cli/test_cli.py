@@ -128,6 +128,33 @@ def test_report_overlays_runs_beside_them_or_where_told(config, call):
     assert Path("elsewhere/page.html").exists()
 
 
+STUDY = """
+title = "Two tasks"
+seeds = [0]
+base = {federation = {name = "digits", tasks = ["class", "parity"]}, train = {num_rounds = 2, head_steps = 2, encoder_steps = 2}}
+methods = [{name = "equal", weighting = {name = "equal"}}, {name = "other", weighting = {name = "fedgradnorm"}}]
+full = {train = {num_rounds = 3}}
+"""
+
+
+def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
+    config.with_name("two.toml").write_text(STUDY)
+    code, out, err = call("compare", "two.toml", "--jobs", "1")
+    assert (code, err) == (0, "")
+    assert "comparison 2/2" in out
+    assert "other cannot be compared with equal: too few runs." in out
+    folder = Path("runs/studies/two")
+    assert f"page: {folder / 'index.html'}" in out
+    for name in ("index.html", "results.csv", "results.json", "results.md"):
+        assert (folder / name).stat().st_size > 0
+    _, again, _ = call("compare", "two.toml", "--jobs", "1")
+    assert "comparison" not in again
+    call("compare", "two.toml", "--jobs", "1", "--full", "--out", "large", "seeds=[4]", "train.batch_size=8")
+    runs = [Run(path.parent) for path in Path("large/cells").glob("*/summary.json")]
+    settings = {(run.config.train.num_rounds, run.config.train.seed, run.config.train.batch_size) for run in runs}
+    assert settings == {(3, 4, 8)}
+
+
 def test_list_names_every_part_with_its_options(call):
     code, out, _ = call("list")
     assert code == 0
@@ -171,6 +198,8 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
         (["run", "my.toml", "federation.sizes.class=0"], "federation.sizes.class: expected at least 1 example, found 0"),
         (["run", "my.toml", "run.dir=my.toml"], "run folder my.toml exists"),
         (["report", "absent"], "absent is no run"),
+        (["compare", "absent.toml"], "config file absent.toml: expected a readable TOML file"),
+        (["compare", "my.toml"], "unknown key 'federation'; known: base, baseline"),
         (["evaluate", "absent"], "absent is no run"),
     ],
 )
@@ -200,5 +229,5 @@ def test_the_installed_command_works():
     command = shutil.which("fedgradnorm", path=str(Path(sys.executable).parent))
     assert command is not None
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-    for name in ("run", "resume", "evaluate", "report", "list"):
+    for name in ("run", "resume", "evaluate", "report", "compare", "list"):
         assert name in done.stdout

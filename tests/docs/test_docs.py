@@ -16,6 +16,8 @@ import pytest
 import fedgradnorm
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.cli import main
+from fedgradnorm.compare.grid import final_cells, points_of
+from fedgradnorm.compare.spec import load_study
 from fedgradnorm.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,29 @@ def test_every_config_is_sound(name):
     config = resolve_config(load_config(ROOT / "configs" / f"{name}.toml"))
     assert build_federation(config).num_features > 0
     assert "#" in (ROOT / "configs" / f"{name}.toml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("full", [False, True])
+def test_every_study_is_sound(path, full):
+    study = load_study(path, full=full)
+    assert len(study.seeds) >= 5
+    assert path.name in (ROOT / "README.md").read_text()
+    chosen = {(variant.name, method.name): points_of(study)[0] for variant in study.variants for method in study.methods}
+    for cell in final_cells(study, chosen):
+        if cell.seed == study.seeds[0]:
+            assert build_federation(cell.config).num_features > 0
+
+
+def test_the_documented_study_is_sound(tmp_path):
+    (tmp_path / "studies").mkdir()
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "studies" / "documented.toml").write_text(blocks("docs/configuration.md", "toml")[-1])
+    study = load_study(tmp_path / "studies" / "documented.toml")
+    chosen = {(variant.name, method.name): (0.1,) for variant in study.variants for method in study.methods}
+    cells = final_cells(study, chosen)
+    assert (len(cells), cells[0].config.train.num_rounds, cells[0].config.federation.options["snapshots"]) == (10, 100, 200)
+    assert load_study(tmp_path / "studies" / "documented.toml", full=True).base["train"]["num_rounds"] == 300
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedgradnorm.errors import require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.partition import client_ids_of, partition
-from fedgradnorm.federations.tasks import classification
+from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.metrics import MEAN_ABSOLUTE_ERROR
 from fedgradnorm.models import linear_head, mlp
 from fedgradnorm.task import Task
@@ -47,9 +47,10 @@ def make(
     seed: int,
     tasks: Sequence[str] = ("class", "parity", "loop", "mass"),
     clients_per_task: int = 1,
-    sizes: str | Mapping[str, int] = "equal",
+    sizes: str | Mapping[str, int | float] = "equal",
     alpha: float = 0.5,
     test_fraction: float = 0.25,
+    loss_scale: Mapping[str, float] = {},
 ) -> Federation:
     """Handwritten digits of 8 x 8 pixels: which digit, odd or even, has a loop (0, 6, 8, 9), and the stroke mass (regression).
 
@@ -60,6 +61,7 @@ def make(
         sizes: how the training images are dealt out; see `partition`.
         alpha: for ``sizes="dirichlet"``.
         test_fraction: the share of the images that is kept for testing, whole, at every client.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
@@ -69,9 +71,10 @@ def make(
     train, test = train_test_split(np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"])
     clients = client_ids_of(tasks, clients_per_task, TASKS)
     parts = partition(len(train), clients, sizes, alpha, seed)
+    known = with_loss_scale(TASKS, loss_scale)
     return Federation(
         [
-            Client(id, TASKS[task], (images[train[parts[id]]], targets[task][train[parts[id]]]), (images[test], targets[task][test]))
+            Client(id, known[task], (images[train[parts[id]]], targets[task][train[parts[id]]]), (images[test], targets[task][test]))
             for id, task in clients.items()
         ],
         encoder=partial(mlp, input_shape=(64,), hidden=(64, 32), he_init=False),

@@ -14,7 +14,7 @@ from fedgradnorm.errors import DataError
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.mtfl_images import NUM_CLASSES, NUM_COORDINATES, Crop, face_arrays, read_faces
 from fedgradnorm.federations.partition import client_ids_of, partition
-from fedgradnorm.federations.tasks import classification
+from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn
 from fedgradnorm.task import Metric, Task
 
@@ -144,8 +144,9 @@ def make(
     margin: float = 0.5,
     jitter: float = 0.15,
     clients_per_task: int = 1,
-    sizes: str | Mapping[str, int] = "equal",
+    sizes: str | Mapping[str, int | float] = "equal",
     alpha: float = 0.5,
+    loss_scale: Mapping[str, float] = {},
 ) -> Federation:
     """The faces of MTFL: landmarks (10 numbers from 0 to 1, in crop sides), gender, smile, glasses (2 classes each), pose (5 classes).
 
@@ -165,6 +166,7 @@ def make(
         clients_per_task: how many clients each task has.
         sizes: how the training images are dealt out, each to one client; see `partition`. Every client has all test images.
         alpha: for ``sizes="dirichlet"``.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
@@ -173,7 +175,7 @@ def make(
     Source: Zhang, Luo, Loy and Tang, "Facial landmark detection by deep multi-task learning", ECCV 2014.
     """
     crop = Crop(image_size, colour, margin, jitter)
-    known = tasks_for(margin)
+    known = with_loss_scale(tasks_for(margin), loss_scale)
     clients = client_ids_of(tasks, clients_per_task, known)
     parts = cache(partial(_parts, path, crop, partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed)))
     shape = (3 if colour else 1, image_size, image_size)

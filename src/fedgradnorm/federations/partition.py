@@ -35,7 +35,7 @@ def client_ids_of(tasks: Sequence[str], clients_per_task: int, known: Collection
 
 
 def partition(
-    num_examples: int, clients: Mapping[str, str], sizes: str | Mapping[str, int], alpha: float, seed: int
+    num_examples: int, clients: Mapping[str, str], sizes: str | Mapping[str, int | float], alpha: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Disjoint random parts of ``range(num_examples)``, one a client; they do not depend on the order of the clients.
 
@@ -43,12 +43,13 @@ def partition(
         num_examples: the size of the pool.
         clients: client ids to task names, as `client_ids_of` gives them.
         sizes: ``"equal"``; ``"dirichlet"``, sizes in proportions drawn from Dir(alpha, ..., alpha), at least 1 each; or a number of
-            examples by client id or by task name (for each client of that task), the others getting ``num_examples // len(clients)``.
+            examples by client id or by task name (for each client of that task), the others getting ``num_examples // len(clients)``;
+            a number below 1 is a share of that, such as 0.1 for a tenth of what the others have.
         alpha: the concentration for ``"dirichlet"``: the smaller, the more unequal.
         seed: of the shuffle and of the Dirichlet draw.
 
     Raises:
-        ConfigError: an unknown kind or name, a size below 1, or sizes that add up to more than the pool.
+        ConfigError: an unknown kind or name, a size of 0 or less or of a fraction above 1, or sizes that add up to more than the pool.
     """
     ids = sorted(clients)
     if num_examples < len(ids):
@@ -71,15 +72,18 @@ def partition(
     return {id: order[start:end] for id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)}
 
 
-def _explicit(sizes: Mapping[str, int], clients: Mapping[str, str], ids: Sequence[str], num_examples: int) -> list[int]:
-    known = set(clients) | set(clients.values())
+def _explicit(sizes: Mapping[str, int | float], clients: Mapping[str, str], ids: Sequence[str], num_examples: int) -> list[int]:
+    known, equal = set(clients) | set(clients.values()), num_examples // len(ids)
+    asked = {}
     for name, count in sizes.items():
         if name not in known:
             raise ConfigError(f"sizes.{name}: no such client or task; {nearest(name, known)}")
-        if count < 1:
+        if count <= 0:
             raise ConfigError(f"sizes.{name}: expected at least 1 example, found {count}")
-    equal = num_examples // len(ids)
-    counts = [sizes.get(id, sizes.get(clients[id], equal)) for id in ids]
+        if count > 1 and count != int(count):
+            raise ConfigError(f"sizes.{name}: expected a whole number of examples, or a share below 1, found {count}")
+        asked[name] = int(count) if count >= 1 else max(1, round(count * equal))
+    counts = [asked.get(id, asked.get(clients[id], equal)) for id in ids]
     if sum(counts) > num_examples:
         raise ConfigError(f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}")
     return counts

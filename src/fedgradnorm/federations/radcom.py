@@ -18,7 +18,7 @@ from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 from fedgradnorm.federations.radcom_channel import snapshots as generate
 from fedgradnorm.federations.radcom_hdf5 import Snapshots, existing_file, read_arrays, read_hdf5, write_hdf5
-from fedgradnorm.federations.tasks import classification
+from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import mlp
 from fedgradnorm.randomness import generator
 
@@ -52,9 +52,10 @@ def make(
     snr_max: int = 18,
     anomaly_threshold: float = -4.0,
     clients_per_task: int = 1,
-    sizes: str | Mapping[str, int] = "equal",
+    sizes: str | Mapping[str, int | float] = "equal",
     alpha: float = 0.5,
     test_fraction: float = 0.2,
+    loss_scale: Mapping[str, float] = {},
 ) -> Federation:
     """Radio snapshots of 128 complex samples: the modulation (6), the type of signal (8), and whether the channel is too noisy (2).
 
@@ -73,12 +74,13 @@ def make(
         sizes: how the training snapshots are dealt out; see `partition`.
         alpha: for ``sizes="dirichlet"``.
         test_fraction: the share of the snapshots of each pair at each SNR that is kept for testing.
+        loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
         DataError: on first use, no file at ``path``, or one that is not of the format.
     """
-    clients = client_ids_of(tasks, clients_per_task, TASKS)
+    clients, known = client_ids_of(tasks, clients_per_task, TASKS), with_loss_scale(TASKS, loss_scale)
     _check_range(test_fraction, snapshots, snr_min, snr_max)
     snrs = range(snr_min, snr_max + 1, SNR_STEP)
     threshold = anomaly_threshold if "anomaly" in tasks else None
@@ -95,7 +97,7 @@ def make(
     parts = cache(partial(_parts, pool, deal, anomaly_threshold, test_fraction))
     return Federation(
         [
-            Client(client, TASKS[task], partial(_data, parts, client, task), partial(_data, parts, "", task))
+            Client(client, known[task], partial(_data, parts, client, task), partial(_data, parts, "", task))
             for client, task in clients.items()
         ],
         encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False),

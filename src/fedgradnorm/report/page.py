@@ -1,8 +1,7 @@
 """The report's page: one HTML file that holds all that it needs."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedgradnorm.report.comparison import (
     percentage,
 )
 from fedgradnorm.report.findings import caveat, differing_settings, findings, listed, plural, settings_of
+from fedgradnorm.report.html import json_for_html, key, plotly_source, style, tag, texts
 from fedgradnorm.report.loading import Loaded, load, sound
 
 __all__ = ["write_report"]
@@ -45,7 +45,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     Raises:
         RunError: no run, one without a sound summary.json and metrics.jsonl, a file that cannot be written, or plotly is not installed.
     """
-    plotly = _plotly_source()
+    plotly = plotly_source()
     groups, loaded = grouped(comparison_rows(runs)), load(runs)
     charts: list[dict[str, Any]] = []
     parts = {
@@ -61,7 +61,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     }
     kinds = {line["kind"] for chart in charts for line in chart["lines"]}
     page = Template(files("fedgradnorm.report").joinpath("page.html").read_text(encoding="utf-8"))
-    text = page.substitute(parts, legend=_legend_html(loaded, kinds), charts=_json_for_html(charts), plotly=plotly)
+    text = page.substitute(parts, style=style(), legend=_legend_html(loaded, kinds), charts=json_for_html(charts), plotly=plotly)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -70,44 +70,17 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     return output
 
 
-def _plotly_source() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise RunError('the report page needs plotly: pip install "fedgradnorm[report]"') from error
-    return str(get_plotlyjs())
-
-
-def _json_for_html(value: object) -> str:
-    """JSON that cannot end the script element that holds it."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _tag(name: str, *children: str, **attributes: str) -> str:
-    """An element. The children are HTML already; the attributes are escaped here."""
-    written = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value)
-    return f"<{name}{written}>{''.join(children)}</{name}>"
-
-
-def _texts(name: str, values: Iterable[str], **attributes: str) -> str:
-    return "".join(_tag(name, escape(value), **attributes) for value in values)
-
-
-def _key(text: str, colour: str, kind: str = "") -> str:
-    return _tag("span", "<i></i>", _tag("span", escape(text)), class_=f"key {kind}".strip(), style=f"color:{colour}")
-
-
 def _legend_html(loaded: Sequence[Loaded], kinds: set[str]) -> str:
     styles = {"client": ("one client", "thin"), "band": ("range over the clients", "band")}
-    keys = [_key(one.label, one.colour) for one in loaded]
-    keys += [_key(text, GREY, style) for kind, (text, style) in styles.items() if kind in kinds]
+    keys = [key(one.label, one.colour) for one in loaded]
+    keys += [key(text, GREY, style) for kind, (text, style) in styles.items() if kind in kinds]
     dashed = [text for kind, text in (("guess", "constant guess (grey)"), ("target", "target")) if kind in kinds]
-    return "".join([*keys, *([_key(", ".join(dashed), GREY, "dashed")] if dashed else [])])
+    return "".join([*keys, *([key(", ".join(dashed), GREY, "dashed")] if dashed else [])])
 
 
 def _runs_html(loaded: Sequence[Loaded]) -> str:
     titles = ("method", "weighting", "rounds", "clients", "took part", "reports dropped", "seed", "time")
-    head = _tag("thead", _tag("tr", _tag("th", "run"), _texts("th", titles)))
+    head = tag("thead", tag("tr", tag("th", "run"), texts("th", titles)))
     lines = []
     for one in loaded:
         present = fmean(row["participated"] for row in one.rows)
@@ -121,8 +94,8 @@ def _runs_html(loaded: Sequence[Loaded]) -> str:
             str(one.run.config.train.seed),
             f"{one.summary['seconds']:.0f} s",
         )
-        lines.append(_tag("tr", _tag("td", _key(one.label, one.colour)), _texts("td", facts)))
-    return _tag("table", head, _tag("tbody", *lines))
+        lines.append(tag("tr", tag("td", key(one.label, one.colour)), texts("td", facts)))
+    return tag("table", head, tag("tbody", *lines))
 
 
 def _dropped_html(loaded: Sequence[Loaded]) -> str:
@@ -131,45 +104,45 @@ def _dropped_html(loaded: Sequence[Loaded]) -> str:
     for one in loaded:
         reasons = Counter((row["client"], row["dropped"]) for row in one.rows if row["dropped"] is not None)
         items += [f"{one.label}: {plural(count, 'report')} of {client} dropped: {reason}" for (client, reason), count in reasons.items()]
-    return _tag("details", _tag("summary", "Dropped reports"), _tag("ul", _texts("li", items))) if items else ""
+    return tag("details", tag("summary", "Dropped reports"), tag("ul", texts("li", items))) if items else ""
 
 
 def _table_html(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
     headers, colours, single = headers_of(groups), {one.label: one.colour for one in loaded}, len(loaded) == 1
     spans = Counter(group for group, _ in headers)
     names = {"metric": "test metric", "loss": "training loss: last share, and rounds to a share", "": ""}
-    tops = "".join(_tag("th", names[group], colspan=str(count), class_="group" if group else "") for group, count in spans.items())
-    head = _tag("thead", _tag("tr", "<th></th>", tops), _tag("tr", _tag("th", "task"), _texts("th", (title for _, title in headers))))
+    tops = "".join(tag("th", names[group], colspan=str(count), class_="group" if group else "") for group, count in spans.items())
+    head = tag("thead", tag("tr", "<th></th>", tops), tag("tr", tag("th", "task"), texts("th", (title for _, title in headers))))
     bodies = []
     for group in groups:
-        heading = _tag("th", escape(heading_of(group[0])), scope="rowgroup", colspan="" if single else str(len(headers) + 1))
-        lines = [] if single else [_tag("tr", heading)]
+        heading = tag("th", escape(heading_of(group[0])), scope="rowgroup", colspan="" if single else str(len(headers) + 1))
+        lines = [] if single else [tag("tr", heading)]
         for row, cells in zip(group, cells_of(group, headers), strict=True):
-            name = heading if single else _tag("td", _key(row.run, colours[row.run]))
-            figures = (_tag("td", escape(text), class_="best" if best else "") for text, best in cells)
-            lines.append(_tag("tr", name, *figures))
-        bodies.append(_tag("tbody", *lines))
-    return _tag("table", head, *bodies)
+            name = heading if single else tag("td", key(row.run, colours[row.run]))
+            figures = (tag("td", escape(text), class_="best" if best else "") for text, best in cells)
+            lines.append(tag("tr", name, *figures))
+        bodies.append(tag("tbody", *lines))
+    return tag("table", head, *bodies)
 
 
 def _task_html(group: Sequence[ComparisonRow], loaded: Sequence[Loaded], charts: list[dict[str, Any]]) -> str:
     """A task's section. Its charts are added to those of the page, where the section refers to them by number."""
     figures = []
     for chart in charts_of(group, loaded):
-        caption = _tag("figcaption", escape(chart["title"]), _tag("small", escape(chart["unit"])))
-        place = _tag("div", id=f"chart-{len(charts)}", class_="chart") if chart["lines"] else _tag("p", "no figures", class_="empty")
-        figures.append(_tag("figure", caption, place))
+        caption = tag("figcaption", escape(chart["title"]), tag("small", escape(chart["unit"])))
+        place = tag("div", id=f"chart-{len(charts)}", class_="chart") if chart["lines"] else tag("p", "no figures", class_="empty")
+        figures.append(tag("figure", caption, place))
         charts.append(chart)
-    return _tag("section", _tag("h3", escape(group[0].task)), _tag("div", *figures, class_="charts"))
+    return tag("section", tag("h3", escape(group[0].task)), tag("div", *figures, class_="charts"))
 
 
 def _settings_html(loaded: Sequence[Loaded]) -> str:
     differing = differing_settings(loaded)
-    head = _tag("thead", _tag("tr", _tag("th", "differs between the runs"), _texts("th", (one.label for one in loaded), class_="text")))
-    lines = [_tag("tr", _tag("td", escape(key)), _texts("td", values, class_="text")) for key, values in differing.items()]
-    table = _tag("div", _tag("table", head, _tag("tbody", *lines)), class_="scroll") if differing else ""
+    head = tag("thead", tag("tr", tag("th", "differs between the runs"), texts("th", (one.label for one in loaded), class_="text")))
+    lines = [tag("tr", tag("td", escape(key)), texts("td", values, class_="text")) for key, values in differing.items()]
+    table = tag("div", tag("table", head, tag("tbody", *lines)), class_="scroll") if differing else ""
     details = [
-        _tag("details", _tag("summary", f"All settings of {escape(one.label)}"), _tag("pre", escape(tomli_w.dumps(settings_of(one.run)))))
+        tag("details", tag("summary", f"All settings of {escape(one.label)}"), tag("pre", escape(tomli_w.dumps(settings_of(one.run)))))
         for one in loaded
     ]
     return table + "".join(details)

@@ -29,6 +29,11 @@ def test_explicit_sizes_by_client_or_by_task_leave_the_others_their_equal_part()
     assert sizes == {"smile-0": 10, "smile-1": 10, "pose-0": 100, "pose-1": 50}
 
 
+def test_a_size_below_1_is_a_share_of_the_equal_part():
+    sizes = {id: len(part) for id, part in partition(400, CLIENTS, {"smile": 0.1, "pose-1": 0.001}, 1.0, 0).items()}
+    assert sizes == {"smile-0": 10, "smile-1": 10, "pose-0": 100, "pose-1": 1}
+
+
 def test_a_small_alpha_is_more_unequal_than_a_large_one():
     def spread(alpha):
         return np.mean([np.std([len(part) for part in partition(1000, CLIENTS, "dirichlet", alpha, seed).values()]) for seed in range(20)])
@@ -49,6 +54,7 @@ def test_the_seed_decides_and_the_order_of_clients_does_not():
         (3, "equal", 1, "3 examples cannot give each of 4 clients one"),
         (50, "unequal", 1, "sizes: expected 'equal', 'dirichlet'"),
         (50, "dirichlet", 0, "alpha: expected a number above 0, found 0"),
+        (50, {"smile": 2.5}, 1, "sizes.smile: expected a whole number of examples, or a share below 1, found 2.5"),
         (50, {"smile": 0}, 1, "sizes.smile: expected at least 1 example, found 0"),
         (50, {"smlie": 3}, 1, "sizes.smlie: no such client or task; did you mean 'smile'"),
         (50, {"smile": 40}, 1, "sizes: 104 examples asked for, the training data have 50"),

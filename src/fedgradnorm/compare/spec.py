@@ -1,0 +1,167 @@
+"""What a study is: methods, seeds, variants and step sizes to compare, from a TOML file that is checked before anything is trained."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from fedgradnorm.config import Component, RunConfig, Section, dotted, overlaid, parse_override, read_toml, validated
+from fedgradnorm.errors import ConfigError, nearest
+
+__all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_study"]
+
+Seed = Annotated[int, Field(ge=0)]
+OWN = ("train.seed", "run.dir", "run.page", "run.tensorboard", "run.keep", "versions")
+"""What the comparison sets itself in every cell."""
+
+
+class Axis(Section):
+    """A table ``[[tuning.axes]]``: settings that are tuned together, and the values to try."""
+
+    keys: tuple[str, ...] = Field(min_length=1, description="Dotted settings that get the same value, such as train.encoder_lr.")
+    values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if list(self.values) != sorted(set(self.values)):
+            raise ValueError("expected values in ascending order, each once")
+        return self
+
+
+class Tuning(Section):
+    """The table ``[tuning]``: how the step sizes are chosen, for every method on the same grid."""
+
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="Seeds to tune on; none of them is among the study's seeds.")
+    num_rounds: int | None = Field(None, ge=1, description="Rounds of a tuning run; by default as many as of the others.")
+    axes: tuple[Axis, ...] = Field(min_length=1, description="The grid: every combination of the axes' values.")
+
+
+class Targets(Section):
+    """The table ``[targets]``: what the rounds are counted to."""
+
+    loss_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.8, 0.6, 0.4, 0.2), description="Shares of the initial loss.")
+    metrics: dict[str, float] = Field({}, description="By task, a value of its main test metric.")
+
+
+class Method(Component):
+    """A table ``[[methods]]``: a name, and the settings of a run that make the method."""
+
+    name: str = Field(min_length=1, max_length=60, description="What it is called in tables and charts.")
+
+
+class Variant(Component):
+    """A table ``[[variants]]``: a name, and settings under which all methods are compared."""
+
+    name: str = Field(max_length=60, description="What it is called, such as a tenth of the data.")
+
+
+class Study(Section):
+    """A whole study: the file's top level."""
+
+    title: str = Field(min_length=1, description="The page's title.")
+    question: str = Field("", description="What is asked, in a sentence.")
+    config: str | None = Field(None, description="A run's TOML file to begin with; relative to the study's file.")
+    base: dict[str, Any] = Field({}, description="Settings of a run, laid over that file.")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="Seeds of the comparison; all methods have the same ones.")
+    methods: tuple[Method, ...] = Field(min_length=1, description="What is compared, in the order of tables and charts.")
+    variants: tuple[Variant, ...] = Field((Variant(name=""),), min_length=1, description="Under which settings; by default the base's.")
+    baseline: str = Field("equal", description="The method that the others are compared with.")
+    single: str | None = Field(None, description="The method that trains every task by itself: the reference of delta-m.")
+    tuning: Tuning | None = Field(None, description="How step sizes are chosen; by default they are those of the settings.")
+    targets: Targets = Field(Targets(), description="What the rounds are counted to.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for kind, names in (("methods", [m.name for m in self.methods]), ("variants", [v.name for v in self.variants])):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"expected {kind} with different names, found '{twice[0]}' twice")
+        methods = [method.name for method in self.methods]
+        for key, name in (("baseline", self.baseline), ("single", self.single)):
+            if name is not None and name not in methods:
+                raise ValueError(f"expected {key} to name a method, but there is no method '{name}'; {nearest(name, methods)}")
+        tuned = () if self.tuning is None else self.tuning.seeds
+        for key, seeds in (("seeds", self.seeds), ("tuning.seeds", tuned)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"expected {key} without repetition, found {list(seeds)}")
+        if both := sorted(set(self.seeds) & set(tuned)):
+            raise ValueError(f"expected tuning.seeds that are not among seeds, but {', '.join(map(str, both))} is in both")
+        self._check_settings()
+        return self
+
+    def _check_settings(self) -> None:
+        tuned = self.tuned_keys
+        if twice := [key for key, count in Counter(tuned).items() if count > 1]:
+            raise ValueError(f"expected every setting on one axis of tuning, found {twice[0]} twice")
+        for kind, parts in (("methods", self.methods), ("variants", self.variants)):
+            for part in parts:
+                _check_tables(part.options, f"{kind} '{part.name}'")
+                for key in dotted(part.options):
+                    if key in tuned:
+                        raise ValueError(f"expected {kind} '{part.name}' to leave {key} alone, which is tuned")
+        _check_tables(self.base, "base")
+
+    @property
+    def tuned_keys(self) -> tuple[str, ...]:
+        """The dotted settings that are tuned."""
+        return () if self.tuning is None else tuple(key for axis in self.tuning.axes for key in axis.keys)
+
+    @property
+    def shows_variants(self) -> bool:
+        """Whether there is more than one variant, or one with a name."""
+        return len(self.variants) > 1 or self.variants[0].name != ""
+
+
+def _check_tables(settings: Mapping[str, Any], where: str) -> None:
+    for table, value in settings.items():
+        if table not in RunConfig.model_fields:
+            near = nearest(table, RunConfig.model_fields)
+            raise ValueError(f"expected {where} to set what a run has, but there is no table '{table}'; {near}")
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected {where} to set {table} as a table, such as {table}.name = ..., found {value!r}")
+    for key in dotted(settings):
+        if key.startswith(OWN):
+            raise ValueError(f"expected {where} to leave {key} alone, which the comparison sets")
+
+
+def load_study(path: Path, overrides: Sequence[str] = (), *, full: bool = False) -> Study:
+    """The study of a TOML file, with its base settings read in.
+
+    Args:
+        path: the file.
+        overrides: words like ``seeds=[0,1]`` for a key of the study, or ``train.num_rounds=5`` for a setting of the base; they win.
+        full: whether the file's table ``[full]`` of such keys is laid over the study: its size for a larger machine.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, seeds that overlap, a baseline that is no method, and the like.
+    """
+    values = read_toml(path)
+    large = values.pop("full", {})
+    if not isinstance(large, Mapping):
+        raise ConfigError(f"full: expected a table, found {large!r} in {path}")
+    if full and not large:
+        raise ConfigError(f"--full: there is no table [full] in {path}")
+    if full:
+        values = _laid_over(values, large)
+    for word in overrides:
+        key, value = parse_override(word)
+        values = _laid_over(values, _nested(key, value))
+    study = validated(Study, values, prefix="", place=f"in {path}")
+    base = read_toml(path.parent / study.config) if study.config is not None else {}
+    for kind in ("run", "versions"):
+        base.pop(kind, None)  # a run's folder is none of a study's
+    return study.model_copy(update={"base": overlaid(base, study.base)})
+
+
+def _laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the study over its own, and tables of a run over its base."""
+    of_study = {key: value for key, value in settings.items() if key in Study.model_fields or key not in RunConfig.model_fields}
+    of_run = {key: value for key, value in settings.items() if key not in of_study}
+    result = overlaid(values, of_study)
+    return {**result, "base": overlaid(result.get("base", {}), of_run)} if of_run else result
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}

@@ -1,0 +1,172 @@
+"""A whole study: tune, train what is not trained yet, and write what was found."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedgradnorm.build import build_federation
+from fedgradnorm.compare.cells import Ended, Order, folder_of, note_end, order_for, state_of
+from fedgradnorm.compare.grid import Cell, Point, final_cells, points_of, tuning_cells
+from fedgradnorm.compare.measures import diverged, measure, tuning_score
+from fedgradnorm.compare.results import CellResult, Results, TunedMethod, estimates_of
+from fedgradnorm.compare.spec import Study
+from fedgradnorm.compare.workers import Listener, Workers
+from fedgradnorm.errors import RunError, StoppedError
+
+__all__ = ["compare", "found_in"]
+
+
+def compare(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    listener: Callable[[str, Sequence[Order]], Listener] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Results:
+    """Train every cell of a study that is not trained yet, and gather what was found.
+
+    Args:
+        study: the study.
+        folder: where its cells are, and its figures will be; made where it is not there. One that is holds the cells of earlier calls.
+        jobs: how many cells are trained at once, each in a process of one thread; with 1 they are trained in this process.
+        listener: given ``"tuning"`` or ``"comparison"`` and the cells to train, who is told how they get on.
+        should_stop: asked after every round; True ends the study there, and a later call goes on.
+
+    Raises:
+        ConfigError: a setting of some method that is unknown or out of range; nothing is trained then.
+        StoppedError: it was stopped.
+        RunError: the folder cannot be written.
+    """
+    _check(study)
+    with Workers(jobs) as workers:
+        grid = _Grid(folder, workers, listener or (lambda _stage, _orders: _Silent()), should_stop)
+        grid.train("tuning", tuning_cells(study))
+        chosen = {(one.variant, one.method): one.chosen for one in _tuned(study, folder)}
+        grid.train("comparison", final_cells(study, chosen))
+    return found_in(study, folder)
+
+
+def found_in(study: Study, folder: Path) -> Results:
+    """What a study's folder holds so far. Cells that are not trained are missing."""
+    tuned = _tuned(study, folder)
+    cells = [_result(study, folder, cell) for cell in final_cells(study, {(one.variant, one.method): one.chosen for one in tuned})]
+    return Results(study, tuned, cells, estimates_of(study, cells))
+
+
+def _check(study: Study) -> None:
+    """Build every method's federation once, so that what is wrong with it is said before anything is trained."""
+    first = {(variant.name, method.name): points_of(study)[0] for variant in study.variants for method in study.methods}
+    known: set[str] = set()
+    for cell in [*final_cells(_with_one_seed(study), first), *tuning_cells(study)]:
+        federation = cell.config.federation.model_dump_json() + cell.config.model.model_dump_json()
+        if federation not in known:
+            known.add(federation)
+            build_federation(cell.config)
+
+
+def _with_one_seed(study: Study) -> Study:
+    """The study with its first seed alone."""
+    return study.model_copy(update={"seeds": study.seeds[:1]})
+
+
+class _Grid:
+    def __init__(
+        self, folder: Path, workers: Workers, listener: Callable[[str, Sequence[Order]], Listener], should_stop: Callable[[], bool]
+    ) -> None:
+        self.folder, self.workers, self.listener, self.should_stop = folder, workers, listener, should_stop
+
+    def train(self, stage: str, cells: Sequence[Cell]) -> None:
+        by_folder = {cell.name: cell for cell in cells}  # cells with the same settings are trained once
+        missing = [cell for cell in by_folder.values() if state_of(self.folder, cell).state in ("missing", "failed")]
+        orders = [order_for(self.folder, cell) for cell in missing]
+        try:
+            (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"study folder {self.folder}: cannot be written: {error.strerror or error}") from error
+        noting = _Noting(self.listener(stage, orders))
+        if not self.workers.train(orders, noting, self.should_stop):
+            left = len(orders) - noting.finished
+            raise StoppedError(f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; the same command goes on")
+
+
+class _Noting:
+    """Writes down how cells ended, and passes on what it is told."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener, self.finished = listener, 0
+
+    def began(self, order: Order) -> None:
+        self.listener.began(order)
+
+    def round(self, order: Order, round: int) -> None:
+        self.listener.round(order, round)
+
+    def ended(self, order: Order, ended: Ended | None) -> None:
+        if ended is not None:
+            self.finished += 1
+            note_end(Path(order.folder), ended)
+        self.listener.ended(order, ended)
+
+
+class _Silent:
+    def began(self, order: Order) -> None:
+        pass
+
+    def round(self, order: Order, round: int) -> None:
+        pass
+
+    def ended(self, order: Order, ended: Ended | None) -> None:
+        pass
+
+
+def _result(study: Study, folder: Path, cell: Cell) -> CellResult:
+    ended = state_of(folder, cell)
+    if ended.state != "trained":
+        return CellResult(cell, ended, None)
+    measured = measure(folder_of(folder, cell), study.targets)
+    reason = diverged(measured)
+    return CellResult(cell, Ended("diverged", reason), None) if reason else CellResult(cell, ended, measured)
+
+
+def _tuned(study: Study, folder: Path) -> list[TunedMethod]:
+    if study.tuning is None:
+        return [TunedMethod(variant.name, method.name, {}, {}, (), ()) for variant in study.variants for method in study.methods]
+    scores: dict[tuple[str, str, Point], list[float]] = {}
+    reasons: dict[tuple[str, str, Point], str] = {}
+    without_metrics = study.model_copy(update={"targets": study.targets.model_copy(update={"metrics": {}})})
+    for cell in tuning_cells(study):
+        key = (cell.variant, cell.method, cell.point)
+        result = _result(without_metrics, folder, cell)
+        score = tuning_score(result.measured) if result.measured else None
+        if score is None:
+            reasons[key] = " ".join(filter(None, (f"{result.ended.state} with seed {cell.seed}", result.ended.reason)))
+        else:
+            scores.setdefault(key, []).append(score)
+    return [_chosen(study, variant.name, method.name, scores, reasons) for variant in study.variants for method in study.methods]
+
+
+def _chosen(
+    study: Study,
+    variant: str,
+    method: str,
+    scores: dict[tuple[str, str, Point], list[float]],
+    reasons: dict[tuple[str, str, Point], str],
+) -> TunedMethod:
+    by_point: dict[Point, float | None] = {}
+    why: dict[Point, str] = {}
+    for point in points_of(study):
+        key = (variant, method, point)
+        if key in reasons:
+            by_point[point], why[point] = None, reasons[key]
+        else:
+            by_point[point] = sum(scores[key]) / len(scores[key])
+    known = {point: score for point, score in by_point.items() if score is not None}
+    if any(reason.startswith("missing") for reason in why.values()):
+        known = {}  # half a grid chooses nothing
+    best = min(known, key=known.__getitem__) if known else None
+    edges: list[str] = []
+    if best is not None and study.tuning is not None:
+        for axis, value in zip(study.tuning.axes, best, strict=True):
+            if len(axis.values) > 1 and value in (axis.values[0], axis.values[-1]):
+                edges.append(" = ".join([*axis.keys, f"{value:g}"]))
+    return TunedMethod(variant, method, by_point, why, best, tuple(edges))

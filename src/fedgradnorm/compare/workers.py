@@ -1,0 +1,186 @@
+"""Cells in parallel: processes of one thread each, started anew where one dies, stopped between two rounds."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Protocol, Self
+
+import torch
+
+from fedgradnorm.compare.cells import Ended, Order, end_of
+from fedgradnorm.threads import kernel_threads
+
+__all__ = ["Listener", "Workers"]
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PATIENCE = 0.2
+"""Seconds after which a wish to stop is asked for again."""
+
+
+class Listener(Protocol):
+    """Who is told how the cells get on."""
+
+    def began(self, order: Order) -> None:
+        """A cell is begun, or gone on with."""
+
+    def round(self, order: Order, round: int) -> None:
+        """A cell's round has ended."""
+
+    def ended(self, order: Order, ended: Ended | None) -> None:
+        """A cell has ended; None where it was stopped."""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    order: Order | None = None
+
+
+class Workers:
+    """Trains cells, so many at once. A context manager: leaving it ends the processes.
+
+    Args:
+        jobs: how many at once: 1 trains in this process, more in processes of their own, which are started as they are needed.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.workers: list[_Worker] = []
+        self.waiting: deque[Order] = deque()
+        self.listener: Listener
+        self.stopping = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.connection.close()  # a worker whom nobody hears ends after its round
+        for worker in self.workers:
+            worker.process.join(timeout=60)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+    def train(self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+        """Train these cells. One that fails is told of, and the others go on; a process that is killed costs its cell alone.
+
+        Returns:
+            Whether all were trained or tried: False where they were stopped before.
+        """
+        if self.jobs == 1:
+            return _one_by_one(orders, listener, should_stop)
+        self.waiting, self.listener = deque(orders), listener
+        while True:
+            if not self.stopping and should_stop():
+                self._stop()
+            self._hand_out()
+            busy = [worker for worker in self.workers if worker.order is not None]
+            if not busy:
+                return not self.waiting and not self.stopping
+            for connection in wait([worker.connection for worker in busy], timeout=PATIENCE):
+                self._hear(next(worker for worker in busy if worker.connection is connection))
+
+    def _hand_out(self) -> None:
+        while self.waiting and not self.stopping:
+            worker = next((worker for worker in self.workers if worker.order is None), None)
+            if worker is None:
+                if len(self.workers) == self.jobs:
+                    return
+                worker = _started()
+                self.workers.append(worker)
+            worker.order = self.waiting.popleft()
+            self.listener.began(worker.order)
+            try:
+                worker.connection.send(worker.order)
+            except OSError:
+                self._bury(worker)
+
+    def _hear(self, worker: _Worker) -> None:
+        assert worker.order is not None  # noqa: S101  # only busy workers are listened to
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if isinstance(message, int):
+            self.listener.round(worker.order, message)
+            return
+        order, worker.order = worker.order, None
+        self.listener.ended(order, message)
+
+    def _bury(self, worker: _Worker) -> None:
+        """A process that died, by a signal or for want of memory: its cell has failed."""
+        worker.process.join(timeout=5)
+        self.workers.remove(worker)
+        worker.connection.close()
+        if worker.order is not None:
+            code = worker.process.exitcode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            self.listener.ended(worker.order, Ended("failed", f"its process ended early: {how}"))
+
+    def _stop(self) -> None:
+        self.stopping = True
+        for worker in self.workers:
+            if worker.order is not None:
+                try:
+                    worker.connection.send(None)
+                except OSError:
+                    continue  # it is dead, and found to be so when it is listened to
+
+
+def _one_by_one(orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+    with kernel_threads(1):
+        for order in orders:
+            if should_stop():
+                return False
+            listener.began(order)
+            ended = end_of(order, partial(listener.round, order), should_stop)
+            listener.ended(order, ended)
+            if ended is None:
+                return False
+    return True
+
+
+def _started() -> _Worker:
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,), daemon=True)
+    with _one_thread_each():
+        process.start()
+    there.close()
+    return _Worker(process, here)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that are started inside the block begin with these variables, which libraries read when they are loaded."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _work(connection: Connection) -> None:
+    """What a worker does until nobody is there to hear. Signals are the parent's to deal with, which then says so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    try:
+        while (order := connection.recv()) is not None:
+            connection.send(end_of(order, connection.send, connection.poll))  # whatever is said meanwhile, or silence for good: stop
+    except (EOFError, OSError):
+        return
