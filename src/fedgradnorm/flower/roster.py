@@ -37,7 +37,7 @@ class Roster(Federation):
     def expect(self, client: str, task: str, metric: str = "", higher_is_better: bool = True) -> None:
         """One client more, or a known one with this metric."""
         metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
-        known = {one.id: one for one in self.clients} | {client: Client(client, Task(task, nn.Identity, _nowhere, metrics), Remote())}
+        known = {one.id: one for one in self.clients} | {client: _remote(client, Task(task, nn.Identity, _nowhere, metrics))}
         object.__setattr__(self, "clients", tuple(known.values()))
         self.__dict__.pop("_by_id", None)
 
@@ -62,7 +62,7 @@ class Roster(Federation):
 
 def roster_of(federation: Federation) -> Roster:
     """The clients of a federation without their data."""
-    clients = [Client(client.id, client.task, Remote()) for client in federation.clients]
+    clients = [_remote(client.id, client.task) for client in federation.clients]
     return Roster(clients, federation.encoder, federation.norm_layer, federation.buffers, federation.example)
 
 
@@ -78,6 +78,12 @@ def module_of(tensors: dict[str, Tensor]) -> nn.Module:
             module = module.get_submodule(part)
         module.register_parameter(last, nn.Parameter(tensor.clone()))
     return root
+
+
+def _remote(id: str, task: Task) -> Client:
+    client = Client(id, task, Remote())
+    client.__dict__["train_data"] = Remote()  # none are known before it has said how many: that is no error here
+    return client
 
 
 def _nowhere(*_: Tensor) -> Any:
