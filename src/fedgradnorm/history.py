@@ -108,9 +108,9 @@ class RunWriter:
         with self._writing():
             tensors = {**encoder.state_dict(), **dict(encoder.named_buffers())}  # buffers that are not persistent too
             _save(tensors, self.folder / "models" / "encoder.safetensors")
+            if self.config.run.experiment is not None:  # the heads are with the clients, on other machines
+                return
             for id, state in states.items():
-                if not state.head and state.round:  # it is with the client, on another machine
-                    continue
                 head = {f"head.{name}": value for name, value in state.head.items()}
                 buffers = {f"buffer.{name}": value for name, value in state.encoder_buffers.items()}
                 own = {} if state.encoder is None else {"encoder": state.encoder}

@@ -36,7 +36,7 @@ from fedgradnorm.summary import check_targets, summarise
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Result", "begin", "resume", "run", "train", "weighting_of"]
+__all__ = ["Result", "begin", "changes", "resume", "run", "train", "weighting_of", "with_faults"]
 
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
@@ -196,6 +196,8 @@ def resume(
         on_message(f"warning: {fault}; it is skipped")
     done = 0 if checkpoint is None else checkpoint.server.round
     config = _config_to_resume(opened, checkpoint, done, num_rounds)
+    if make_engine is None:
+        _require_clients_here(config)
     federation = federation or build_federation(config)
     if make_engine is None:
         _checked(config, federation)
@@ -225,15 +227,20 @@ def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num
     """The settings of a run with ``num_rounds`` raised. Raises ConfigError where they are not those of the checkpoint."""
     config = opened.config.model_copy(update={"run": opened.config.run.model_copy(update={"dir": str(opened.folder)})})
     if checkpoint is not None:
-        then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (checkpoint.settings, config.model_dump(mode="json")))
-        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
-        if differing:
-            changes = ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
-            raise ConfigError(f"{opened.folder / 'config.toml'}: a run goes on with the settings that it began with; changed: {changes}")
+        changed = changes(checkpoint.settings, config.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(f"{opened.folder / 'config.toml'}: a run goes on with the settings that it began with; changed: {changed}")
     wanted = config.train.num_rounds if num_rounds is None else num_rounds
     if wanted < max(done, 1):
         raise ConfigError(f"train.num_rounds: expected at least the {done} rounds that are done, found {wanted}")
     return config.model_copy(update={"train": config.train.model_copy(update={"num_rounds": wanted})})
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """In words, which settings differ that a run has to go on with: all but those of its folder, and the number of rounds."""
+    then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (before, after))
+    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
+    return ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
 
 
 def _checked(config: RunConfig, federation: Federation) -> None:
@@ -259,8 +266,21 @@ def _check_method(config: RunConfig, federation: Federation) -> None:
         raise ConfigError(f"train.method: {name} sends no reports that could meet faults: expected no [faults]")
 
 
+def _require_clients_here(config: RunConfig) -> None:
+    if config.run.experiment is not None:
+        raise ConfigError(
+            f"run.experiment: '{config.run.experiment}' is a run whose clients are on other machines: it goes on when its Flower app "
+            "is started again"
+        )
+
+
 def _engine_of(config: RunConfig, federation: Federation) -> Engine:
     engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
+    return with_faults(engine, config)
+
+
+def with_faults(engine: Engine, config: RunConfig) -> Engine:
+    """The engine, with the faults of the settings where there are any."""
     return FaultyEngine(engine, config.faults) if any(config.faults.model_dump().values()) else engine
 
 
@@ -316,7 +336,8 @@ class _Job:
         if writer is None:
             return StoppedError(reason)
         writer.write_checkpoint(self.state, self.engine.client_states)
-        return StoppedError(f"{reason}; to go on: fedgradnorm resume {writer.folder}")
+        how = f"fedgradnorm resume {writer.folder}" if self.config.run.experiment is None else "start its Flower app again"
+        return StoppedError(f"{reason}; to go on: {how}")
 
 
 def begin(
@@ -336,6 +357,7 @@ def begin(
         check_free(folder, overwrite=overwrite)
     aggregate = registry.build("aggregation", config.aggregation)
     if make_engine is None:
+        _require_clients_here(config)
         _checked(config, federation)
     engine = (make_engine or _engine_of)(config, federation)
     state = initial_state(federation, weighting, config.train.seed)

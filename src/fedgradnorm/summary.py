@@ -72,7 +72,11 @@ def summarise(
         "dropped": sum(row["dropped"] is not None for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
-        "tasks": {name: _summarise_task(task, rows, guesses, settings) for name, task in _tasks(federation).items()},
+        "tasks": {
+            name: _summarise_task(task, rows, guesses, settings)
+            for name, task in _tasks(federation).items()
+            if any(row["task"] == name for row in rows)
+        },
         "clients": {
             client.id: {
                 "task": client.task.name,
@@ -83,6 +87,7 @@ def summarise(
                 "guess": guesses.get(client.id, {}),
             }
             for client in federation.clients
+            if client.id in last  # one on another machine may have come after the last round
         },
     }
 

@@ -1,30 +1,31 @@
 """The client's side of a Federation on Flower: one client a node, its own data alone, its head in its own files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate, initial_state, load_model, local_update
 from fedgradnorm.config import load_config
 from fedgradnorm.data import size
-from fedgradnorm.errors import ConfigError, FederationError, MessageError
-from fedgradnorm.federation import Client, Federation
+from fedgradnorm.errors import ConfigError, FederationError, MessageError, require
+from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
-    ARRAYS,
-    BUFFERS,
     Control,
     Greeting,
     Layout,
+    buffers_in,
     control_of,
+    encoder_of,
     evaluation_reply,
     greeting_reply,
     read_instruction,
     report_reply,
-    tensors_of,
+    training_of,
 )
 from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
@@ -68,6 +69,7 @@ class Node:
 
     def _train(self, message: Message, control: Control) -> Message:
         instruction, states = read_instruction(message, control, self.layout), self.states(control.experiment)
+        self._check(instruction.buffers)
         state = states.load(control.base) if control.base else self.initial
         report, after = local_update(self.client, self.encoder, self.head, self.norm_layer, state, instruction)
         states.save(after, control.keep)
@@ -77,12 +79,17 @@ class Node:
         if self.client.test_data is None:
             raise MessageError(f"client '{self.client.id}' has no test data")
         records = message.content
-        vector = self.layout.vector(records.array_records[ARRAYS])
-        buffers = tensors_of(records.array_records[BUFFERS]) if BUFFERS in records else {}
+        vector, buffers = self.layout.vector(encoder_of(records)), buffers_in(records)
+        self._check(buffers)
         state = self.states(control.experiment).load(control.base) if control.base else self.initial
         load_model(self.encoder, self.head, state, vector, buffers)
         evaluation = evaluate(self.client.task, self.encoder, self.head, self.client.test_data)
         return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message)
+
+    def _check(self, buffers: Mapping[str, Tensor]) -> None:
+        expected = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
+        if {name: value.shape for name, value in buffers.items()} != {name: value.shape for name, value in expected.items()}:
+            raise MessageError(f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}")
 
 
 def client_app(config: str | Path) -> ClientApp:
@@ -105,7 +112,9 @@ def client_app(config: str | Path) -> ClientApp:
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
         with kernel_threads(threads) if threads is not None else nullcontext():
-            settings = resolve_config(load_config(Path(config), _local_settings(context)))
+            settings, control = resolve_config(load_config(Path(config), _local_settings(context))), control_of(message)
+            if control.training:  # the server says how to train, and the seed too
+                settings = settings.model_copy(update={"train": training_of(control)})
             federation = build_federation(settings)
             client = federation.client(client_key(context, federation.client_ids))
             folder = state_dir(context)
@@ -122,12 +131,14 @@ def client_key(context: Context, known: list[str] | None = None) -> str:
     """The key of a node's client: ``client-key`` of its configuration, or the one at ``partition-id`` of those known.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither is there, or the key is no name that a client can have.
         FederationError: there is no such partition.
     """
     node = context.node_config
     if CLIENT_KEY in node:
-        return str(node[CLIENT_KEY])
+        key = str(node[CLIENT_KEY])
+        require(CLIENT_ID.fullmatch(key) is not None, f"node config: {CLIENT_KEY}", "letters, digits, '.', '_', '-'", key)
+        return key
     partition = node.get("partition-id")
     if type(partition) is not int:
         raise ConfigError(f"node config: expected a '{CLIENT_KEY}', found {sorted(node)}: --node-config 'client-key=\"...\"'")
@@ -139,8 +150,8 @@ def client_key(context: Context, known: list[str] | None = None) -> str:
 
 
 def state_dir(context: Context) -> Path:
-    """The folder for a node's states. Raises ConfigError where its configuration names none."""
-    folder = context.node_config.get(STATE_DIR)
+    """The folder for a node's states: of its own configuration, or else of the app's. Raises ConfigError where neither names one."""
+    folder = context.node_config.get(STATE_DIR, context.run_config.get(STATE_DIR))
     if not isinstance(folder, str) or not folder:
         raise ConfigError(
             f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when its process ends: "

@@ -32,6 +32,7 @@ from fedgradnorm.flower.messages import (
 from fedgradnorm.flower.roster import Roster, roster_of
 from fedgradnorm.flower.states import MemoryStates
 from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.threads import kernel_threads
 
 __all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
 
@@ -59,15 +60,25 @@ class Limits:
         min_nodes: clients that have to be connected before a round.
         node_timeout: seconds to wait for them; then the run stops, and can be resumed.
         round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
+        greeting_timeout: seconds to wait until new nodes have said who they are.
         poll: seconds between looks for new nodes.
-        ask_again: seconds until a node that stays out is asked once more who it is.
+        ask_again: seconds until a node that stays out is asked once more who it is; each time twice as many for one that does not answer.
+
+    Raises:
+        ConfigError: a number out of range.
     """
 
     min_nodes: int = 1
     node_timeout: float = 600.0
     round_timeout: float = 3600.0
+    greeting_timeout: float = 120.0
     poll: float = 1.0
     ask_again: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.min_nodes >= 1, "min_nodes", "a number of at least 1", self.min_nodes)
+        require(self.node_timeout >= 0, "node_timeout", "seconds, at least 0", self.node_timeout)
+        require(self.round_timeout > 0, "round_timeout", "seconds, more than 0", self.round_timeout)
 
 
 class GridEngine:
@@ -75,7 +86,7 @@ class GridEngine:
 
     A node is asked for its client's key once; weights and states go by that key, never by the node's id, which is another one after a
     restart. Two nodes that claim one key at once both stay out until one is gone; a node that claims the key of one that is already
-    connected stays out until that one is gone.
+    connected stays out until that one is gone. Whenever a node is gone, those that stay out are asked again.
 
     States stay with the clients: here a `ClientState` is but the round that the state is of. What the server has not taken (a lost report,
     a round that is repeated, a checkpoint that a run goes on from) the client undoes, for each message names the round to begin with.
@@ -108,11 +119,13 @@ class GridEngine:
         self.failures: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
-        self._asked: dict[int, float] = {}
+        self._online: set[int] = set()
+        self._ask_at: dict[int, float] = {}
+        self._silent: Counter[int] = Counter()
         self._untested: set[str] = set()
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
-        self._round = 0
+        self._round, self._training = 0, ""
 
     @property
     def clients(self) -> list[str]:
@@ -122,27 +135,28 @@ class GridEngine:
     @property
     def client_states(self) -> Mapping[str, ClientState]:
         """The round that each client's state is of, by key."""
-        return dict(self._states)
+        return {**dict.fromkeys(self.roster.client_ids, ClientState({})), **self._states}
 
     def restore(self, states: Mapping[str, ClientState]) -> None:
         """Let the clients go on from these rounds."""
         self._states = dict(states)
 
-    def wait(self) -> None:
-        """Wait until enough clients are connected.
+    def wait(self, min_nodes: int | None = None) -> None:
+        """Wait until enough clients are connected: as many as given, or as the limits say.
 
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        end = time.monotonic() + self.limits.node_timeout
+        least, end = min_nodes or self.limits.min_nodes, time.monotonic() + self.limits.node_timeout
         while True:
             self._greet()
-            if len(self._nodes) >= self.limits.min_nodes:
+            if len(self._nodes) >= least:
                 return
             if time.monotonic() >= end:
+                refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
                 raise StoppedError(
                     f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
-                    f"{self.limits.min_nodes}; connected: {', '.join(self.clients) or 'none'}"
+                    f"{least}; connected: {', '.join(self.clients) or 'none'}{refused}"
                 )
             time.sleep(self.limits.poll)
 
@@ -157,6 +171,8 @@ class GridEngine:
         require(all(one.step is None for one in instructions), "train.method", "one whose clients are not in lockstep", "one with steps")
         for instruction in instructions:
             self._remember(instruction)
+        if instructions and self.federated:
+            self._training = instructions[0].training.model_dump_json()
         arrays = self.layout.arrays(instructions[0].encoder) if instructions else arrays_of({})
         self.messages = {}
         for instruction in instructions:
@@ -171,8 +187,8 @@ class GridEngine:
                 round=instruction.round,
                 attempt=instruction.attempt,
                 base=state.round,
-                keep=tuple(sorted({*self._bases[id], state.round})),
-                training=instruction.training.model_dump_json() if self.federated else "",
+                keep=tuple(sorted({*self._bases.get(id, ()), state.round})),
+                training=self._training,
             )
             content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("train", instruction.round)})
             if instruction.buffers:
@@ -186,8 +202,9 @@ class GridEngine:
         for id, reply in self._sound(self.messages, replies).items():
             try:
                 report = read_report(reply, self.layout)
-                if report.client != id:
-                    raise MessageError(f"it answered as client '{report.client}'")
+                answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
+                if answered != asked:
+                    raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
             except MessageError as error:
                 self.failures[id] = str(error)
                 continue
@@ -207,7 +224,7 @@ class GridEngine:
             if id in self._untested:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = Control(kind="evaluate", experiment=self.experiment, client=id, round=self._round, base=base)
+            control = Control(kind="evaluate", experiment=self.experiment, client=id, round=self._round, base=base, training=self._training)
             content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("evaluate", self._round)})
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
@@ -219,10 +236,13 @@ class GridEngine:
         evaluations, failures = {}, dict(self.failures)
         for id, reply in self._sound(self.messages, replies).items():
             try:
-                who, evaluations[id] = read_evaluation(reply)
+                who, evaluation = read_evaluation(reply)
+                main = self.roster.client(id).task.main_metric
                 if who != id:
-                    del evaluations[id]
                     raise MessageError(f"it answered as client '{who}'")
+                if main is not None and main.name not in evaluation.metrics:
+                    raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
+                evaluations[id] = evaluation
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, error)
         self.failures = failures
@@ -232,37 +252,45 @@ class GridEngine:
         self._states[id] = ClientState({}, report.initial_loss, round=report.round)
 
     def _remember(self, instruction: Instruction) -> None:
-        """Note which state each client had before a round: a checkpoint of that moment may have to be gone back to."""
+        """Note which state each client had before a round: a checkpoint of that moment may have to be gone back to.
+
+        As long as not all such moments are known, round 0 stands for them, and the client keeps whatever it has.
+        """
         if instruction.attempt == 0:
-            bases = self._bases.setdefault(instruction.client, [])
+            bases = self._bases.setdefault(instruction.client, [0] * (self.keep + 1))
             bases.append(self._states.get(instruction.client, ClientState({})).round)
             del bases[: -self.keep - 1]
         self._round = instruction.round
 
     def _greet(self) -> None:
         """Ask new nodes who they are, and forget those that are gone."""
-        online = list(self.grid.get_node_ids())
+        online = set(self.grid.get_node_ids())
+        if self._online - online:  # who stood in the way of another may be gone
+            self._ask_at, self._silent = {}, Counter()
+        self._online = online
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
         known = set(self._nodes.values())
         now = time.monotonic()
-        new = [node for node in online if node not in known and now >= self._asked.get(node, -math.inf) + self.limits.ask_again]
+        new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
         if not new:
             return
-        self._asked |= dict.fromkeys(new, now)
         hello = Control(kind="hello", experiment=self.experiment)
         content = RecordDict({ARRAYS: arrays_of({}), CONTROL: hello.record(), CONFIG: self._config("train", 0)})
         asked = {str(node): self._message(content, "train", node, "hello") for node in new}
-        answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.node_timeout))
+        answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.greeting_timeout))
         greetings: dict[int, Greeting] = {}
         for node in new:
             try:
                 if str(node) in answers:
+                    self._silent.pop(node, None)
                     greetings[node] = greeting_of(answers[str(node)])
                 else:
+                    self._silent[node] += 1
                     self._refuse(node, self.failures.pop(str(node)))
             except MessageError as error:
                 self._refuse(node, str(error))
+            self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(0, self._silent[node] - 1)
         claims = Counter(greeting.client for greeting in greetings.values())
         for node, greeting in greetings.items():
             if greeting.client in self._nodes:
@@ -334,19 +362,25 @@ class FlowerLocalEngine(GridEngine):
     Args:
         federation: whose clients it runs.
         seed: of the models' initialisation.
+        threads: kernel threads, as in `ReferenceEngine`.
     """
 
-    def __init__(self, federation: Federation, seed: int) -> None:
+    def __init__(self, federation: Federation, seed: int, threads: int = 1) -> None:
+        require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
         self._stores = {client.id: MemoryStates() for client in federation.clients}
         nodes = [
             Node(federation, client, seed, lambda _, store=self._stores[client.id]: store)  # type: ignore[misc]
             for client in federation.clients
         ]
 
-        def answer(node: Node) -> Callable[[Message, Context], Message]:
-            return lambda message, _: node.answer(message)
+        def answering(node: Node) -> Callable[[Message, Context], Message]:
+            def answer(message: Message, _: Context) -> Message:
+                with kernel_threads(threads):
+                    return node.answer(message)
 
-        grid = LocalGrid({number: answer(node) for number, node in enumerate(nodes, start=2)})
+            return answer
+
+        grid = LocalGrid({number: answering(node) for number, node in enumerate(nodes, start=2)})
         super().__init__(grid, roster_of(federation), nodes[0].layout, "local")
         self._initial = {node.client.id: node.initial for node in nodes}
         self._states = dict(self._initial)

@@ -6,6 +6,7 @@ along) and ``fedgradnorm`` (who and when). A reply has ``arrays`` (the mean grad
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import Evaluation
 from fedgradnorm.config import TrainConfig, validated
-from fedgradnorm.errors import MessageError
+from fedgradnorm.errors import ConfigError, MessageError
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -31,7 +32,9 @@ __all__ = [
     "Greeting",
     "Layout",
     "arrays_of",
+    "buffers_in",
     "control_of",
+    "encoder_of",
     "evaluation_reply",
     "greeting_of",
     "greeting_reply",
@@ -40,6 +43,7 @@ __all__ = [
     "read_report",
     "report_reply",
     "tensors_of",
+    "training_of",
 ]
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -56,8 +60,8 @@ class Control(BaseModel):
         round: the round k, from 1.
         attempt: 0, and one more each time that the round is repeated.
         base: the round whose state the client begins with: its last one that the server has taken. 0: its initial state.
-        keep: the rounds whose states the server may come back to.
-        training: how to train, as JSON; empty for a user's own app.
+        keep: the rounds whose states the server may come back to; with 0 among them, all.
+        training: how to train, as JSON; empty for a user's own app, and before the first round.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -92,7 +96,7 @@ class Greeting(BaseModel):
     task: str = Field(min_length=1, max_length=200)
     num_examples: int = Field(0, ge=0)
     tests: bool = True
-    metric: str = ""
+    metric: str = Field("", max_length=200)
     higher_is_better: bool = True
 
 
@@ -148,8 +152,22 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """Arrays as tensors of their own memory. Raises MessageError for what is no array of numbers."""
     try:
         return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
-    except (TypeError, ValueError, EOFError, OSError) as error:
-        raise MessageError(f"arrays: expected arrays of numbers; {error}") from error
+    except Exception as error:  # NumPy meets bytes of any kind here
+        raise MessageError(f"arrays: expected arrays of numbers; {' '.join(str(error).split())[:300]}") from error
+
+
+def encoder_of(records: RecordDict) -> ArrayRecord:
+    """The encoder's arrays. Raises MessageError where there are none."""
+    found = records.array_records.get(ARRAYS)
+    if found is None:
+        raise MessageError(f"expected a record '{ARRAYS}', found {sorted(records)}")
+    return found
+
+
+def buffers_in(records: RecordDict) -> dict[str, Tensor]:
+    """The encoder's buffers by name; empty where they are not sent. Raises MessageError for what is no array of numbers."""
+    found = records.array_records.get(BUFFERS)
+    return {} if found is None else tensors_of(found)
 
 
 def control_of(message: Message) -> Control:
@@ -159,10 +177,16 @@ def control_of(message: Message) -> Control:
 
 def read_instruction(message: Message, control: Control, layout: Layout) -> Instruction:
     """The instruction in a message to a client that runs a Federation. Raises MessageError."""
-    records = message.content
-    training = validated(TrainConfig, _json(control.training, "training"), prefix="training")
-    buffers = tensors_of(records.array_records[BUFFERS]) if BUFFERS in records else {}
-    return Instruction(control.round, control.client, layout.vector(_arrays(records)), buffers, training, control.attempt)
+    records, training = message.content, training_of(control)
+    return Instruction(control.round, control.client, layout.vector(encoder_of(records)), buffers_in(records), training, control.attempt)
+
+
+def training_of(control: Control) -> TrainConfig:
+    """How to train. Raises MessageError."""
+    try:
+        return validated(TrainConfig, _json(control.training, "training"), prefix="training")
+    except ConfigError as error:
+        raise MessageError(str(error)) from error
 
 
 def greeting_reply(greeting: Greeting, message: Message) -> Message:
@@ -200,16 +224,19 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
 def read_report(reply: Message, layout: Layout) -> Report:
     """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
     who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
-    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "num-examples", "seconds", "head-seconds")}
+    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds")}
+    for name in ("seconds", "head-seconds"):
+        if not 0 <= numbers[name] < math.inf:
+            raise MessageError(f"metrics.{name}: expected seconds, found {numbers[name]}")
     return Report(
         client=who.client,
         task=who.task,
-        gradient=layout.vector(_arrays(reply.content)),
+        gradient=layout.vector(encoder_of(reply.content)),
         loss=numbers["loss"],
         initial_loss=numbers["initial-loss"],
         grad_norm=numbers["grad-norm"],
-        num_examples=_count(numbers["num-examples"]),
-        buffers=tensors_of(reply.content.array_records[BUFFERS]) if BUFFERS in reply.content else {},
+        num_examples=_count(metrics),
+        buffers=buffers_in(reply.content),
         seconds=numbers["seconds"],
         round=who.round,
         head_seconds=numbers["head-seconds"],
@@ -226,10 +253,11 @@ def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation,
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
     who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply)
-    metrics = _json(who.metrics, "metrics")
-    if not all(isinstance(value, int | float) for value in metrics.values()):
-        raise MessageError(f"metrics: expected numbers by name, found {who.metrics[:100]}")
-    return who.client, Evaluation(_number(numbers, "loss"), metrics, _count(_number(numbers, "num-examples")))
+    try:
+        metrics = {name: float(value) for name, value in _json(who.metrics, "metrics").items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MessageError(f"metrics: expected numbers by name, found {who.metrics[:100]!r}") from error
+    return who.client, Evaluation(_number(numbers, "loss"), metrics, _count(numbers))
 
 
 def _checked(model: type[Checked], message: Message, record: str) -> Checked:
@@ -243,13 +271,6 @@ def _checked(model: type[Checked], message: Message, record: str) -> Checked:
         raise MessageError(f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.100}") from error
 
 
-def _arrays(records: RecordDict) -> ArrayRecord:
-    found = records.array_records.get(ARRAYS)
-    if found is None:
-        raise MessageError(f"expected a record '{ARRAYS}', found {sorted(records)}")
-    return found
-
-
 def _metrics(reply: Message) -> MetricRecord:
     found = reply.content.metric_records.get(METRICS)
     if found is None:
@@ -261,13 +282,14 @@ def _number(record: MetricRecord, name: str) -> float:
     found = record.get(name)
     if isinstance(found, Sequence) or found is None:
         raise MessageError(f"metrics.{name}: expected a number, found {found!r:.100}")
+    return float(found)
+
+
+def _count(record: MetricRecord) -> int:
+    found = record.get("num-examples")
+    if not isinstance(found, int) or found < 0:
+        raise MessageError(f"metrics.num-examples: expected a whole number, found {found!r:.100}")
     return found
-
-
-def _count(number: float) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise MessageError(f"metrics.num-examples: expected a whole number, found {number!r}")
-    return number
 
 
 def _json(text: str, name: str) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """A mod that gives a user's own Flower ClientApp a private head, and the server what FedGradNorm weights clients by."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
 from fedgradnorm.client import ClientState, Evaluation, norm_over
-from fedgradnorm.errors import ConfigError, MessageError
+from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.flower.client import client_key, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
@@ -19,6 +20,7 @@ from fedgradnorm.flower.messages import (
     Layout,
     arrays_of,
     control_of,
+    encoder_of,
     evaluation_reply,
     greeting_reply,
     report_reply,
@@ -91,20 +93,23 @@ class FedGradNormMod:
         start, states, sent = (
             perf_counter(),
             self.states(context, control.experiment, client),
-            tensors_of(message.content.array_records[ARRAYS]),
+            tensors_of(encoder_of(message.content)),
         )
-        state = states.load(control.base) if control.base else ClientState(self._first_head(client, context, sent))
+        state = states.load(control.base) if control.base else ClientState(self._first_head(client, context, sent.keys()))
         whole = RecordDict({ARRAYS: arrays_of({**sent, **state.head}), CONFIG: message.content.config_records.get(CONFIG, ConfigRecord())})
         message.content = whole
         reply = app(message, context)
         if reply.has_error():
             return reply
-        metrics = {name: value for name, value in reply.content.metric_records[METRICS].items() if isinstance(value, int | float)}
+        record = reply.content.metric_records.get(METRICS, MetricRecord())
+        metrics = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if control.kind == "evaluate":
-            evaluation = Evaluation(self._metric(metrics, self.test_loss), metrics, int(metrics.get("num-examples", 0)))
+            if self.metric:
+                self._metric(metrics, self.metric, "metric")
+            evaluation = Evaluation(self._metric(metrics, self.test_loss, "test_loss"), metrics, int(metrics.get("num-examples", 0)))
             return evaluation_reply(client, task, control.round, evaluation, message)
         came = self._arrays(reply, whole)
-        loss = self._metric(metrics, self.loss)
+        loss = self._metric(metrics, self.loss, "loss")
         initial_loss = loss if state.initial_loss is None else state.initial_loss
         update = {name: sent[name] - came[name] for name in sent}
         layout = Layout.of(module_of(sent))
@@ -124,32 +129,42 @@ class FedGradNormMod:
         )
         return report_reply(report, layout.arrays(flat), message)
 
-    def _first_head(self, client: str, context: Context, sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _first_head(self, client: str, context: Context, sent: Collection[str]) -> dict[str, Tensor]:
         """What of the model's state the server did not send, as initialised."""
         with seeded_torch(self.seed, 0, client, "head"):
-            try:
-                model = self.model()  # type: ignore[call-arg]
-            except TypeError:
-                model = self.model(context)  # type: ignore[call-arg]
-        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        shared = {name for name, value in own.items() if not matches(name, self.head) and isinstance(value, Tensor) and name in sent}
-        missing = sent.keys() - shared
-        if missing:
-            raise MessageError(f"array '{sorted(missing)[0]}': the server sent it, and it is in the client's head or not in its model")
-        return {name: value for name, value in own.items() if name not in shared}
+            model = self._make(context)
+        parameters = dict(model.named_parameters())
+        for pattern in self.head:
+            if not any(matches(name, [pattern]) for name in parameters):
+                layers = {name.rpartition(".")[0] for name in parameters} - {""}
+                raise ConfigError(f"head: '{pattern}' names no parameter of the model; {nearest(pattern, layers | parameters.keys())}")
+        for name in sorted(sent):
+            if matches(name, self.head) or name not in parameters:
+                what = "in the client's head" if matches(name, self.head) else "no parameter of its model"
+                raise MessageError(f"array '{name}': the server sent it, and it is {what}: both sides have to be told the same head")
+        return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in sent}
+
+    def _make(self, context: Context) -> nn.Module:
+        try:
+            inspect.signature(self.model).bind()
+        except TypeError:  # it cannot be called without arguments
+            return self.model(context)  # type: ignore[call-arg]
+        return self.model()  # type: ignore[call-arg]
 
     def _arrays(self, reply: Message, whole: RecordDict) -> dict[str, Tensor]:
-        record = reply.content.array_records.get(ARRAYS)
-        came = {} if record is None else tensors_of(record)
-        expected = set(whole.array_records[ARRAYS])
-        if came.keys() != expected:
+        came, expected = tensors_of(reply.content.array_records.get(ARRAYS, ArrayRecord())), tensors_of(whole.array_records[ARRAYS])
+        if came.keys() != expected.keys():
             raise MessageError(
                 f"the app's reply: expected the record '{ARRAYS}' with the {len(expected)} arrays that it was given, found {len(came)}"
             )
+        for name, value in expected.items():
+            if came[name].shape != value.shape or came[name].dtype != value.dtype:
+                was, now = (f"{one.dtype} of {tuple(one.shape)}" for one in (value, came[name]))
+                raise MessageError(f"the app's reply: array '{name}': expected {was}, found {now}")
         return came
 
     @staticmethod
-    def _metric(metrics: Mapping[str, float], name: str) -> float:
+    def _metric(metrics: Mapping[str, float], name: str, option: str) -> float:
         if name not in metrics:
-            raise MessageError(f"the app's metrics: expected '{name}', found {sorted(metrics)}")
+            raise MessageError(f"the app's metrics: expected '{name}', found {sorted(metrics)}: FedGradNormMod({option}=...) names it")
         return float(metrics[name])

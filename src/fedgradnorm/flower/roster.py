@@ -35,28 +35,34 @@ class Roster(Federation):
         self.__dict__["open"] = not self.clients
 
     def expect(self, client: str, task: str, metric: str = "", higher_is_better: bool = True) -> None:
-        """One more client, unless it is known."""
-        if client not in self.client_ids:
-            metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
-            object.__setattr__(self, "clients", (*self.clients, Client(client, Task(task, nn.Identity, _nowhere, metrics), Remote())))
-            self.__dict__.pop("_by_id", None)
+        """One client more, or a known one with this metric."""
+        metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
+        known = {one.id: one for one in self.clients} | {client: _remote(client, Task(task, nn.Identity, _nowhere, metrics))}
+        object.__setattr__(self, "clients", tuple(known.values()))
+        self.__dict__.pop("_by_id", None)
 
     def admit(self, greeting: Greeting) -> str | None:
         """Take a client in; a reason where that is not to be."""
-        if self.__dict__["open"]:
-            self.expect(greeting.client, greeting.task, greeting.metric, greeting.higher_is_better)
-        if greeting.client not in self.client_ids:
-            return f"there is no client '{greeting.client}' in the federation"
-        client = self.client(greeting.client)
-        if greeting.task != client.task.name:
-            return f"client '{greeting.client}' has task '{client.task.name}', and the node says '{greeting.task}'"
-        client.__dict__["train_data"] = Remote(greeting.num_examples)
+        id, is_open = greeting.client, self.__dict__["open"]
+        tasks = {client.id: client.task for client in self.clients}
+        if id not in tasks and not is_open:
+            return f"there is no client '{id}' in the federation"
+        if id in tasks and tasks[id].name != greeting.task:
+            return f"client '{id}' has task '{tasks[id].name}', and the node says '{greeting.task}'"
+        if is_open:
+            for other, task in tasks.items():
+                metric = task.main_metric
+                same = metric is None or (metric.name, metric.higher_is_better) == (greeting.metric, greeting.higher_is_better)
+                if other != id and task.name == greeting.task and greeting.metric and not same:
+                    return f"client '{id}' measures task '{greeting.task}' in another way than client '{other}'"
+            self.expect(id, greeting.task, greeting.metric, greeting.higher_is_better)
+        self.client(id).__dict__["train_data"] = Remote(greeting.num_examples)
         return None
 
 
 def roster_of(federation: Federation) -> Roster:
     """The clients of a federation without their data."""
-    clients = [Client(client.id, client.task, Remote()) for client in federation.clients]
+    clients = [_remote(client.id, client.task) for client in federation.clients]
     return Roster(clients, federation.encoder, federation.norm_layer, federation.buffers, federation.example)
 
 
@@ -72,6 +78,12 @@ def module_of(tensors: dict[str, Tensor]) -> nn.Module:
             module = module.get_submodule(part)
         module.register_parameter(last, nn.Parameter(tensor.clone()))
     return root
+
+
+def _remote(id: str, task: Task) -> Client:
+    client = Client(id, task, Remote())
+    client.__dict__["train_data"] = Remote()  # none are known before it has said how many: that is no error here
+    return client
 
 
 def _nowhere(*_: Tensor) -> Any:

@@ -1,12 +1,12 @@
 """Where a client keeps its states between messages: every message may find it in a new process, and a round may have to be undone.
 
 A state is kept under the round that it was trained in. The server names the round whose state is to be used, and those that it may come
-back to; all others are removed.
+back to; all others before that are removed. Later ones stay: the message may be one that was late.
 """
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -32,8 +32,17 @@ class States(Protocol):
         ...
 
     def save(self, state: ClientState, keep: Collection[int]) -> None:
-        """Keep a state under its round, and remove all others but those of the rounds to be kept."""
+        """Keep a state under its round, and remove all earlier ones but those of the rounds to be kept; with 0 among these, none."""
         ...
+
+
+def superfluous(kept: Iterable[int], round: int, keep: Collection[int]) -> list[int]:
+    """Which of the kept rounds nobody comes back to after this one.
+
+    >>> superfluous([1, 2, 3, 9], 4, {2}), superfluous([1, 2, 3], 4, {0, 2})
+    ([1, 3], [])
+    """
+    return [] if 0 in keep else [one for one in kept if one < round and one not in keep]
 
 
 class MemoryStates:
@@ -51,7 +60,9 @@ class MemoryStates:
 
     def save(self, state: ClientState, keep: Collection[int]) -> None:
         """Keep a state."""
-        self.by_round = {round: kept for round, kept in self.by_round.items() if round in keep} | {state.round: state}
+        for round in superfluous(self.by_round, state.round, keep):
+            del self.by_round[round]
+        self.by_round[state.round] = state
 
 
 class StateFiles:
@@ -100,12 +111,12 @@ class StateFiles:
         if state.encoder is not None:
             tensors[ENCODER] = state.encoder
         numbers = {"client": self.client, "round": state.round, "initial_loss": state.initial_loss}
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))
-        for path in self.folder.iterdir():
-            match = FILE.fullmatch(path.name)
-            if match and int(match[1]) not in {*keep, state.round}:
-                path.unlink(missing_ok=True)
+        kept = [int(match[1]) for path in self.folder.iterdir() if (match := FILE.fullmatch(path.name))]
+        for round in superfluous(kept, state.round, keep):
+            self._path(round).unlink(missing_ok=True)
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round:08}.safetensors"

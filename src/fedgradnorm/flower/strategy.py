@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 TRAINED = ("loss", "inverse_training_rate", "grad_norm")
 TESTED = ("test_loss", "metric")
+STATISTICS = ("*running_mean", "*running_var")
+"""What BatchNorm calls its buffers; among arrays nothing else tells them from parameters."""
 
 
 class FedGradNorm(Strategy):
@@ -51,7 +53,7 @@ class FedGradNorm(Strategy):
 
     Args:
         head: which of the initial arrays are the clients' own and stay out of every message: names, layers or patterns such as ``"fc3"``.
-            Arrays that are not of floating-point numbers always do.
+            Arrays that are not of floating-point numbers, and BatchNorm's statistics, always do.
         weighting: a weighting, or the name of one with its default options.
         aggregation: the name of an aggregation.
         run_dir: the run's folder, with a checkpoint for every round; None writes nothing.
@@ -161,7 +163,8 @@ class FedGradNorm(Strategy):
             stop = should_stop(result)
 
         try:
-            train_on_grid(self._settings(num_rounds), engine, self.weighting, start_round, note, lambda: stop, note_state)
+            done = train_on_grid(self._settings(num_rounds), engine, self.weighting, start_round, note, lambda: stop, note_state)
+            result.arrays = engine.layout.arrays(done.state.encoder)  # where no round was left to do, none has been noted
         except StoppedError:
             if not stop:
                 raise
@@ -169,7 +172,7 @@ class FedGradNorm(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
-        if self._engine is None or self._engine.grid is not grid:
+        if self._engine is None or self._engine.grid is not grid or server_round == 1:
             self._engine, self._state = self._engine_for(grid, arrays), None
         engine = self._engine
         engine.config = {**engine.config, "train": config}
@@ -212,8 +215,11 @@ class FedGradNorm(Strategy):
 
     def _shared(self, arrays: ArrayRecord) -> dict[str, Tensor]:
         tensors = tensors_of(arrays)
-        shared = {name: value for name, value in tensors.items() if value.is_floating_point() and not matches(name, self.head)}
+        own = (*self.head, *STATISTICS)
+        shared = {name: value for name, value in tensors.items() if value.is_floating_point() and not matches(name, own)}
         require(bool(shared), "head", f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}", self.head)
+        types = sorted({str(value.dtype) for value in shared.values()})
+        require(len(types) == 1, "initial_arrays", "an encoder of one type of numbers", types)
         return shared
 
     def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float = 3600) -> GridEngine:

@@ -8,11 +8,11 @@ from uuid import uuid4
 from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import RunConfig
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import ConfigError
+from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.history import CHECKPOINTS, Run
-from fedgradnorm.run import OnRound, OnState, Result, begin, resume
+from fedgradnorm.run import OnRound, OnState, Result, begin, changes, resume, with_faults
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["new_experiment", "train_on_grid"]
@@ -47,23 +47,31 @@ def train_on_grid(
         on_state: called before ``on_round`` with the server's state.
 
     Raises:
-        ConfigError: a ``start_round`` that is neither, or settings that are not those of the checkpoint.
+        ConfigError: a ``start_round`` that is neither, or settings that are not those of the run that it goes on with.
+        RunError: checkpoints that are all damaged.
         StoppedError: too few clients, too few sound reports, or ``should_stop``; what is done is in the run's folder.
     """
     folder, done = None if config.run.dir is None else Path(config.run.dir).expanduser(), 0
     if folder is not None and (folder / "config.toml").is_file():
-        checkpoint, _, _ = load_newest(folder / CHECKPOINTS)
+        checkpoint, _, faults = load_newest(folder / CHECKPOINTS)
         done = 0 if checkpoint is None else checkpoint.server.round
+        if faults and not done and start_round != 1:
+            raise RunError(f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: start_round = 1 begins anew")
     if start_round not in (None, 1, done + 1):
         raise ConfigError(f"start_round: expected 1 or {done + 1}, as {done} rounds are done in {folder}, found {start_round}")
 
     def made(settings: RunConfig, _: Federation) -> Engine:
         engine.experiment = settings.run.experiment or new_experiment()
-        return engine
+        return with_faults(engine, settings)
 
     if folder is not None and done and start_round != 1:
-        for row in Run(folder).rows():
-            engine.roster.expect(row["client"], row["task"])
+        opened = Run(folder)
+        changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(f"{folder}: a run goes on with the settings that it began with; changed: {changed}")
+        for row in opened.rows():
+            if row["client"] not in engine.roster.client_ids:
+                engine.roster.expect(row["client"], row["task"])
         return resume(
             folder,
             engine.roster,
