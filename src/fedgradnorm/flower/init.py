@@ -27,17 +27,7 @@ HEADER = """\
 # Server and nodes get this file with the app, when a run begins. Where a site's data lie is for its node.env to say.
 
 """
-SERVICE = """
-  node-{client}:
-    build: .
-    image: fedgradnorm-flower
-    user: "${{USER_ID:-1000}}:${{GROUP_ID:-1000}}"
-    network_mode: host
-    restart: always
-    environment: {{HOME: /tmp, FLWR_TELEMETRY_ENABLED: "0", FLWR_DISABLE_UPDATE_CHECK: "1", FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION: "1"}}
-    volumes: ["./nodes/{client}:/node"]
-    command: ["/node/supernode.sh"]
-"""
+SERVICE = '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], command: ["/node/supernode.sh"]}}'
 
 
 def write_deployment(
@@ -92,9 +82,7 @@ def write_deployment(
     return clients
 
 
-def _contents(
-    folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int
-) -> Iterator[tuple[Path, str]]:
+def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int) -> Iterator[tuple[Path, str]]:
     """Every file's path in the folder, and its text."""
     name = re.sub(r"[^a-z0-9]+", "-", settings.federation.name.lower()).strip("-")
     local = _is_local(hosts[0])
@@ -102,7 +90,6 @@ def _contents(
         "name": f"fedgradnorm-{name}",
         "version": __version__,
         "run_dir": settings.run.dir or f"runs/{name}",
-        "num_clients": str(len(clients)),
         "clients": ", ".join(clients),
         "folder": str(folder),
         "host": f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0],
@@ -110,7 +97,7 @@ def _contents(
         "bind": "127.0.0.1" if local else "0.0.0.0",  # noqa: S104  # nodes are elsewhere
         "port": str(port),
         "threads": "1" if local else "",
-        "services": "".join(SERVICE.format(client=client) for client in clients),
+        "services": "\n".join(SERVICE.format(client=client) for client in clients),
     }
     with as_file(files("fedgradnorm.flower") / "templates") as templates:
         for template in sorted(path for path in templates.rglob("*") if path.is_file() and path.suffix != ".pyc"):
@@ -132,7 +119,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 def _toml(settings: RunConfig) -> str:
     """The settings less what is not the deployment's: the engine, faults, and what a run writes."""
     exclude: dict[str, bool | set[str]] = {"engine": True, "faults": True, "versions": True, "run": {"dir", "experiment"}}
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))  # type: ignore[arg-type]
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
 
 
 def _is_local(host: str) -> bool:

@@ -2,12 +2,13 @@
 
     python keys.py
 
-What is there already is left as it is, so a client that is added later only gets what it lacks. A site that does not want its private key made
-elsewhere makes it itself (``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``) and sends its ``client.key.pub``, to be put into ``nodes/CLIENT/``.
-For a new server certificate (new names in server/superlink.env, or one that runs out) remove server/server.crt and server/server.key.
+What is there already is left as it is, so a client that is added later only gets what it lacks. A site that does not want its private
+key made elsewhere makes it itself (``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``) and sends its ``client.key.pub``, to be put into
+``nodes/CLIENT/``. For a new server certificate (other names in server/superlink.env, or one that runs out) remove server/server.crt and
+server/server.key first.
 
-Of what is written, ca/ca.key stays here or goes to a safe; it is on no machine that runs anything. server/ goes to the SuperLink's machine, and
-nodes/CLIENT/ to that client's.
+Of what is written, ca/ca.key stays here or goes to a safe: no machine that runs anything needs it. server/ goes to the SuperLink's
+machine, and nodes/CLIENT/ to that client's.
 """
 
 import ipaddress
@@ -22,6 +23,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 FOLDER = Path(__file__).resolve().parent
 CA_DAYS, SERVER_DAYS = 3650, 730
+USAGES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
 PEM = serialization.Encoding.PEM
 
 
@@ -103,9 +108,7 @@ def draft(subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicK
 
 def usages(**wanted: bool) -> x509.KeyUsage:
     """What a key may be used for."""
-    every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign")
-    every += ("crl_sign", "encipher_only", "decipher_only")
-    return x509.KeyUsage(**{name: wanted.get(name, False) for name in every})
+    return x509.KeyUsage(**{name: wanted.get(name, False) for name in USAGES})
 
 
 def general_name(name: str) -> x509.GeneralName:
