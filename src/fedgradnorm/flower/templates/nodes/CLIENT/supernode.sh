@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 set -a
 source ./node.env
 set +a
-export FLWR_HOME="$PWD/supernode-home"
+export FLWR_HOME="$PWD/supernode-home" FEDGRADNORM_CACHE="${FEDGRADNORM_CACHE:-$PWD/cache}"
 umask 077
 mkdir -p "$STATE_DIR"
 node="client-key=\"$CLIENT\" state-dir=\"$(cd "$STATE_DIR" && pwd)\""
