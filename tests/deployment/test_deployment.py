@@ -5,22 +5,25 @@ import shutil
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.report import write_report
-from fedgradnorm.run import begin, run
-from fedgradnorm import registry
+from fedgradnorm.run import run
 from tests.deployment import misbehaving
-from tests.deployment.processes import Deployment, free_ports, wait_until
+from tests.deployment.processes import free_ports, wait_until
 
 pytestmark = [pytest.mark.deployment, pytest.mark.xdist_group("deployment")]
 
 FIGURES = ("loss", "initial_loss", "inverse_training_rate", "grad_norm", "weight", "target", "test_loss", "metric")
-DIGITS = ("federation.name=digits", 'federation.tasks=["class", "parity", "loop"]', "train.num_rounds=5", "train.head_steps=3", "train.encoder_steps=3")
+DIGITS = (
+    "federation.name=digits",
+    'federation.tasks=["class", "parity", "loop"]',
+    "train.num_rounds=5",
+    "train.head_steps=3",
+    "train.encoder_steps=3",
+)
 RADCOM = (
     *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=0", "federation.snr_max=6"),
     *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=5", "train.batch_size=16"),
@@ -61,7 +64,7 @@ def test_digits_give_the_same_numbers_here_and_across_processes_and_nothing_is_l
     assert not list((run.folder / "models" / "heads").iterdir()), "a head came to the server"
     for client in deployment.clients:
         folder = deployment.folder / "nodes" / client / "state"
-        assert [path.parent.name for path in folder.rglob("round-*.safetensors")][0] == client
+        assert next(path.parent.name for path in folder.rglob("round-*.safetensors")) == client
     os.killpg(local.pid, signal.SIGINT)
     wait_until(lambda: not deployment.left_over(), "all processes end")
 
@@ -89,14 +92,22 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     notes = tmp_path / "notes"
     notes.mkdir()
     monkeypatch.syspath_prepend(str(Path(misbehaving.__file__).parent))
-    faults = ("federation.faults.a.2=raise", "federation.faults.b.2=nan", "federation.faults.b.3=hang", "federation.faults.c.3=hang")
-    settings = ("federation.name=misbehaving:make", f"federation.folder={notes}", "train.num_rounds=4", "train.eval_every=9", "train.batch_size=8")
+    faults = ("federation.faults.a.2=raise", "federation.faults.b.2=spoil", "federation.faults.b.3=hang", "federation.faults.c.3=hang")
+    settings = (
+        "federation.name=misbehaving:make",
+        f"federation.folder={notes}",
+        "train.num_rounds=4",
+        "train.eval_every=9",
+        "train.batch_size=8",
+    )
     deployment = deploy("faults", *settings, *faults)
     shutil.copy(misbehaving.__file__, deployment.folder / "app")
     other = deploy("other", *settings)  # another deployment, with a CA and keys of its own
     strangers = {"nobody": "nobody", "double": "a", "unknown-ca": "c", "unregistered": "c"}
     for (name, client), port in zip(strangers.items(), free_ports(len(strangers)), strict=True):
-        shutil.copytree(deployment.folder / "nodes/a", deployment.folder / "nodes" / name, ignore=shutil.ignore_patterns("client.key*", "state"))
+        shutil.copytree(
+            deployment.folder / "nodes/a", deployment.folder / "nodes" / name, ignore=shutil.ignore_patterns("client.key*", "state")
+        )
         deployment.set(f"nodes/{name}/node.env", "CLIENT", client)
         deployment.set(f"nodes/{name}/node.env", "PORT", str(port))
     shutil.copy(other.folder / "ca/ca.crt", deployment.folder / "nodes/unknown-ca/ca.crt")
@@ -121,12 +132,14 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
 
     dropped = {(row["round"], row["client"]): row["dropped"] for row in run.rows() if row["dropped"] is not None}
     assert dropped.keys() == {(2, "a"), (2, "b"), (3, "b"), (3, "c")}
-    assert dropped[2, "a"].startswith("no report: its app raised an error") and "on purpose" in dropped[2, "a"]
+    assert dropped[2, "a"].startswith("no report: its app raised an error")
+    assert "on purpose" in dropped[2, "a"]
     assert dropped[2, "b"] == "gradient: not finite"
     assert dropped[3, "b"].startswith(("no report: no answer within 100 s", "no report: the message expired"))
     assert dropped[3, "c"].startswith("no report: ")
     participants = '[["a", "b", "c"], ["c"], ["a"], ["a", "b", "c"]]'
     assert_same(run, in_process(deployment, "reference", "federation.faults={}", f"train.participants={participants}"))
     log = deployment.log("run")
-    assert "stays out: its app raised an error" in log and "there is no client 'nobody'" in log
+    assert "stays out: its app raised an error" in log
+    assert "there is no client 'nobody'" in log
     assert "client key 'a' belongs to a node that is connected" in log

@@ -46,7 +46,7 @@ def test_every_client_has_a_folder_with_its_key_and_nothing_of_the_ca(folder):
 
 def test_private_keys_are_for_their_owner_alone_and_no_key_is_made_twice(folder):
     made = keys(folder)
-    private = [path for path in folder.rglob("*.key")]
+    private = list(folder.rglob("*.key"))
     assert len(private) == 4
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
     assert all(b"PRIVATE KEY" in path.read_bytes() for path in private)
@@ -147,7 +147,10 @@ def test_nothing_calls_home_and_nothing_is_left_to_fill_in(folder):
         subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize(("host", "bind", "threads"), [("localhost", "127.0.0.1", "1"), ("127.0.0.1", "127.0.0.1", "1"), ("10.1.2.3", "0.0.0.0", "")])
+@pytest.mark.parametrize(
+    ("host", "bind", "threads"),
+    [("localhost", "127.0.0.1", "1"), ("127.0.0.1", "127.0.0.1", "1"), ("10.1.2.3", "0.0.0.0", "")],  # noqa: S104
+)
 def test_a_server_for_this_machine_alone_listens_to_nobody_else(tmp_path, host, bind, threads):
     write_deployment(tmp_path / "here", None, DIGITS, [host])
     assert f"HOST={bind}\n" in (tmp_path / "here/server/superlink.env").read_text()
