@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/fuzz
-	$(BIN)/pytest -n auto --ignore=tests/fuzz
+	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist loadgroup --ignore=tests/fuzz
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

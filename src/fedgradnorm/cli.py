@@ -1,4 +1,4 @@
-"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare`` and ``list``."""
+"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare``, ``list`` and ``flower init``."""
 
 import logging
 import os
@@ -16,13 +16,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.errors import FedGradNormError
+from fedgradnorm.errors import ConfigError, FedGradNormError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Federated multi-task learning with FedGradNorm."
 )
+flower = typer.Typer(no_args_is_help=True, help="Training across machines, with Flower.")
+app.add_typer(flower, name="flower")
 console = Console()
 
 
@@ -158,9 +160,36 @@ def list_parts() -> None:
     for kind, names in BUILT_INS.items():
         table = Table("name", "what it is", "options", title=kind, title_justify="left", expand=True)
         for name in sorted(names):
-            summary, options = describe(kind, name)
+            try:
+                summary, options = describe(kind, name)
+            except ConfigError as error:
+                if not isinstance(error.__cause__, ImportError):
+                    raise
+                table.add_row(name, Text(str(error.__cause__)), "")  # it says which extra is missing
+                continue
             table.add_row(name, summary, "\n".join(f"{key} = {value!r}" for key, value in options.items()))
         console.print(table)
+
+
+@flower.command("init")
+def flower_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the deployment.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The federation's TOML file, such as configs/digits.toml.")] = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name or an address under which nodes reach the server; several are possible, nodes use the first."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="The server's port.")] = 8000,
+) -> None:
+    """Write a folder to deploy a federation from: the Flower app, keys, scripts, services."""
+    try:
+        from fedgradnorm.flower.init import write_deployment
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    clients = write_deployment(folder, config, overrides or [], host or ["127.0.0.1"], port)
+    _say(f"{folder}: a deployment of {len(clients)} clients: {', '.join(clients)}")
+    _say(f"on this machine: {folder}/local.sh, then in another terminal {folder}/server/run.sh; on several: {folder}/README.md")
 
 
 def available_cores() -> int:

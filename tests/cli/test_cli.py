@@ -229,5 +229,40 @@ def test_the_installed_command_works():
     command = shutil.which("fedgradnorm", path=str(Path(sys.executable).parent))
     assert command is not None
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-    for name in ("run", "resume", "evaluate", "report", "compare", "list"):
+    for name in ("run", "resume", "evaluate", "report", "compare", "list", "flower"):
         assert name in done.stdout
+
+
+def test_flower_init_writes_a_deployment_and_says_what_comes_next(config, call):
+    code, out, _ = call(
+        "flower", "init", "there", "--config", config, "--host", "fed.example.org", "federation.tasks=['loop']", "--port", "81"
+    )
+    assert code == 0
+    assert "there: a deployment of 1 clients: loop" in out
+    assert "there/local.sh" in out
+    assert "SUPERLINK=fed.example.org:81\n" in Path("there/nodes/loop/node.env").read_text()
+    code, _, err = call("flower", "init", "there")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "exists and is not empty" in err
+
+
+def without_flower(*words):
+    """A command where flwr is not installed."""
+    code = "import sys; sys.modules['flwr'] = None; from fedgradnorm.cli import main; sys.argv = ['fedgradnorm', *sys.argv[1:]]; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.usefixtures("config")
+def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_install_it():
+    done = without_flower("flower", "init", "there")
+    assert done.returncode == 2
+    assert done.stderr == 'error: Flower is not installed: pip install "fedgradnorm[flower]"\n'
+    assert not Path("there").exists()
+    done = without_flower("list")
+    assert done.returncode == 0, done.stderr
+    assert 'Flower is not installed: pip install "fedgradnorm[flower]"' in re.sub(r"[\s│]+", " ", done.stdout)
+    assert "vectorized" in done.stdout
+    done = without_flower("run", "my.toml", "engine.name=flower-local")
+    assert done.returncode == 2
+    assert "engine.name: 'flower-local' cannot be imported: Flower is not installed" in done.stderr

@@ -53,14 +53,20 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     seen = []
-    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md"):
+    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md", "docs/deploy.md"):
         for words in commands(page):
             if "RUN" in words[2:] or "MTFL.zip" in words[-1]:
                 continue
             quick = ["train.num_rounds=2"] if words[1] == "run" else []
             call(monkeypatch, [*words, *quick])
             seen.append(words[1])
-    assert set(seen) == {"run", "resume", "report", "evaluate", "list"}
+    assert set(seen) == {"run", "resume", "report", "evaluate", "list", "flower"}
+
+
+def test_the_apps_of_the_page_on_deployment_are_apps():
+    client, server = blocks("docs/deploy.md", "python")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", client + server], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_guides_weighting_and_federation_run(tmp_path, monkeypatch):

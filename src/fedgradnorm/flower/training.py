@@ -1,7 +1,9 @@
 """A run on a Grid: the simulation's loop, files and checkpoints, with the clients elsewhere."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -12,12 +14,21 @@ from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.history import CHECKPOINTS, Run
+from fedgradnorm.records import Row
 from fedgradnorm.run import OnRound, OnState, Result, begin, changes, resume, with_faults
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["new_experiment", "train_on_grid"]
 
+try:
+    import fcntl
+except ImportError:  # no POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 60.0
+"""Seconds that a run waits for another one in its folder to end, such as one whose SuperLink was killed."""
 
 
 def new_experiment() -> str:
@@ -48,10 +59,40 @@ def train_on_grid(
 
     Raises:
         ConfigError: a ``start_round`` that is neither, or settings that are not those of the run that it goes on with.
-        RunError: checkpoints that are all damaged.
+        RunError: checkpoints that are all damaged, a folder to which another run is writing, or one that cannot be written.
         StoppedError: too few clients, too few sound reports, or ``should_stop``; what is done is in the run's folder.
     """
-    folder, done = None if config.run.dir is None else Path(config.run.dir).expanduser(), 0
+    _show_log()
+
+    def note(rows: Sequence[Row]) -> None:
+        log.info(round_line(rows, config.train.num_rounds))
+        if on_round is not None:
+            on_round(rows)
+
+    folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
+    with _alone_in(folder):
+        return _train(config, engine, weighting, folder, start_round, note, should_stop, on_state)
+
+
+def round_line(rows: Sequence[Row], num_rounds: int) -> str:
+    """A round as a line of a log."""
+    heard = [f"{row['client']} loss {row['loss']:.4g} p {row['weight']:.3f}" for row in rows if row["loss"] is not None]
+    dropped = [f"{row['client']}: {row['dropped']}" for row in rows if row["dropped"] is not None]
+    parts = [f"round {rows[0]['round']}/{num_rounds}", *heard[:10], *([f"and {len(heard) - 10} more"] if len(heard) > 10 else [])]
+    return "  ".join(parts) + (f"  dropped: {'; '.join(dropped)}" if dropped else "")
+
+
+def _train(
+    config: RunConfig,
+    engine: GridEngine,
+    weighting: Weighting,
+    folder: Path | None,
+    start_round: int | None,
+    on_round: OnRound,
+    should_stop: Callable[[], bool],
+    on_state: OnState | None,
+) -> Result:
+    done = 0
     if folder is not None and (folder / "config.toml").is_file():
         checkpoint, _, faults = load_newest(folder / CHECKPOINTS)
         done = 0 if checkpoint is None else checkpoint.server.round
@@ -85,3 +126,37 @@ def train_on_grid(
     settings = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})  # clients keep only their last states
     config = config.model_copy(update={"run": settings})
     return begin(config, engine.roster, weighting, folder is not None, on_round, should_stop, make_engine=made, on_state=on_state)
+
+
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """Keep two runs from writing to one folder, and from driving the same clients' states: the second waits a little, and is refused."""
+    if folder is None or fcntl is None:
+        yield
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f".{folder.name}.lock").open("a")
+    except OSError as error:
+        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+    end = time.monotonic() + LOCK_TIMEOUT
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise RunError(f"run folder {folder}: another run is writing to it: wait for it, or stop it with `flwr stop`") from None
+                time.sleep(0.2)
+        yield
+
+
+def _show_log() -> None:
+    """Let this package's log be seen where nobody has set up logging, as in the processes that Flower starts."""
+    logger = logging.getLogger("fedgradnorm")
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

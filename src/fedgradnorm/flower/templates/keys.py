@@ -1,0 +1,140 @@
+"""Makes what the machines know each other by: a CA, the SuperLink's certificate, and a key pair for every node.
+
+    python keys.py
+
+What is there already is left as it is, so a client that is added later only gets what it lacks. A site that does not want its private
+key made elsewhere makes it itself (``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``) and sends its ``client.key.pub``, to be put into
+``nodes/CLIENT/``. For a new server certificate (other names in server/superlink.env, or one that runs out) remove server/server.crt and
+server/server.key first.
+
+Of what is written, ca/ca.key stays here or goes to a safe: no machine that runs anything needs it. server/ goes to the SuperLink's
+machine, and nodes/CLIENT/ to that client's.
+"""
+
+import ipaddress
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+FOLDER = Path(__file__).resolve().parent
+CA_DAYS, SERVER_DAYS = 3650, 730
+USAGES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
+PEM = serialization.Encoding.PEM
+
+
+def main() -> None:
+    """Make what is missing, and say what."""
+    ca = FOLDER / "ca"
+    ca.mkdir(exist_ok=True, mode=0o700)
+    if not (ca / "ca.key").exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        write(ca / "ca.crt", ca_certificate(key).public_bytes(PEM))
+        write_private(ca / "ca.key", pem(key))
+    ca_key = serialization.load_pem_private_key((ca / "ca.key").read_bytes(), None)
+    certificate = x509.load_pem_x509_certificate((ca / "ca.crt").read_bytes())
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)  # noqa: S101  # as made above
+    if not (FOLDER / "server" / "server.crt").exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        write_private(FOLDER / "server" / "server.key", pem(key))
+        signed = server_certificate(names(FOLDER / "server" / "superlink.env"), key.public_key(), certificate, ca_key)
+        write(FOLDER / "server" / "server.crt", signed.public_bytes(PEM))
+    for folder in (FOLDER / "server", *sorted((FOLDER / "nodes").iterdir())):
+        if not (folder / "ca.crt").exists():
+            write(folder / "ca.crt", certificate.public_bytes(PEM))
+        if folder.name != "server" and not (folder / "client.key.pub").exists():
+            key = ec.generate_private_key(ec.SECP384R1())
+            private = key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+            write_private(folder / "client.key", private)
+            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            write(folder / "client.key.pub", public + b"\n")
+
+
+def names(env: Path) -> list[str]:
+    """The server's names and addresses, and this machine's own ones."""
+    (line,) = [line for line in env.read_text().splitlines() if line.startswith("NAMES=")]
+    return list(dict.fromkeys([*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1"]))
+
+
+def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """The CA's own certificate."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedGradNorm deployment CA")])
+    usage = usages(key_cert_sign=True, crl_sign=True)
+    return (
+        draft(name, name, key.public_key(), CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def server_certificate(
+    names: list[str], public: ec.EllipticCurvePublicKey, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey
+) -> x509.Certificate:
+    """A certificate for a server with these names and addresses."""
+    return (
+        draft(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]), ca.subject, public, SERVER_DAYS)
+        .add_extension(x509.SubjectAlternativeName([general_name(name) for name in names]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usages(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+
+
+def draft(subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+    """A certificate that is not signed yet."""
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))  # clocks differ
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def usages(**wanted: bool) -> x509.KeyUsage:
+    """What a key may be used for."""
+    return x509.KeyUsage(**{name: wanted.get(name, False) for name in USAGES})
+
+
+def general_name(name: str) -> x509.GeneralName:
+    """A name or an address as a certificate holds it."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as text."""
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write what its owner alone may read. Raises FileExistsError: no key is ever replaced."""
+    write(path, content, 0o600)
+
+
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a new file, and say so."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    print(path.relative_to(FOLDER))  # noqa: T201  # it is a command
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Starts this node: it connects to the SuperLink, and starts the client's part of a run for every message.
+# It needs client.key and ca.crt beside it (from keys.py), and the commands of fedgradnorm[flower] on the PATH. It opens no port to others.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+set -a
+source ./node.env
+set +a
+export FLWR_HOME="$PWD/supernode-home" FEDGRADNORM_CACHE="${FEDGRADNORM_CACHE:-$PWD/cache}"
+umask 077
+mkdir -p "$STATE_DIR"
+node="client-key=\"$CLIENT\" state-dir=\"$(cd "$STATE_DIR" && pwd)\""
+[ -z "$THREADS" ] || node+=" threads=$THREADS"
+[ -z "$SETTINGS" ] || node+=" settings=\"$SETTINGS\""
+exec flower-supernode \
+    --superlink "$SUPERLINK" --root-certificates ca.crt --auth-supernode-private-key client.key \
+    --host 127.0.0.1 --port "$PORT" \
+    --node-config "$node"

@@ -1,0 +1,18 @@
+import contextlib
+
+import pytest
+
+from tests.deployment.processes import Deployment
+
+
+@pytest.fixture
+def deploy(tmp_path):
+    """Writes deployments, and ends all their processes however the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name, *settings):
+            deployment = Deployment(tmp_path / name, *settings)
+            stack.callback(deployment.close)
+            return deployment
+
+        yield make

@@ -1,0 +1,167 @@
+"""A deployment on this machine, from a folder that `fedgradnorm flower init` wrote: started, watched, killed, and always cleaned up."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from fedgradnorm.flower.init import write_deployment
+from fedgradnorm.history import Run
+
+PATIENCE = 600.0
+"""Seconds until a condition that never comes true is an error: machines can be slow, so nothing is ever waited for by the clock alone."""
+
+
+class Deployment:
+    """A folder and its processes."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        self.folder, self.logs = folder, folder / "logs"
+        self.port, *node_ports = free_ports(4)
+        self.clients = write_deployment(folder, None, settings, port=self.port)
+        self.logs.mkdir()
+        home = folder / "home"
+        home.mkdir()
+        bin_folder = Path(sys.executable).parent
+        self.env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        for name in [name for name in self.env if name.startswith(("FLWR_", "PYTEST_"))]:
+            del self.env[name]
+        for client, port in zip(self.clients, node_ports, strict=True):
+            self.set(f"nodes/{client}/node.env", "PORT", str(port))
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.do("keys.py")
+
+    def set(self, file: str, key: str, value: str) -> None:
+        """Change a line of a settings file."""
+        path = self.folder / file
+        path.write_text(re.sub(rf"(?m)^{key} ?=.*$", lambda line: line[0].partition("=")[0] + f"={value}", path.read_text()))
+
+    def do(self, script: str, *words: str) -> str:
+        """Run a script of the folder to its end, and give what it printed."""
+        command = [sys.executable, script] if script.endswith(".py") else [f"./{script}"]
+        done = subprocess.run(
+            [*command, *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, name: str, script: str, *words: str) -> subprocess.Popen[bytes]:
+        """Start a script of the folder; its log is ``logs/NAME.log``."""
+        with (self.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [self.folder / script, *words],
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes[name] = process
+        return process
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, and wait until it answers."""
+        process = self.start("superlink", "server/superlink.sh")
+
+        def answers() -> bool:
+            assert process.poll() is None, self.log("superlink")
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+        wait_until(answers, "the SuperLink answers")
+
+    def start_nodes(self, *clients: str) -> None:
+        """Start nodes: all, or those of these clients."""
+        for client in clients or self.clients:
+            self.start(client, f"nodes/{client}/supernode.sh")
+
+    def start_run(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start a run."""
+        return self.start("run", "server/run.sh", *words)
+
+    def finish(self, process: subprocess.Popen[bytes]) -> Run:
+        """Wait until a run ends, and give what it wrote."""
+        process.wait(timeout=PATIENCE)
+        return self.run
+
+    @property
+    def run(self) -> Run:
+        """The run's folder."""
+        (folder,) = [path.parent for path in (self.folder / "server" / "runs").glob("*/config.toml")]
+        return Run(folder)
+
+    def round(self) -> int:
+        """How many rounds are done."""
+        lines = [path.read_text().splitlines() for path in (self.folder / "server" / "runs").glob("*/metrics.jsonl")]
+        return 0 if not lines or not lines[0] else len(lines[0]) // len(self.clients)
+
+    def log(self, name: str) -> str:
+        """The log of a process so far."""
+        path = self.logs / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def kill(self, name: str) -> None:
+        """Kill a process with all that it started, as when its machine fails."""
+        process = self.processes.pop(name)
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        for one in children:
+            send(one, signal.SIGKILL)
+        process.wait(timeout=60)
+
+    def close(self) -> None:
+        """Kill whatever is left, and show the ends of the logs (pytest shows them where a test failed)."""
+        for name in list(self.processes):
+            self.kill(name)
+        for one in self.left_over():
+            send(one, signal.SIGKILL)
+        for _path in sorted(self.logs.glob("*.log")):
+            pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def left_over(self) -> list[psutil.Process]:
+        """Processes that run in this folder, whoever their parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME") == self.env["HOME"] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+def send(process: psutil.Process, number: int) -> None:
+    """Send a signal to a process, if it is still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout:g} s: {what}"
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

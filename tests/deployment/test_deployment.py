@@ -1,0 +1,145 @@
+"""Flower's own processes on this machine, with TLS and authenticated nodes, from a folder that `flower init` wrote."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedgradnorm.config import load_config
+from fedgradnorm.report import write_report
+from fedgradnorm.run import run
+from tests.deployment import misbehaving
+from tests.deployment.processes import free_ports, wait_until
+
+pytestmark = [pytest.mark.deployment, pytest.mark.xdist_group("deployment")]
+
+FIGURES = ("loss", "initial_loss", "inverse_training_rate", "grad_norm", "weight", "target", "test_loss", "metric")
+DIGITS = (
+    "federation.name=digits",
+    'federation.tasks=["class", "parity", "loop"]',
+    "train.num_rounds=5",
+    "train.head_steps=3",
+    "train.encoder_steps=3",
+)
+RADCOM = (
+    *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=0", "federation.snr_max=6"),
+    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=5", "train.batch_size=16"),
+)
+
+
+def in_process(deployment, engine, *settings):
+    """What an engine in this process gives with a deployment's settings."""
+    config = load_config(deployment.folder / "app/fedgradnorm_app/federation.toml", [f"engine.name={engine}", *settings])
+    return run(config)
+
+
+def assert_same(run, result):
+    """A run across processes and one in this process are the same: every figure, and the encoder."""
+    rows = run.rows()
+    assert [(row["round"], row["client"]) for row in rows] == [(row["round"], row["client"]) for row in result.rows]
+    for found, expected in zip(rows, result.rows, strict=True):
+        for key in FIGURES:
+            assert found[key] == (None if expected[key] is None else pytest.approx(expected[key], rel=1e-5, abs=1e-7)), (key, found)
+    encoder = result.encoder().state_dict()
+    saved = run.tensors("encoder.safetensors")
+    assert saved.keys() == encoder.keys()
+    for name, value in encoder.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_digits_give_the_same_numbers_here_and_across_processes_and_nothing_is_left_running(deploy):
+    deployment = deploy("digits", *DIGITS)
+    local = deployment.start("local", "local.sh")
+    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.sh is ready")
+    run = deployment.finish(deployment.start_run())
+    reference = in_process(deployment, "reference")
+    assert_same(run, reference)
+    assert_same(run, in_process(deployment, "flower-local"))
+    assert "round 5/5" in deployment.log("run")
+    assert all(row["dropped"] is None for row in run.rows())
+    assert write_report([run], deployment.folder / "report.html").stat().st_size > 1000
+    assert not list((run.folder / "models" / "heads").iterdir()), "a head came to the server"
+    for client in deployment.clients:
+        folder = deployment.folder / "nodes" / client / "state"
+        assert next(path.parent.name for path in folder.rglob("round-*.safetensors")) == client
+    os.killpg(local.pid, signal.SIGINT)
+    wait_until(lambda: not deployment.left_over(), "all processes end")
+
+
+def test_a_superlink_that_is_killed_and_started_again_goes_on_where_it_was(deploy):
+    deployment = deploy("radcom", *RADCOM)
+    deployment.start_superlink()
+    deployment.do("server/register.sh")
+    deployment.start_nodes()
+    deployment.start_run()
+    wait_until(lambda: deployment.round() >= 2, "two rounds")
+    deployment.kill("superlink")
+    deployment.kill("run")
+    done = deployment.round()
+    assert 2 <= done < 5
+    before = deployment.run.rows()
+    deployment.start_superlink()
+    run = deployment.finish(deployment.start_run())
+    assert f"going on after round {done} of 5" in deployment.log("run")
+    assert run.rows()[: len(before)] == before
+    assert_same(run, in_process(deployment, "reference"))
+
+
+def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    monkeypatch.syspath_prepend(str(Path(misbehaving.__file__).parent))
+    faults = ("federation.faults.a.2=raise", "federation.faults.b.2=spoil", "federation.faults.b.3=hang", "federation.faults.c.3=hang")
+    settings = (
+        "federation.name=misbehaving:make",
+        f"federation.folder={notes}",
+        "train.num_rounds=4",
+        "train.eval_every=9",
+        "train.batch_size=8",
+    )
+    deployment = deploy("faults", *settings, *faults)
+    shutil.copy(misbehaving.__file__, deployment.folder / "app")
+    other = deploy("other", *settings)  # another deployment, with a CA and keys of its own
+    strangers = {"nobody": "nobody", "double": "a", "unknown-ca": "c", "unregistered": "c"}
+    for (name, client), port in zip(strangers.items(), free_ports(len(strangers)), strict=True):
+        shutil.copytree(
+            deployment.folder / "nodes/a", deployment.folder / "nodes" / name, ignore=shutil.ignore_patterns("client.key*", "state")
+        )
+        deployment.set(f"nodes/{name}/node.env", "CLIENT", client)
+        deployment.set(f"nodes/{name}/node.env", "PORT", str(port))
+    shutil.copy(other.folder / "ca/ca.crt", deployment.folder / "nodes/unknown-ca/ca.crt")
+    deployment.do("keys.py")
+    deployment.start_superlink()
+    deployment.do("server/register.sh", "a", "b", "c", "nobody", "double", "unknown-ca")
+    deployment.start_nodes("a", "b", "c")
+    running = deployment.start_run("--run-config", "round-timeout=100")
+
+    wait_until(lambda: (notes / "c-1").exists(), "round 1")
+    for name in strangers:
+        deployment.start(name, f"nodes/{name}/supernode.sh")
+    for name in ("unknown-ca", "unregistered"):
+        assert deployment.processes[name].wait(timeout=600) == 305 % 256, deployment.log(name)
+
+    wait_until(lambda: (notes / "c-3").exists(), "round 3")
+    deployment.kill("c")
+    deployment.start_nodes("c")
+    wait_until(lambda: deployment.round() >= 3, "round 3 ends without b and c")
+    (notes / "release").touch()
+    run = deployment.finish(running)
+
+    dropped = {(row["round"], row["client"]): row["dropped"] for row in run.rows() if row["dropped"] is not None}
+    assert dropped.keys() == {(2, "a"), (2, "b"), (3, "b"), (3, "c")}
+    assert dropped[2, "a"].startswith("no report: its app raised an error")
+    assert "on purpose" in dropped[2, "a"]
+    assert dropped[2, "b"] == "gradient: not finite"
+    assert dropped[3, "b"].startswith(("no report: no answer within 100 s", "no report: the message expired"))
+    assert dropped[3, "c"].startswith("no report: ")
+    participants = '[["a", "b", "c"], ["c"], ["a"], ["a", "b", "c"]]'
+    assert_same(run, in_process(deployment, "reference", "federation.faults={}", f"train.participants={participants}"))
+    log = deployment.log("run")
+    assert "stays out: its app raised an error" in log
+    assert "there is no client 'nobody'" in log
+    assert "client key 'a' belongs to a node that is connected" in log

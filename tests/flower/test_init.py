@@ -1,0 +1,196 @@
+import importlib.util
+import os
+import ssl
+import stat
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from flwr.cli.build import build_fab_from_disk  # the format of an app bundle is Flower's own
+
+from fedgradnorm.build import build_federation, resolve_config
+from fedgradnorm.config import load_config
+from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.flower.init import write_deployment
+
+DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
+QUIET = ("FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
+
+
+def keys(folder):
+    done = subprocess.run([sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    assert write_deployment(tmp_path / "here", None, DIGITS, ["fed.example.org", "10.0.0.7"], 8443) == ["class", "loop"]
+    return tmp_path / "here"
+
+
+def test_every_client_has_a_folder_with_its_key_and_nothing_of_the_ca(folder):
+    keys(folder)
+    for client in ("class", "loop"):
+        files = {path.name for path in (folder / "nodes" / client).iterdir()}
+        assert files == {"node.env", "supernode.sh", "client.key", "client.key.pub", "ca.crt"}
+        assert f"CLIENT={client}\n" in (folder / "nodes" / client / "node.env").read_text()
+        assert "SUPERLINK=fed.example.org:8443\n" in (folder / "nodes" / client / "node.env").read_text()
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*ca.key")} == {"ca/ca.key"}
+    ports = [line for path in folder.glob("nodes/*/node.env") for line in path.read_text().splitlines() if line.startswith("PORT=")]
+    assert len(set(ports)) == 2
+
+
+def test_private_keys_are_for_their_owner_alone_and_no_key_is_made_twice(folder):
+    made = keys(folder)
+    private = list(folder.rglob("*.key"))
+    assert len(private) == 4
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
+    assert all(b"PRIVATE KEY" in path.read_bytes() for path in private)
+    assert {path.relative_to(folder).as_posix() for path in private} <= set(made)
+    assert keys(folder) == []
+    content = {path: path.read_bytes() for path in folder.rglob("*.key*")}
+    (folder / "nodes/late").mkdir()
+    assert keys(folder) == ["nodes/late/ca.crt", "nodes/late/client.key", "nodes/late/client.key.pub"]
+    assert all(path.read_bytes() == before for path, before in content.items())
+
+
+def test_a_public_key_that_a_site_made_itself_stays(folder):
+    (folder / "nodes/loop/client.key.pub").write_text("ecdsa-sha2-nistp384 AAAA\n")
+    keys(folder)
+    assert (folder / "nodes/loop/client.key.pub").read_text() == "ecdsa-sha2-nistp384 AAAA\n"
+    assert not (folder / "nodes/loop/client.key").exists()
+
+
+def test_the_servers_certificate_is_the_cas_and_has_every_name(folder):
+    keys(folder)
+    ca = x509.load_pem_x509_certificate((folder / "ca/ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "server/server.crt").read_bytes())
+    server.verify_directly_issued_by(ca)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    context = ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt"))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python does from 3.13 on
+    assert handshake(context, folder, "fed.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(context, folder, "elsewhere.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(ssl.create_default_context(), folder, "fed.example.org")
+
+
+def handshake(client, folder, name):
+    """A TLS handshake in memory with the server's certificate."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "server/server.crt", folder / "server/server.key")
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [client.wrap_bio(down, up, server_hostname=name), server.wrap_bio(up, down, server_side=True)]
+    while sides:
+        for side in list(sides):
+            try:
+                side.do_handshake()
+                sides.remove(side)
+            except ssl.SSLWantReadError:
+                continue
+    return True
+
+
+def test_a_nodes_key_is_of_the_kind_that_flower_takes(folder):
+    keys(folder)
+    private = serialization.load_ssh_private_key((folder / "nodes/loop/client.key").read_bytes(), None)
+    public = serialization.load_ssh_public_key((folder / "nodes/loop/client.key.pub").read_bytes())
+    assert private.public_key().public_numbers() == public.public_numbers()
+    assert public.curve.name == "secp384r1"
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own use of it
+def test_the_app_is_one_that_flower_bundles_with_the_federation_in_it(folder, tmp_path):
+    bundle = tmp_path / "app.fab"
+    bundle.write_bytes(build_fab_from_disk(folder / "app"))
+    with zipfile.ZipFile(bundle) as archive:
+        inside = set(archive.namelist())
+    wanted = {f"fedgradnorm_app/{name}" for name in ("__init__.py", "server_app.py", "client_app.py", "federation.toml")}
+    assert wanted <= inside
+    assert not [name for name in inside if "key" in name or "node" in name]
+
+
+def test_the_federation_is_the_configuration_in_full(folder):
+    path = folder / "app/fedgradnorm_app/federation.toml"
+    assert tomllib.loads(path.read_text())["weighting"]["gamma"] == 0.9  # a default that nobody wrote
+    expected, found = (resolve_config(one) for one in (load_config(None, DIGITS), load_config(path)))
+    assert found == expected
+    assert build_federation(found).client_ids == ["class", "loop"]
+
+
+def test_the_apps_files_hold_apps(folder):
+    for name, kind in (("server_app", "ServerApp"), ("client_app", "ClientApp")):
+        spec = importlib.util.spec_from_file_location(name, folder / "app/fedgradnorm_app" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert type(module.app).__name__ == kind
+
+
+def test_nothing_calls_home_and_nothing_is_left_to_fill_in(folder):
+    for path in ("server/superlink.env", "nodes/class/node.env"):
+        assert set(QUIET) <= set((folder / path).read_text().splitlines())
+    compose = (folder / "compose.yml").read_text()
+    for name, _, value in (word.partition("=") for word in QUIET):
+        assert f'{name}: "{value}"' in compose
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert "@{" not in path.read_text(), path
+    for script in folder.rglob("*.sh"):
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "bind", "threads"),
+    [("localhost", "127.0.0.1", "1"), ("127.0.0.1", "127.0.0.1", "1"), ("10.1.2.3", "0.0.0.0", "")],  # noqa: S104
+)
+def test_a_server_for_this_machine_alone_listens_to_nobody_else(tmp_path, host, bind, threads):
+    write_deployment(tmp_path / "here", None, DIGITS, [host])
+    assert f"HOST={bind}\n" in (tmp_path / "here/server/superlink.env").read_text()
+    assert f"THREADS={threads}\n" in (tmp_path / "here/nodes/loop/node.env").read_text()
+
+
+def test_the_compose_file_mounts_each_clients_folder_alone(folder):
+    yaml = pytest.importorskip("yaml")
+    services = yaml.safe_load((folder / "compose.yml").read_text())["services"]
+    assert services.keys() == {"superlink", "node-class", "node-loop"}
+    assert services["node-loop"]["volumes"] == ["./nodes/loop:/node"]
+    for service in services.values():
+        source = service["volumes"][0].partition(":")[0]
+        assert (folder / source / service["command"][0].split("/")[-1]).exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    write_deployment(taken, None, DIGITS)  # an empty folder is as good as none
+    before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="exists and is not empty"):
+        write_deployment(taken, None, DIGITS)
+    assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="exists and is not empty"):
+        write_deployment(tmp_path / "file", None, DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hosts": ["fed.example.org:80"]}, "--host: expected a name or an address, without a port"),
+        ({"hosts": ['x"; rm -rf /']}, "--host: expected a name"),
+        ({"port": 0}, "--port: expected a number from 1 to 65535"),
+        ({"overrides": ["federation.name=digit"]}, "did you mean 'digits'"),
+        ({"overrides": ["faults.drop=0.5"]}, "faults: on purpose"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        write_deployment(tmp_path / "here", **options)
+    assert list(tmp_path.iterdir()) == []
