@@ -109,7 +109,9 @@ def _train(
         opened = Run(folder)
         changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
         if changed:
-            raise ConfigError(f"{folder}: a run goes on with the settings that it began with; changed: {changed}")
+            raise ConfigError(
+                f"{folder}: a run goes on with the settings that it began with (start_round = 1 begins anew); changed: {changed}"
+            )
         for row in opened.rows():
             if row["client"] not in engine.roster.client_ids:
                 engine.roster.expect(row["client"], row["task"])
