@@ -38,9 +38,8 @@ class Wire(LocalGrid):
     def copied(self, message):
         proto = message_to_proto(message)
         self.sent.append(proto.SerializeToString())
-        again = message_from_proto(proto)
-        self.messages.append(again)
-        return again
+        self.messages.append(message_from_proto(proto))
+        return message_from_proto(proto)
 
     def pull_messages(self, message_ids):
         return [self.copied(reply) for reply in super().pull_messages(message_ids) if reply is not None]

@@ -99,7 +99,8 @@ def _train(
         if faults and not done and start_round != 1:
             raise RunError(f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: start_round = 1 begins anew")
     if start_round not in (None, 1, done + 1):
-        raise ConfigError(f"start_round: expected 1 or {done + 1}, as {done} rounds are done in {folder}, found {start_round}")
+        expected = f"1 or {done + 1}" if done else "1"
+        raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}, found {start_round}")
 
     def made(settings: RunConfig, _: Federation) -> Engine:
         engine.experiment = settings.run.experiment or new_experiment()

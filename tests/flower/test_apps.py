@@ -1,0 +1,175 @@
+"""The ready apps: a Federation from a configuration file, one client a node, as if every message came to a new process."""
+
+import shutil
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedgradnorm import ConfigError, StoppedError
+from fedgradnorm.build import build_federation
+from fedgradnorm.config import load_config
+from fedgradnorm.flower import client_app, server_app
+from fedgradnorm.flower.states import StateFiles
+from fedgradnorm.history import Run
+from fedgradnorm.run import run
+from tests.flower.nodes import Wire, in_round, lost, raising
+from tests.helpers import timeless
+
+DIGITS = """
+federation = { name = "digits" }
+[train]
+num_rounds = 3
+head_steps = 2
+encoder_steps = 2
+batch_size = 16
+head_momentum = 0.5
+eval_every = 2
+[run]
+loss_targets = [0.9]
+"""
+RADCOM = DIGITS.replace('{ name = "digits" }', '{ name = "radcom", snapshots = 6 }')
+
+
+class Place:
+    """A folder with a configuration, and nodes that have it."""
+
+    def __init__(self, folder, text=DIGITS, by="client-key"):
+        self.folder, self.config = folder, folder / "federation.toml"
+        self.config.write_text(text)
+        self.wire, app = Wire(), client_app(self.config)
+        self.clients = build_federation(load_config(self.config)).client_ids
+        for place, client in enumerate(self.clients):
+            who = {"client-key": client} if by == "client-key" else {"partition-id": place}
+            self.wire.join(2 + place, app, **who, **{"state-dir": str(folder / "states" / str(place)), "threads": 1})
+
+    def simulated(self, *words):
+        """The folder of the same run in one process."""
+        folder = self.folder / f"simulated {words}"
+        run(load_config(self.config, [*words, f"run.dir={folder}", "engine.name=reference"]))
+        return folder
+
+    def deployed(self, **run_config):
+        """The folder of the run by the apps."""
+        options = {"run-dir": str(self.folder / "run"), "node-timeout": 0, **run_config}
+        server_app(self.config)(self.wire, Context(1, 1, {}, RecordDict(), options))
+        return self.folder / "run"
+
+    def head(self, place, client, round):
+        (experiment,) = (self.folder / "states" / str(place)).iterdir()
+        return StateFiles(experiment.parent, experiment.name, client).load(round).head
+
+
+def same(one, other):
+    """Whether two runs have the same rows and the same encoder."""
+    encoders = [{name: value.tolist() for name, value in Run(folder).tensors("encoder.safetensors").items()} for folder in (one, other)]
+    return timeless(Run(one).rows()) == timeless(Run(other).rows()) and encoders[0] == encoders[1]
+
+
+@pytest.mark.parametrize("by", ["client-key", "partition-id"])
+@pytest.mark.parametrize("text", [DIGITS, RADCOM], ids=["digits", "radcom"])
+def test_the_apps_give_what_the_simulation_gives(tmp_path, text, by):
+    place = Place(tmp_path, text, by)
+    deployed, simulated = place.deployed(), place.simulated()
+    assert same(deployed, simulated)
+    for number, client in enumerate(place.clients):
+        own = place.head(number, client, 3)
+        expected = Run(simulated).tensors(f"heads/{client}.safetensors")
+        assert {f"head.{name}": value.tolist() for name, value in own.items()} == {
+            name: value.tolist() for name, value in expected.items() if name.startswith("head.")
+        }
+
+
+WORDS = ["train.seed=3", "train.fraction_train=0.5 weighting.name=equal", "train.min_clients=4 faults.drop=0.3 train.max_retries=50"]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_server_says_how_to_train_and_the_seed_too(tmp_path, words):
+    place = Place(tmp_path)
+    deployed, simulated = place.deployed(settings=words), place.simulated(*words.split())
+    for row, expected in zip(Run(deployed).rows(), Run(simulated).rows(), strict=True):
+        for key in ("participated", "retries", "loss", "weight", "test_loss", "metrics", "initial_loss"):
+            assert row[key] == expected[key], key
+
+
+def test_started_again_it_goes_on(tmp_path):
+    place, gone = Place(tmp_path), []
+
+    def failing(message, answer):
+        if message.metadata.group_id != "3":
+            return answer(message)
+        gone.append(1)
+        return raising(message, answer)
+
+    place.wire.twists[3] = failing
+    with pytest.raises(StoppedError, match="start its Flower app again"):
+        place.deployed(settings="train.min_clients=4")
+    assert gone == [1] * 4
+    place.wire.twists.clear()
+    assert same(place.deployed(settings="train.min_clients=4"), place.simulated("train.min_clients=4"))
+
+
+def test_a_node_that_is_gone_does_not_hold_up_the_others(tmp_path):
+    place = Place(tmp_path)
+    first = place.wire.nodes.pop(3)
+    with pytest.raises(StoppedError, match="3 clients are connected after 0 s, expected at least 4"):
+        place.deployed()
+    place.wire.nodes[3] = first
+    place.wire.twists[3] = in_round(1, lambda message, answer: lost(message, answer) or (place.wire.nodes.pop(3, None) and None))
+    rows = Run(place.deployed()).rows()
+    assert {row["round"]: row["dropped"] for row in rows if row["client"] == place.clients[1] and row["dropped"]} == {
+        1: "no report: no answer within 3600 s"
+    }
+
+
+def test_min_nodes_holds_for_every_round(tmp_path):
+    place = Place(tmp_path)
+    place.wire.nodes.pop(3)
+    rows = Run(place.deployed(**{"min-nodes": 2})).rows()
+    assert {row["dropped"] for row in rows if row["client"] == place.clients[1]} == {"no report: not connected"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min-nodes": "two"}, "run config: min-nodes: expected a whole number, found 'two'"),
+        ({"node-timeout": -1}, "run config: node-timeout: expected a whole number"),
+        ({"round-timeout": 0}, "round_timeout: expected seconds, more than 0"),
+        ({"start-round": 5}, "start_round: expected 1, as 0 rounds are done"),
+        ({"settings": "train.num_rnds=5"}, "unknown key 'train.num_rnds'"),
+    ],
+)
+def test_a_wrong_setting_of_the_server_is_named(tmp_path, options, message):
+    place = Place(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        place.deployed(**options)
+
+
+@pytest.mark.parametrize(
+    ("node_config", "why"),
+    [
+        ({"client-key": "nobody"}, "there is no client 'nobody'"),
+        ({"client-key": "a/b"}, "node config: client-key: expected letters"),
+        ({"partition-id": 4}, "node config: partition-id: expected 0 to 3, found 4"),
+        ({}, "node config: expected a 'client-key'"),
+        ({"partition-id": 1, "threads": 0}, "node config: threads: expected a whole number from 1, found 0"),
+        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.path"),
+        ({"partition-id": 1, "settings": "federation.x=1"}, "unknown key 'federation.x'"),
+        ({"partition-id": 1, "state-dir": None}, "node config: expected a 'state-dir'"),
+    ],
+)
+def test_a_wrong_setting_of_a_node_keeps_it_out_and_says_why(tmp_path, node_config, why):
+    place = Place(tmp_path)
+    config = {"state-dir": str(tmp_path / "states" / "x"), **node_config}
+    place.wire.join(3, place.wire.nodes[3], **{name: value for name, value in config.items() if value is not None})
+    with pytest.raises(StoppedError, match=f"node 3 stays out: .*{why}"):
+        place.deployed()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_is_lost_is_an_error_that_says_what_to_do(tmp_path):
+    place = Place(tmp_path)
+    place.deployed(settings="train.num_rounds=2")
+    shutil.rmtree(tmp_path / "states" / "1")
+    rows = [row for row in Run(place.deployed(settings="train.num_rounds=3")).rows() if row["client"] == place.clients[1]]
+    assert "there is no such file, found none" in rows[-1]["dropped"]
+    assert "restore it, or begin a new experiment" in rows[-1]["dropped"]
