@@ -119,6 +119,16 @@ class Deployment:
             send(one, signal.SIGKILL)
         process.wait(timeout=60)
 
+    def kill_superlink_of(self, name: str) -> None:
+        """Kill the SuperLink that a process has started, and what that has started, with SIGKILL."""
+        for process in psutil.Process(self.processes[name].pid).children():
+            if any("flower-superlink" in word for word in process.cmdline()):
+                for one in [process, *process.children(recursive=True)]:
+                    send(one, signal.SIGKILL)
+                psutil.wait_procs([process], timeout=60)
+                return
+        raise AssertionError(f"no SuperLink under {name}")
+
     def close(self) -> None:
         """Kill whatever is left, and show the ends of the logs (pytest shows them where a test failed)."""
         for name in list(self.processes):
