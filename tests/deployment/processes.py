@@ -85,6 +85,17 @@ class Deployment:
         for client in clients or self.clients:
             self.start(client, f"nodes/{client}/supernode.sh")
 
+    def restart_node(self, client: str) -> None:
+        """Start a node that was killed, as systemd does: it is refused until the SuperLink takes the old one for gone."""
+        before = self.log("superlink").count("Activated node_id")
+
+        def connected() -> bool:
+            if client not in self.processes or self.processes[client].poll() is not None:
+                self.start(client, f"nodes/{client}/supernode.sh")
+            return self.log("superlink").count("Activated node_id") > before
+
+        wait_until(connected, f"{client} is connected again")
+
     def start_run(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a run."""
         return self.start("run", "server/run.sh", *words)
