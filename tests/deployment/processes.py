@@ -85,6 +85,17 @@ class Deployment:
         for client in clients or self.clients:
             self.start(client, f"nodes/{client}/supernode.sh")
 
+    def restart_node(self, client: str) -> None:
+        """Start a node that was killed, as systemd does: it is refused until the SuperLink takes the old one for gone."""
+        before = self.log("superlink").count("Activated node_id")
+
+        def connected() -> bool:
+            if client not in self.processes or self.processes[client].poll() is not None:
+                self.start(client, f"nodes/{client}/supernode.sh")
+            return self.log("superlink").count("Activated node_id") > before
+
+        wait_until(connected, f"{client} is connected again")
+
     def start_run(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a run."""
         return self.start("run", "server/run.sh", *words)
@@ -118,6 +129,16 @@ class Deployment:
         for one in children:
             send(one, signal.SIGKILL)
         process.wait(timeout=60)
+
+    def kill_superlink_of(self, name: str) -> None:
+        """Kill the SuperLink that a process has started, and what that has started, with SIGKILL."""
+        for process in psutil.Process(self.processes[name].pid).children():
+            if any("flower-superlink" in word for word in process.cmdline()):
+                for one in [process, *process.children(recursive=True)]:
+                    send(one, signal.SIGKILL)
+                psutil.wait_procs([process], timeout=60)
+                return
+        raise AssertionError(f"no SuperLink under {name}")
 
     def close(self) -> None:
         """Kill whatever is left, and show the ends of the logs (pytest shows them where a test failed)."""

@@ -31,8 +31,10 @@ from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["Node", "client_app", "client_key", "state_dir"]
+__all__ = ["WRONG_CLIENT", "Node", "client_app", "client_key", "state_dir"]
 
+WRONG_CLIENT = "came to client"
+"""What a client says to a message for another one, by which the server knows it."""
 CLIENT_KEY, STATE_DIR, SETTINGS, THREADS = "client-key", "state-dir", "settings", "threads"
 
 
@@ -64,7 +66,7 @@ class Node:
             examples, tests = size(self.client.train_data), self.client.test_data is not None
             return greeting_reply(Greeting(client=self.client.id, task=self.client.task.name, num_examples=examples, tests=tests), message)
         if control.client != self.client.id:
-            raise MessageError(f"a message for client '{control.client}' came to client '{self.client.id}'")
+            raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'")
         return self._train(message, control) if control.kind == "train" else self._evaluate(message, control)
 
     def _train(self, message: Message, control: Control) -> Message:

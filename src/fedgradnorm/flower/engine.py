@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgradnorm.client import ClientState, Evaluation
 from fedgradnorm.errors import MessageError, StoppedError, require
 from fedgradnorm.federation import Federation
-from fedgradnorm.flower.client import Node
+from fedgradnorm.flower.client import WRONG_CLIENT, Node
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.messages import (
     ARRAYS,
@@ -340,6 +340,8 @@ class GridEngine:
                 said = " ".join((reply.error.reason or "").split())[-300:]
                 self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 log.warning("%s %s: %s", whom, name, self.failures[name])
+                if WRONG_CLIENT in said:
+                    self._asked.pop(self._nodes.pop(name, -1), None)  # its node was restarted as another one: ask who it is
             else:
                 sound[name] = reply
         for name in asked.values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import ClientState, Evaluation, norm_over
 from fedgradnorm.errors import ConfigError, MessageError, nearest
-from fedgradnorm.flower.client import client_key, state_dir
+from fedgradnorm.flower.client import WRONG_CLIENT, client_key, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -89,7 +89,7 @@ class FedGradNormMod:
         if control.kind == "hello":
             return greeting_reply(Greeting(client=client, task=task, metric=self.metric, higher_is_better=self.higher_is_better), message)
         if control.client != client:
-            raise MessageError(f"a message for client '{control.client}' came to client '{client}'")
+            raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{client}'")
         start, states, sent = (
             perf_counter(),
             self.states(context, control.experiment, client),
