@@ -341,7 +341,7 @@ class GridEngine:
                 self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 log.warning("%s %s: %s", whom, name, self.failures[name])
                 if WRONG_CLIENT in said:
-                    self._asked.pop(self._nodes.pop(name, -1), None)  # its node was restarted as another one: ask who it is
+                    self._ask_at.pop(self._nodes.pop(name, -1), None)  # its node was restarted as another one: ask who it is
             else:
                 sound[name] = reply
         for name in asked.values():
