@@ -25,7 +25,7 @@ DIGITS = (
     "train.encoder_steps=3",
 )
 RADCOM = (
-    *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=0", "federation.snr_max=6"),
+    *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=-8", "federation.snr_max=4"),
     *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=5", "train.batch_size=16"),
 )
 
