@@ -115,8 +115,9 @@ def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
 def _options_model(kind: str, name: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     extra: Literal["allow", "forbid"] = "forbid"
+    maker = resolve(kind, name)
     try:
-        parameters = inspect.signature(resolve(kind, name), eval_str=True).parameters
+        parameters = inspect.signature(maker, eval_str=True).parameters
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"{kind}.name: '{name}' is nothing that makes a {kind}: {error}") from error
     for parameter in parameters.values():
