@@ -28,9 +28,9 @@ def server_app(config: str | Path) -> ServerApp:
 
     - ``run-dir``: the run's folder, in place of the file's ``run.dir``.
     - ``settings``: words like ``train.num_rounds=5`` that win over the file, separated by spaces. The server tells clients how to train.
-    - ``min-nodes``: clients to wait for before a round; by default all of the federation at the start, and one from then on.
+    - ``min-nodes``: clients to wait for before a round; by default, and for 0, all of the federation.
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
-    - ``start-round``: 1 begins anew.
+    - ``start-round``: 1 begins anew; by default, and for 0, a run that is there goes on.
 
     Args:
         config: the file, such as ``Path(__file__).with_name("federation.toml")``.
@@ -47,13 +47,12 @@ def server_app(config: str | Path) -> ServerApp:
             raise ConfigError("run.dir: expected a folder for the run: set it in the file, or run-dir in the app's configuration")
         roster = roster_of(build_federation(settings))
         limits = Limits(
-            min_nodes=_number(context, "min-nodes", 1),
+            min_nodes=_number(context, "min-nodes", 0) or len(roster.clients),
             node_timeout=_number(context, "node-timeout", 600),
             round_timeout=_number(context, "round-timeout", 3600),
         )
         engine = GridEngine(grid, roster, Layout.of(roster.make_encoder(settings.train.seed)), new_experiment(), limits, settings.run.keep)
         start_round = _number(context, "start-round", 0) or None
-        engine.wait(_number(context, "min-nodes", len(roster.clients)))
         train_on_grid(settings, engine, registry.build("weighting", settings.weighting), start_round)
         log.info("run: %s", settings.run.dir)
 
