@@ -76,9 +76,8 @@ def test_after_trains_with_heads_of_their_own(app, tmp_path, capsys):
         assert ratios[-1] < 0.9
     assert not any(row["dropped"] for row in rows)
     assert "Aggregated ClientApp-side Train Metrics" in capsys.readouterr().out
-    heads = [
-        load_file(next((tmp_path / "states" / str(place)).rglob("round-00000008.safetensors")))["head/fc2.weight"] for place in range(3)
-    ]
+    files = [next((tmp_path / "states" / str(place)).rglob("round-00000008.safetensors")) for place in range(3)]
+    heads = [load_file(path)["head/fc2.weight"] for path in files]
     for place, head in enumerate(heads):
         assert (head - heads[place - 1]).abs().max() > 0.01
         assert not any(head.numpy().tobytes() in sent for sent in wire.sent)

@@ -141,22 +141,22 @@ class GridEngine:
         """Let the clients go on from these rounds."""
         self._states = dict(states)
 
-    def wait(self, min_nodes: int | None = None) -> None:
-        """Wait until enough clients are connected: as many as given, or as the limits say.
+    def wait(self) -> None:
+        """Wait until enough clients are connected.
 
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        least, end = min_nodes or self.limits.min_nodes, time.monotonic() + self.limits.node_timeout
+        end = time.monotonic() + self.limits.node_timeout
         while True:
             self._greet()
-            if len(self._nodes) >= least:
+            if len(self._nodes) >= self.limits.min_nodes:
                 return
             if time.monotonic() >= end:
                 refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
                 raise StoppedError(
                     f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
-                    f"{least}; connected: {', '.join(self.clients) or 'none'}{refused}"
+                    f"{self.limits.min_nodes}; connected: {', '.join(self.clients) or 'none'}{refused}"
                 )
             time.sleep(self.limits.poll)
 
