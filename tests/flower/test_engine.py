@@ -288,11 +288,12 @@ def test_a_wrong_key_stays_out():
     other = Site(small_federation(("a", "z")))
     site.wire.nodes[9] = other.wire.nodes[3]
     site.wire.contexts[9] = other.wire.contexts[3]
-    rows = site.train(num_rounds=2).rows
+    engine = site.engine()
+    rows = site.train(engine=engine, num_rounds=2).rows
     assert {row["client"] for row in rows} == {"a", "b", "c"}
     assert not any(row["dropped"] for row in rows)
     with pytest.raises(StoppedError, match="node 9 stays out: there is no client 'z' in the federation"):
-        site.engine(min_nodes=4).wait()
+        engine.wait(4)
 
 
 def test_a_message_for_another_client_is_refused():

@@ -141,22 +141,22 @@ class GridEngine:
         """Let the clients go on from these rounds."""
         self._states = dict(states)
 
-    def wait(self) -> None:
-        """Wait until enough clients are connected.
+    def wait(self, min_nodes: int | None = None) -> None:
+        """Wait until enough clients are connected: as many as given, or as the limits say.
 
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        end = time.monotonic() + self.limits.node_timeout
+        least, end = min_nodes or self.limits.min_nodes, time.monotonic() + self.limits.node_timeout
         while True:
             self._greet()
-            if len(self._nodes) >= self.limits.min_nodes:
+            if len(self._nodes) >= least:
                 return
             if time.monotonic() >= end:
                 refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
                 raise StoppedError(
                     f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
-                    f"{self.limits.min_nodes}; connected: {', '.join(self.clients) or 'none'}{refused}"
+                    f"{least}; connected: {', '.join(self.clients) or 'none'}{refused}"
                 )
             time.sleep(self.limits.poll)
 
