@@ -112,6 +112,19 @@ class Study(Section):
         """Whether there is more than one variant, or one with a name."""
         return len(self.variants) > 1 or self.variants[0].name != ""
 
+    def with_methods(self, names: Sequence[str]) -> "Study":
+        """The study of these methods alone, and of the baseline; single-task training too where it is the reference.
+
+        Raises:
+            ConfigError: a name that is no method's.
+        """
+        known = [method.name for method in self.methods]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"methods: there is no method '{name}'; {nearest(name, known)}")
+        kept = {*names, self.baseline, self.single}
+        return self.model_copy(update={"methods": tuple(method for method in self.methods if method.name in kept)})
+
 
 def _check_tables(settings: Mapping[str, Any], where: str) -> None:
     for table, value in settings.items():
