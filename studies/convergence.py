@@ -253,10 +253,10 @@ def table_of(found: Sequence[Found]) -> str:
 
 
 def _text(found: Interval, factor: float, digits: str) -> str:
-    text, low, high = (digits % (factor * value) if value is not None else "" for value in (found.mean, found.low, found.high))
-    return (
-        text if found.low is None or found.high is None else f"{text} ({digits % (factor * found.low)} to {digits % (factor * found.high)})"
-    )
+    text = digits % (factor * found.mean)
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} ({digits % (factor * found.low)} to {digits % (factor * found.high)})"
 
 
 def chart_of(found: Sequence[Found]) -> str:
@@ -274,9 +274,8 @@ def chart_of(found: Sequence[Found]) -> str:
     for decade in range(decades + 1):
         y = top + high * decade / decades
         label = f"{10.0**-decade:g}" if decade < 4 else f"1e-{decade}"
-        parts.append(
-            f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        )
+        parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     ticks = range(0, rounds + 1, max(1, rounds // 6))
     parts += [f'<text x="{left + wide * k / rounds:.1f}" y="{top + high + 18}" text-anchor="middle">{k}</text>' for k in ticks]
     for at, (one, colour, dash) in enumerate(zip(found, COLOURS, ("", "6 3", "", "6 3", "2 3", "2 3"), strict=False)):
