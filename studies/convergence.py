@@ -40,7 +40,6 @@ ROUNDS = 300
 BATCH = 8
 SEEDS = 10
 NOISE = 0.5
-TITLE = "The minimiser goes to p* exponentially; subgradient steps stop short"
 ENOUGH = 1e-4
 """The fit ends where the distance is so small a share of the first one: single precision ends not far below."""
 
@@ -263,11 +262,13 @@ def chart_of(found: Sequence[Found]) -> str:
     """An SVG chart: the median over the seeds of ‖p_k - p*‖ as a share of the first distance, on a logarithmic axis."""
     width, height, left, top, right, bottom, decades = 860, 430, 70, 50, 240, 50, 6
     rounds = found[0].curves.shape[1] - 1
+    there = [one.setting.name for one in found if one.rate is not None]
+    title = f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it"
     wide, high = width - left - right, height - top - bottom
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="24" font-size="15" font-weight="bold">{TITLE}</text>',
+        f'<text x="{left}" y="24" font-size="15" font-weight="bold">{title}</text>',
         f'<text x="{left + wide / 2}" y="{height - 10}" text-anchor="middle">round k</text>',
         f'<text transform="translate(18 {top + high / 2}) rotate(-90)" text-anchor="middle">‖p_k − p*‖, share of the first (median)</text>',
     ]

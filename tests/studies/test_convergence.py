@@ -87,4 +87,4 @@ def test_the_table_and_the_chart_say_what_was_found():
     table, chart = table_of(found), chart_of(found)
     assert "does not converge" in table.splitlines()[3]
     assert chart.count("<polyline") == 2
-    assert "round k" in chart
+    assert f">{EXACT.name}: to p* at an exponential rate; the others stop short of it<" in chart

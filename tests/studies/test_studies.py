@@ -44,7 +44,7 @@ def test_the_main_studies_have_the_whole_field(name):
 
 
 def test_there_are_all_the_studies():
-    assert set(NAMES) == WHOLE_FIELD | {"options", "options-digits", "participation"}
+    assert set(NAMES) == WHOLE_FIELD | {"options", "options-digits", "participation", "step-length"}
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - REAL_DATA))
