@@ -127,6 +127,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The study's folder; by default `runs/studies/` and the name of the file.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The study's size for a larger machine: its table [full].")] = False,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, with commas between, and the baseline.")] = None,
 ) -> None:
     """Compare methods over seeds: tune every one, train what is not trained yet, and write tables and a page."""
     from fedgradnorm.compare.findings import answers
@@ -137,6 +138,8 @@ def compare(
     from fedgradnorm.compare.tables import terminal_table, write_tables
 
     settings = load_study(study, overrides or [], full=full)
+    if methods is not None:
+        settings = settings.with_methods([name.strip() for name in methods.split(",")])
     folder = out if out is not None else Path("runs/studies") / f"{study.stem}{'-full' if full else ''}"
     with stop_on_signals() as should_stop, StudyProgress(console) as progress:
         results = compare_methods(settings, folder, jobs=jobs or available_cores(), listener=progress, should_stop=should_stop)

@@ -155,6 +155,16 @@ def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
     assert settings == {(3, 4, 8)}
 
 
+def test_compare_can_be_told_which_methods(config, call):
+    config.with_name("two.toml").write_text(STUDY)
+    code, out, _ = call("compare", "two.toml", "--jobs", "1", "--methods", "equal")
+    assert code == 0
+    assert "comparison 1/1" in out
+    code, _, err = call("compare", "two.toml", "--methods", "othr")
+    assert code == 2
+    assert "methods: there is no method 'othr'; did you mean 'other'" in err
+
+
 def test_list_names_every_part_with_its_options(call):
     code, out, _ = call("list")
     assert code == 0

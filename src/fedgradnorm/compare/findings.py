@@ -6,7 +6,7 @@ from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.findings import listed, plural
 from fedgradnorm.summary import LOSS_RATIO
 
-__all__ = ["answers", "caveats", "edge_note", "goal", "headline_target", "interval_text", "sentence", "task_title", "verdict"]
+__all__ = ["answers", "caveats", "edge_notes", "goal", "headline_target", "interval_text", "sentence", "task_title", "verdict"]
 
 UNCLEAR, UNKNOWN = "not clearly different from", "not comparable with"
 
@@ -97,18 +97,20 @@ def answers(results: Results) -> list[str]:
     baseline, texts = results.study.baseline, []
     for variant in results.study.variants:
         start = f"{variant.name}: " if variant.name else ""
-        unclear = []
+        unclear: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for method in results.study.methods:
             sides = _sides(results, variant.name, method.name) if method.name != baseline else {}
-            if set(sides) == {UNCLEAR}:
-                unclear.append(method.name)
-            elif set(sides) == {UNKNOWN}:
-                texts.append(f"{start}{method.name} cannot be compared with {baseline}: too few runs.")
+            if set(sides) <= {UNCLEAR, UNKNOWN} and sides:
+                unclear.setdefault((tuple(sides.get(UNCLEAR, ())), tuple(sides.get(UNKNOWN, ()))), []).append(method.name)
             elif sides:
                 parts = [f"{side} {baseline} on {listed(tasks)}" for side, tasks in sides.items()]
                 texts.append(f"{start}{method.name} is {'; '.join(parts)}.")
-        if unclear:
-            texts.append(f"{start}No clear difference between {baseline} and {listed(unclear)} on {listed(results.tasks)}.")
+        for (tasks, unknown), names in unclear.items():
+            if not tasks:
+                texts.append(f"{start}{listed(names)} cannot be compared with {baseline}: too few runs.")
+                continue
+            more = f"; not comparable on {listed(unknown)}" if unknown else ""
+            texts.append(f"{start}No clear difference between {baseline} and {listed(names)} on {listed(tasks)}{more}.")
     return texts
 
 
@@ -132,7 +134,7 @@ def caveats(results: Results) -> list[str]:
     else:
         tried, tuned_on = plural(len(results.tuned[0].scores), "choice"), plural(len(study.tuning.seeds), "seed")
         texts.append(f"Every method's step sizes are the best of the same {tried}, on {tuned_on} used for nothing else.")
-        texts += [text for one in results.tuned if (text := edge_note(one.method, one.variant, one.edges))]
+        texts += edge_notes(results)
     for state, words in (("diverged", "diverged"), ("failed", "failed"), ("missing", "not trained yet")):
         if count := sum(one.ended.state == state for one in results.cells):
             texts.append(f"{plural(count, 'run')} of {len(results.cells)} {words}.")
@@ -146,10 +148,13 @@ def _untuned(one: TunedMethod) -> str:
     return f"{where} diverged or failed with all step sizes, and is missing."
 
 
-def edge_note(method: str, variant: str, edges: tuple[str, ...]) -> str:
-    """That a method's best step size lies at the edge of the grid, so that a better one may lie beyond; empty where it does not."""
-    where = f" ({variant})" if variant else ""
-    return f"At the edge of the tuning grid: {method}{where}, {listed(edges)}; a better value may lie beyond." if edges else ""
+def edge_notes(results: Results) -> list[str]:
+    """By setting: whose best value lies at the edge of the grid, so that a better one may lie beyond."""
+    at: dict[str, list[str]] = {}
+    for one in results.tuned:
+        for edge in one.edges:
+            at.setdefault(edge, []).append(f"{one.method} ({one.variant})" if one.variant else one.method)
+    return [f"At the edge of the tuning grid, {edge}: {listed(names)}; a better value may lie beyond." for edge, names in at.items()]
 
 
 def _against(results: Results, variant: str, task: str) -> list[Estimate]:

@@ -95,10 +95,18 @@ def _cell(study: Study, variant: Variant, method: Method, point: Point, seed: in
     values = overlaid(values, {"train": own})
     where = " ".join(filter(None, (f"methods '{method.name}'", f"variants '{variant.name}'" if variant.name else "")))
     try:
-        config = resolve_config(validated(RunConfig, values, prefix=""))
+        config = _with_own_seed(resolve_config(validated(RunConfig, values, prefix="")), values.get("weighting"))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return Cell(variant.name, method.name, point, seed, config)
+
+
+def _with_own_seed(config: RunConfig, given: Any) -> RunConfig:
+    """A weighting that draws numbers of its own (an option `seed`) draws others in every run, unless the study sets its seed."""
+    options = config.weighting.options
+    if type(options.get("seed")) is not int or (isinstance(given, Mapping) and "seed" in given):
+        return config
+    return config.model_copy(update={"weighting": config.weighting.with_options({**options, "seed": config.train.seed})})
 
 
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits with four tasks: bundled, and small enough for every test."""
+"""scikit-learn's 1,797 handwritten digits with five tasks: bundled, and small enough for every test."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -28,6 +28,7 @@ TASKS = {
     "class": classification("class", 10),
     "parity": classification("parity", 2),
     "loop": classification("loop", 2),
+    "large": classification("large", 2),
     "mass": Task("mass", partial(linear_head, out_features=1), functional.mse_loss, (MEAN_ABSOLUTE_ERROR,)),
 }
 
@@ -39,7 +40,8 @@ def _pool() -> tuple[Tensor, dict[str, Tensor]]:
     images = torch.tensor(digits.data, dtype=torch.float32) / BRIGHTEST
     labels = torch.tensor(digits.target, dtype=torch.int64)
     mass = images.sum(dim=1, keepdim=True)
-    targets = {"class": labels, "parity": labels % 2, "loop": HAS_LOOP[labels].long(), "mass": (mass - mass.mean()) / mass.std()}
+    targets = {"class": labels, "parity": labels % 2, "loop": HAS_LOOP[labels].long(), "large": (labels >= 5).long()}
+    targets["mass"] = (mass - mass.mean()) / mass.std()
     return (images - images.mean()) / images.std(), targets
 
 
@@ -54,9 +56,11 @@ def make(
 ) -> Federation:
     """Handwritten digits of 8 x 8 pixels: which digit, odd or even, has a loop (0, 6, 8, 9), and the stroke mass (regression).
 
+    A fifth task, not among the default ones: 5 or more (``large``).
+
     Args:
         seed: of the split into clients; the test split is the same for every seed.
-        tasks: which of ``class``, ``parity``, ``loop``, ``mass``.
+        tasks: which of ``class``, ``parity``, ``loop``, ``large``, ``mass``.
         clients_per_task: how many clients each task has.
         sizes: how the training images are dealt out; see `partition`.
         alpha: for ``sizes="dirichlet"``.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedgradnorm import RunError, StoppedError
+from fedgradnorm.compare.grid import final_cells
 from fedgradnorm.compare.page import write_page
 from fedgradnorm.compare.study import compare, found_in
 from fedgradnorm.compare.tables import write_tables
@@ -179,3 +180,13 @@ def test_the_folder_is_told_when_it_cannot_be_written(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(RunError, match="cannot be written"):
         compare(loaded(tmp_path), Path(tmp_path / "out"))
+
+
+def test_what_draws_numbers_draws_others_in_every_run_unless_its_seed_is_set(tmp_path):
+    text = TINY + '[[methods]]\nname = "rlw"\nweighting.name = "rlw"\n[[methods]]\nname = "set"\nweighting = {name = "rlw", seed = 9}\n'
+    study = loaded(tmp_path, text)
+    cells = final_cells(study, {("", method.name): (0.1,) for method in study.methods})
+    seeds = {(cell.method, cell.seed): cell.config.weighting.options.get("seed") for cell in cells}
+    assert [seeds["rlw", seed] for seed in study.seeds] == list(study.seeds)
+    assert [seeds["set", seed] for seed in study.seeds] == [9, 9, 9]
+    assert seeds["equal", 0] is None

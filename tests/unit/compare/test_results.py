@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from fedgradnorm.compare.findings import answers, caveats, headline_target, task
 from fedgradnorm.compare.measures import measure, tuning_score
 from fedgradnorm.compare.page import write_page
 from fedgradnorm.compare.results import OVERALL
-from fedgradnorm.compare.spec import Targets
+from fedgradnorm.compare.spec import Targets, Tuning
 from fedgradnorm.compare.tables import speed_text, write_tables
 from fedgradnorm.federations import digits
 from fedgradnorm.history import Run
@@ -47,6 +48,23 @@ def test_of_several_methods_it_is_told_how_many_are_faster():
     title = task_title(results, "", "smile")
     assert answers(results)[-1] == "No clear difference between equal and same on smile."
     assert title.startswith("Of 3 methods 1 is faster than equal on smile, 1 slower; first of all fast needs 11.2 rounds fewer than equal")
+
+
+def test_methods_of_which_nothing_is_clear_are_told_of_together():
+    results = made_up({"equal": FASTER["equal"], "one": FASTER["equal"], "two": FASTER["equal"], "fast": FASTER["fast"]})
+    assert answers(results) == [
+        "fast is faster than equal on smile (by 11.2 rounds).",
+        "No clear difference between equal and one and two on smile.",
+    ]
+
+
+def test_the_edges_of_the_grid_are_told_of_together():
+    study = {"axes": [{"keys": ["train.encoder_lr"], "values": [0.1, 0.4]}], "seeds": [100]}
+    results = made_up(FASTER)
+    tuned = [replace(one, scores={(0.1,): 1.0, (0.4,): 0.5}, chosen=(0.4,), edges=("train.encoder_lr = 0.4",)) for one in results.tuned]
+    results = replace(results, tuned=tuned, study=results.study.model_copy(update={"tuning": Tuning.model_validate(study)}))
+    notes = [text for text in caveats(results) if "edge" in text]
+    assert notes == ["At the edge of the tuning grid, train.encoder_lr = 0.4: equal and fast; a better value may lie beyond."]
 
 
 def test_few_seeds_claim_nothing():

@@ -21,6 +21,8 @@ def test_labels_follow_from_the_digit():
     tests = {client.id: client.test_data[1] for client in digits.make(0).clients}
     assert torch.equal(tests["parity"], tests["class"] % 2)
     assert set(tests["class"][tests["loop"] == 1].tolist()) == {0, 6, 8, 9}
+    large = digits.make(0, tasks=["large"]).clients[0].test_data[1]
+    assert set(tests["class"][large == 1].tolist()) == {5, 6, 7, 8, 9}
     pool = digits.make(0, tasks=["mass"], test_fraction=0.01).clients[0].train_data[1]
     np.testing.assert_allclose([pool.mean(), pool.std()], [0, 1], atol=0.02)
 
