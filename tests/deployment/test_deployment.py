@@ -96,6 +96,8 @@ def test_radcom_gives_the_same_numbers_across_processes(deploy):
     assert_heads_are_at_home(deployment, run)
 
 
+@pytest.mark.slow_deployment
+@pytest.mark.skipif("FEDGRADNORM_SLOW" not in os.environ, reason="needs minutes: set FEDGRADNORM_SLOW=1")
 def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, monkeypatch):
     notes = tmp_path / "notes"
     notes.mkdir()
