@@ -192,7 +192,7 @@ def flower_init(
         raise ConfigError(str(error)) from error
     clients = write_deployment(folder, config, overrides or [], host or ["127.0.0.1"], port)
     _say(f"{folder}: a deployment of {len(clients)} clients: {', '.join(clients)}")
-    _say(f"on this machine: {folder}/local.sh, then in another terminal {folder}/server/run.sh; on several: {folder}/README.md")
+    _say(f"on this machine: python {folder}/local.py, then in another terminal {folder}/server/run.sh; on several: {folder}/README.md")
 
 
 def available_cores() -> int:

@@ -249,7 +249,7 @@ def test_flower_init_writes_a_deployment_and_says_what_comes_next(config, call):
     )
     assert code == 0
     assert "there: a deployment of 1 clients: loop" in out
-    assert "there/local.sh" in out
+    assert "python there/local.py" in out
     assert "SUPERLINK=fed.example.org:81\n" in Path("there/nodes/loop/node.env").read_text()
     code, _, err = call("flower", "init", "there")
     assert code == 2

@@ -45,11 +45,14 @@ class Deployment:
         path = self.folder / file
         path.write_text(re.sub(rf"(?m)^{key} ?=.*$", lambda line: line[0].partition("=")[0] + f"={value}", path.read_text()))
 
+    def command(self, script: str, *words: str) -> list[str]:
+        """The words that run a script of the folder."""
+        return [*([sys.executable] if script.endswith(".py") else []), str(self.folder / script), *words]
+
     def do(self, script: str, *words: str) -> str:
         """Run a script of the folder to its end, and give what it printed."""
-        command = [sys.executable, script] if script.endswith(".py") else [f"./{script}"]
         done = subprocess.run(
-            [*command, *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+            self.command(script, *words), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -58,7 +61,7 @@ class Deployment:
         """Start a script of the folder; its log is ``logs/NAME.log``."""
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [self.folder / script, *words],
+                self.command(script, *words),
                 cwd=self.folder,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
@@ -146,8 +149,8 @@ class Deployment:
             self.kill(name)
         for one in self.left_over():
             send(one, signal.SIGKILL)
-        for _path in sorted(self.logs.glob("*.log")):
-            pass
+        for path in sorted(self.logs.glob("*.log")):
+            sys.stdout.write(f"--- {path.name}\n{path.read_text(errors='replace')[-5000:]}\n")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def left_over(self) -> list[psutil.Process]:

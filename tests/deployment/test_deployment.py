@@ -60,8 +60,8 @@ def assert_heads_are_at_home(deployment, run):
 
 def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_killed_between(deploy):
     deployment = deploy("digits", *DIGITS)
-    local = deployment.start("local", "local.sh")
-    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.sh is ready")
+    local = deployment.start("local", "local.py")
+    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready")
     first = deployment.start_run()
     wait_until(lambda: deployment.round() >= 2 or first.poll() is not None, "two rounds")
     deployment.kill_superlink_of("local")
@@ -79,8 +79,9 @@ def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_
     assert write_report([run], deployment.folder / "report.html").stat().st_size > 1000
     assert_heads_are_at_home(deployment, run)
     deployment.kill("superlink")
-    os.killpg(local.pid, signal.SIGINT)
-    wait_until(lambda: not deployment.left_over(), "all processes end")
+    local.send_signal(signal.SIGINT)
+    local.wait(timeout=PATIENCE)
+    assert not deployment.left_over()
 
 
 @pytest.mark.slow_deployment
