@@ -1,6 +1,5 @@
 """Flower's own processes on this machine, with TLS and authenticated nodes, from a folder that `flower init` wrote."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedgradnorm.run import run
 from tests.deployment import misbehaving
 from tests.deployment.processes import PATIENCE, free_ports, wait_until
 
-pytestmark = [pytest.mark.deployment, pytest.mark.xdist_group("deployment")]
+pytestmark = pytest.mark.deployment
 
 FIGURES = ("loss", "initial_loss", "inverse_training_rate", "grad_norm", "weight", "target", "test_loss", "metric")
 DIGITS = (
@@ -58,6 +57,7 @@ def assert_heads_are_at_home(deployment, run):
         assert (newest.name, newest.parent.name) == ("round-00000005.safetensors", client)
 
 
+@pytest.mark.xdist_group("deployment")
 def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_killed_between(deploy):
     deployment = deploy("digits", *DIGITS)
     local = deployment.start("local", "local.py")
@@ -84,8 +84,7 @@ def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_
     assert not deployment.left_over()
 
 
-@pytest.mark.slow_deployment
-@pytest.mark.skipif("FEDGRADNORM_SLOW" not in os.environ, reason="needs minutes: set FEDGRADNORM_SLOW=1")
+@pytest.mark.xdist_group("deployment")
 def test_radcom_gives_the_same_numbers_across_processes(deploy):
     deployment = deploy("radcom", *RADCOM)
     deployment.start_superlink()
@@ -97,8 +96,6 @@ def test_radcom_gives_the_same_numbers_across_processes(deploy):
     assert_heads_are_at_home(deployment, run)
 
 
-@pytest.mark.slow_deployment
-@pytest.mark.skipif("FEDGRADNORM_SLOW" not in os.environ, reason="needs minutes: set FEDGRADNORM_SLOW=1")
 def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, monkeypatch):
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -147,8 +144,9 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     assert dropped[2, "a"].startswith("no report: its app raised an error")
     assert "on purpose" in dropped[2, "a"]
     assert dropped[2, "b"] == "gradient: not finite"
-    assert dropped[3, "b"].startswith(("no report: no answer within 100 s", "no report: the message expired"))
-    assert dropped[3, "c"].startswith("no report: its node is gone")
+    late = ("no report: no answer within 100 s", "no report: the message expired")
+    assert dropped[3, "b"].startswith(late)
+    assert dropped[3, "c"].startswith(("no report: its node is gone", *late))  # late, if it was back before it was missed
     participants = '[["a", "b", "c"], ["c"], ["a"], ["a", "b", "c"]]'
     assert_same(run, in_process(deployment, "reference", "federation.faults={}", f"train.participants={participants}"))
     log = deployment.log("run")
