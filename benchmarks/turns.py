@@ -18,9 +18,8 @@ from benchmarks.cases import case
 from benchmarks.products import product_rounds, shares
 from fedgradnorm import Client, Federation
 from fedgradnorm.aggregation import Mean
-from fedgradnorm.client import norm_over
 from fedgradnorm.config import EngineConfig, TrainConfig
-from fedgradnorm.parameters import norm_layer_slices
+from fedgradnorm.parameters import norm_layer_slices, norm_over
 from fedgradnorm.registry import BUILT_INS, build
 from fedgradnorm.run import rows_of
 from fedgradnorm.server import initial_state, run_round

@@ -14,11 +14,11 @@ from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import Data, size, take
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
-from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, trainable
+from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, norm_over, trainable
 from fedgradnorm.randomness import generator, seeded_torch
 from fedgradnorm.task import Task
 from fedgradnorm.training import LocalRound, method_of
-from fedgradnorm.training.steps import Encoded, encoded
+from fedgradnorm.training.steps import PlainSteps, Steps
 
 __all__ = [
     "ClientState",
@@ -30,7 +30,6 @@ __all__ = [
     "load_model",
     "local_update",
     "loss_examples",
-    "norm_over",
 ]
 
 EVALUATION_BATCH = 512
@@ -82,7 +81,7 @@ def local_update(
     state: ClientState,
     instruction: Instruction,
     *,
-    encoded: Encoded = encoded,
+    steps: Steps | None = None,
     random_model: bool = True,
 ) -> tuple[Report, ClientState]:
     """One round at one client: train its head and the encoder, as the method in the settings says.
@@ -94,7 +93,7 @@ def local_update(
         norm_layer: where the norm layer ω̃ lies in the flat encoder.
         state: the client's state after its last round.
         instruction: what the server sent.
-        encoded: gives the batches of the head's steps, as features; an engine may know a faster way to the same ones.
+        steps: how steps are computed; by default as `PlainSteps`.
         random_model: whether the model may draw random numbers, as dropout does; False leaves torch's global generator alone.
 
     Returns:
@@ -110,7 +109,7 @@ def local_update(
     encoder.train()
     head.train()
     velocity = {name: state.head_velocity[name].to(parameter.device) for name, parameter in trainable(head) if name in state.head_velocity}
-    local = LocalRound(client, encoder, head, velocity, instruction, encoded)
+    local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
     purpose = "dropout" if instruction.step is None else f"dropout {instruction.step}"
     key = (training.seed, instruction.round, client.id, purpose)
     with seeded_torch(*key, device=instruction.encoder.device) if random_model else nullcontext():
@@ -147,12 +146,6 @@ def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: 
     load_flat(encoder, vector if state.encoder is None else state.encoder)
     load_buffers(encoder, {**state.encoder_buffers, **buffers}.items())
     head.load_state_dict(dict(state.head))
-
-
-def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    """The 2-norms of these parts of flat gradients of shape ``(..., P)``, n_i = ‖∇_ω̃ F_i‖₂, in double precision."""
-    norms = [torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64) for part in slices]
-    return torch.stack(norms).square().sum(dim=0).sqrt()
 
 
 def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:

@@ -32,7 +32,7 @@ def load(source: Data | Callable[[], Data]) -> Data:
 
 def size(data: Data) -> int:
     """The number of examples."""
-    return len(data[0]) if isinstance(data, tuple) else len(data)
+    return data[0].shape[0] if isinstance(data, tuple) else len(data)  # the len of a tensor is slow
 
 
 def tensors(data: Data) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,21 @@
 """What goes down to a client and what comes back. Values only: no module, no data, no head."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fedgradnorm.config import TrainConfig
 
-__all__ = ["Instruction", "Report"]
+__all__ = ["LARGEST", "Instruction", "Report"]
 
 SCALAR_BYTES = 8
+
+LARGEST = 1e100
+"""No sound length, loss or training rate is above this; beyond it, products of them would overflow."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,14 @@ class Report:
     def inverse_training_rate(self) -> float:
         """F̃_i = F_i(k) / F_i(0): 1 at the start, smaller the further the task has got."""
         return self.loss / self.initial_loss
+
+    @cached_property
+    def length(self) -> float:
+        """The 2-norm of the gradient over all of the encoder; infinite where that is not finite, or longer than 1e100."""
+        length = torch.linalg.vector_norm(self.gradient).item()
+        if not math.isfinite(length):  # perhaps only the squares have overflowed
+            length = torch.linalg.vector_norm(self.gradient, dtype=torch.float64).item()
+        return length if length <= LARGEST else math.inf
 
     @property
     def num_bytes(self) -> int:

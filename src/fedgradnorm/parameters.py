@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 
-__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "matches", "norm_layer_slices", "trainable"]
+__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "matches", "norm_layer_slices", "norm_over", "trainable"]
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -88,6 +88,12 @@ def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None)
             slices.append(slice(start, start + parameter.numel()))
         start += parameter.numel()
     return tuple(slices)
+
+
+def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """The 2-norms of these parts of flat gradients of shape ``(..., P)``, n_i = ‖∇_ω̃ F_i‖₂, in double precision."""
+    norms = [torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64) for part in slices]
+    return torch.stack(norms).square().sum(dim=0).sqrt()
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

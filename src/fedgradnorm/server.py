@@ -16,7 +16,7 @@ from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import StoppedError
 from fedgradnorm.federation import Federation
-from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
 from fedgradnorm.randomness import generator
 from fedgradnorm.threads import kernel_threads
@@ -24,9 +24,6 @@ from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
 __all__ = ["RoundRecord", "ServerState", "advance", "conclude", "initial_state", "instruct", "run_round", "screen"]
-
-LARGEST = 1e100
-"""No sound norm, loss or training rate is above this; beyond it, products of them would overflow."""
 
 LAST_NORMS, FEWEST_NORMS = 10, 3
 """How many lengths of a client's gradients are remembered, and how many it takes to know what is usual for it."""
@@ -141,10 +138,16 @@ def conclude(
     with kernel_threads(1):
         direction = aggregate(reports, weights)
     after = advance(state, reports, direction, weighting_state, training)
-    if not torch.isfinite(after.encoder).all():
+    if not _is_finite(after.encoder):
         dropped |= {report.client: "the step with it is not finite" for report in reports}
         return replace(state, round=state.round + 1), RoundRecord(instructions, [], dropped, None, attempt)
     return after, RoundRecord(instructions, reports, dropped, weights, attempt)
+
+
+@kernel_threads(1)
+def _is_finite(vector: Tensor) -> bool:
+    """Whether all numbers are: a NaN is the least and the largest of them."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(vector))).all())
 
 
 def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord:
@@ -227,7 +230,7 @@ def screen(
             reports[instruction.client] = own[0]
         else:
             dropped[instruction.client] = reason
-    lengths = dict(zip(reports, lengths_of(list(reports.values())), strict=True))
+    lengths = {client: report.length for client, report in reports.items()}
     for client, length in list(lengths.items()):
         reason = _wrong_number(reports[client], length)
         if reason is not None:
@@ -249,17 +252,6 @@ def _median_without(ascending: Sequence[float], number: float) -> float:
     """The lower median of numbers without one of them; that one itself where there is no other."""
     middle = (len(ascending) - 2) // 2
     return number if middle < 0 else ascending[middle if middle < bisect_left(ascending, number) else middle + 1]
-
-
-def lengths_of(reports: Sequence[Report]) -> list[float]:
-    """The 2-norms of the gradients over all of the encoder; infinite where a gradient is not finite, or longer than 1e100."""
-    if not reports:
-        return []
-    lengths = torch.stack(torch._foreach_norm([report.gradient for report in reports])).tolist()
-    for index, length in enumerate(lengths):
-        if not math.isfinite(length):  # perhaps only the squares have overflowed
-            lengths[index] = torch.linalg.vector_norm(reports[index].gradient, dtype=torch.float64).item()
-    return [length if length <= LARGEST else math.inf for length in lengths]
 
 
 def _misfit(report: Report, instruction: Instruction) -> str | None:
@@ -302,8 +294,8 @@ def advance(
     encoder, optimizer = (state.encoder, state.optimizer) if method_of(training).own_encoder else _stepped(state, direction, training)
     buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
     norms = dict(state.norms)
-    for report, length in zip(reports, lengths_of(reports), strict=True):
-        norms[report.client] = (*norms.get(report.client, ()), length)[-LAST_NORMS:]
+    for report in reports:
+        norms[report.client] = (*norms.get(report.client, ()), report.length)[-LAST_NORMS:]
     return ServerState(state.round + 1, encoder, buffers, weighting, optimizer, norms)
 
 

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn import functional
 
 from fedgradnorm import Client, Federation, Metric, Task
-from fedgradnorm.client import ClientState, constant_guess, evaluate, initial_state, local_update, mean_loss, norm_over
+from fedgradnorm.client import ClientState, constant_guess, evaluate, initial_state, local_update, mean_loss
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import batch_order, take
 from fedgradnorm.messages import Instruction
-from fedgradnorm.parameters import buffers_of, flatten, norm_layer_slices
+from fedgradnorm.parameters import buffers_of, flatten, norm_layer_slices, norm_over
 from fedgradnorm.randomness import generator
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation
 

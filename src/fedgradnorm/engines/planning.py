@@ -1,5 +1,6 @@
 """Which way is the fastest for a client that gives the same numbers, found out by trying it on a batch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedgradnorm.client import EVALUATION_BATCH
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import size, take
-from fedgradnorm.engines.stacked import stacked_encoder, stacked_losses
-from fedgradnorm.engines.workspace import Workspace, holds_more_than_its_state, same, views
+from fedgradnorm.engines.looped import Programs
+from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
+from fedgradnorm.engines.stacked import stack_of
+from fedgradnorm.engines.workspace import Workspace, holds_more_than_its_state, same
 from fedgradnorm.federation import Client
 from fedgradnorm.parameters import buffers_of, flatten, trainable
 from fedgradnorm.randomness import seeded_torch
-from fedgradnorm.task import Task
 from fedgradnorm.training import FedRep, method_of
 
-__all__ = ["Plan", "plan_for"]
+__all__ = ["Plan", "batch_of", "plan_for", "programs_for"]
 
 STACKED_FLOPS = 20_000_000
 """A client whose encoder steps take more floating-point operations keeps a core busy by itself; below, calls cost more than arithmetic."""
@@ -36,64 +38,129 @@ class Plan:
         encode_once: whether the encoder runs once over the examples of the head's steps, in place of once a step.
         why: what decided.
         flops: floating-point operations of an encoder step.
+        traceable: whether the steps of a client by itself may be had as programs: its model changes nothing but what is trained.
         num_bytes: working memory that a client takes in a stack.
-        stack: what clients of one stack have in common: the shape and the type of an input, and the size of a batch.
     """
 
     way: Literal["alone", "looped", "stacked"]
     encode_once: bool
     why: str
     flops: int = 0
+    traceable: bool = False
     num_bytes: int = 0
-    stack: tuple[object, ...] = ()
 
 
 def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Plan:
     """The fastest way that gives this client's numbers. Tries them on its first batch."""
     if not isinstance(client.train_data, tuple):
         return Plan("alone", False, "its data are no tensors, and may differ from one access to the next")
-    examples = size(client.train_data)
-    inputs, targets = (part.to(workspace.device) for part in take(client.train_data, np.arange(min(training.batch_size, examples))))
+    inputs, targets = batch_of(client, training, workspace.device)
     encoder, head = workspace.encoder.train(), workspace.head(client).train()
     encoder.zero_grad()
     head.zero_grad()
     kept = _Bytes()
     with seeded_torch(0, 0, client.id, "plan", workspace.device):
         _move(encoder, head)
-        buffers, parameters = buffers_of(encoder), _parameters(encoder, head)
+        statistics, buffers, parameters = buffers_of(encoder), buffers_of(head), _parameters(encoder, head)
         random_states = _random_states(workspace.device)
         with FlopCounterMode(display=False) as counter, saved_tensors_hooks(kept.count, lambda tensor: tensor):
             client.task.loss(head(encoder(inputs)), targets).backward()
         if not torch.equal(random_states, _random_states(workspace.device)):
             return Plan("alone", False, "its model draws random numbers")
     flops = counter.get_total_flops()
-    if any(not torch.equal(buffers[name], value) for name, value in encoder.named_buffers()):
+    if _differ(statistics, encoder):
         return Plan("looped", False, "its encoder keeps statistics of the batches", flops)
     if not torch.equal(parameters, _parameters(encoder, head)):
         return Plan("looped", False, "its model changes its own parameters", flops)
-    if not _one_by_one(encoder, inputs):
-        return Plan("looped", False, "its encoder does not treat every example by itself", flops)
-    if any(parameter.ndim > 2 for parameter in encoder.parameters()):
-        return Plan("looped", True, "convolutions are slower stacked", flops)
-    if not isinstance(method_of(training), FedRep):
-        return Plan("looped", True, "only fedrep is stacked", flops)
-    if flops > STACKED_FLOPS:
-        return Plan("looped", True, f"an encoder step takes {flops / 1e6:.0f} MFLOP, and calls count for little", flops)
-    if examples > EVALUATION_BATCH:
-        return Plan("looped", True, f"it has more than {EVALUATION_BATCH} examples", flops)
-    if [*encoder.buffers(), *head.buffers()]:
-        return Plan("looped", True, "its model has buffers", flops)
-    if holds_more_than_its_state(head):
-        return Plan("looped", True, "its head has tensors that are no parameters", flops)
-    if any(_is_shared(module) for module in (encoder, head)):
-        return Plan("looped", True, "its model uses parameters in several places", flops)
-    if not _same_stacked(client.task, workspace, head, inputs, targets):
-        return Plan("looped", True, "its model cannot be stacked", flops)
+    once = _one_by_one(encoder, inputs)
+    why = _why_not_stacked(client, workspace, training, flops) if once else "its encoder does not treat every example by itself"
+    if why is not None:
+        own = holds_more_than_its_state(head) or any(_is_shared(module) for module in (encoder, head))
+        return Plan("looped", once, why, flops, traceable=not own and not _differ(buffers, head))
     steps = training.head_steps + training.encoder_steps
-    held = inputs.nbytes * (steps + 2 * examples / len(inputs)) + 4 * sum(parameter.nbytes for _, parameter in trainable(encoder))
-    return Plan(
-        "stacked", True, f"an encoder step takes {flops / 1e6:.1f} MFLOP", flops, int(held + 2 * kept.total), (inputs.dtype, inputs.shape)
+    held = inputs.nbytes * (steps + 2 * size(client.train_data) / len(inputs)) + 4 * flatten(encoder).nbytes
+    return Plan("stacked", True, f"an encoder step takes {flops / 1e6:.1f} MFLOP", flops, True, int(held + 2 * kept.total))
+
+
+def batch_of(client: Client, training: TrainConfig, device: torch.device, *, last: bool = False) -> Batch:
+    """As many of a client's examples as are in one of its batches: the first ones, or the last ones the other way round."""
+    examples = size(client.train_data)
+    order = np.arange(examples)[::-1].copy() if last else np.arange(examples)
+    inputs, targets = take(client.train_data, order[: training.batch_size])
+    return inputs.to(device), targets.to(device)
+
+
+def _why_not_stacked(client: Client, workspace: Workspace, training: TrainConfig, flops: int) -> str | None:
+    """Why a client's encoder is not to be stacked with others, or None."""
+    encoder, head = workspace.encoder, workspace.head(client)
+    if any(parameter.ndim > 2 for parameter in encoder.parameters()):
+        return "convolutions are slower stacked"
+    if not isinstance(method_of(training), FedRep):
+        return "only fedrep is stacked"
+    if flops > STACKED_FLOPS:
+        return f"an encoder step takes {flops / 1e6:.0f} MFLOP, and calls count for little"
+    if size(client.train_data) > EVALUATION_BATCH:
+        return f"it has more than {EVALUATION_BATCH} examples"
+    if [*encoder.buffers(), *head.buffers()]:
+        return "its model has buffers"
+    if holds_more_than_its_state(head):
+        return "its head has tensors that are no parameters"
+    if any(_is_shared(module) for module in (encoder, head)):
+        return "its model uses parameters in several places"
+    return None if _can_be_stacked(client, workspace, training) else "its model cannot be stacked"
+
+
+def _can_be_stacked(client: Client, workspace: Workspace, training: TrainConfig) -> bool:
+    """Whether two stacked clients have the gradients and the losses that they have by themselves, and the head no other mode."""
+    encoder, head, task = workspace.encoder.train(), workspace.head(client).train(), client.task
+    if not trainable(head):
+        return False
+    batches = [batch_of(client, training, workspace.device, last=last) for last in (False, True)]
+    try:
+        stack = stack_of(client, workspace, batches[0], width=2)
+        features = _features(encoder, batches)
+        if not stack.head.is_right(both(nn.Identity(), head), task, *features):
+            return False
+        if not stack.encoder.is_right(both(encoder, head), task, *batches):
+            return False
+        with torch.no_grad():
+            inputs, targets = features[0]
+            return same(task.loss(head(inputs), targets), task.loss(head.eval()(inputs), targets))
+    except Exception:  # noqa: BLE001  # whatever cannot be done with the user's own code
+        return False
+    finally:
+        head.train()
+
+
+def programs_for(client: Client, workspace: Workspace, training: TrainConfig) -> Programs:
+    """The steps of a client by itself as programs, each of them if it can be had and is right."""
+    encoder, head = workspace.encoder.train(), workspace.head(client).train()
+    batches = [batch_of(client, training, workspace.device, last=last) for last in (False, True)]
+
+    def phase(first: nn.Module, parts: tuple[str, ...], batches: Sequence[Batch]) -> Phase | None:
+        model = both(first, head)
+        try:
+            found = Phase(model, client.task, parts, batches[0])
+            return found if found.is_right(model, client.task, *batches) else None
+        except Exception:  # noqa: BLE001  # whatever cannot be done with the user's own code
+            return None
+
+    joint = trainable(head) and not isinstance(method_of(training), FedRep)
+    return Programs(
+        phase(nn.Identity(), (HEAD,), _features(encoder, batches)) if trainable(head) else None,
+        phase(encoder, (ENCODER,), batches),
+        phase(encoder, (ENCODER, HEAD), batches) if joint else None,
     )
+
+
+@torch.no_grad()
+def _features(encoder: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    return [(encoder(inputs), targets) for inputs, targets in batches]
+
+
+def _differ(buffers: Mapping[str, Tensor], module: nn.Module) -> bool:
+    """Whether a module's buffers are no longer these."""
+    return any(not torch.equal(buffers[name], value) for name, value in module.named_buffers())
 
 
 def _random_states(device: torch.device) -> Tensor:
@@ -145,30 +212,3 @@ def _one_by_one(encoder: nn.Module, inputs: Tensor) -> bool:
     in_evaluation = encoder.eval()(inputs)
     encoder.train()
     return same(whole, parts) and same(whole, in_evaluation)
-
-
-def _same_stacked(task: Task, workspace: Workspace, head: nn.Module, inputs: Tensor, targets: Tensor) -> bool:
-    """Whether two stacked copies of a client have the gradients and the loss that it has by itself, and its head no other mode."""
-    if not len(list(head.parameters())):
-        return False
-    vectors = flatten(workspace.encoder).expand(2, -1).clone()
-    parameters = {name: part.requires_grad_() for name, part in views(workspace.encoder, vectors).items()}
-    heads = {name: value.detach().expand(2, *value.shape).clone() for name, value in head.named_parameters()}
-    for name, _ in trainable(head):
-        heads[name].requires_grad_()
-    try:
-        features = stacked_encoder(workspace.encoder)(parameters, inputs.expand(2, *inputs.shape))
-        losses = stacked_losses(head, task)(heads, features, targets.expand(2, *targets.shape))
-        learned = [*parameters.values(), *(heads[name] for name, _ in trainable(head))]
-        stacked = torch.autograd.grad(losses.sum(), learned, allow_unused=True, materialize_grads=True)
-        with torch.no_grad():
-            in_evaluation = task.loss(head.eval()(workspace.encoder(inputs)), targets).reshape(())
-    except Exception:  # noqa: BLE001  # whatever vmap cannot do with the user's own code
-        return False
-    finally:
-        head.train()
-    alone = [parameter.grad for _, parameter in (*trainable(workspace.encoder), *trainable(head))]
-    if any(gradient is not None and gradient.is_sparse for gradient in alone):
-        return False
-    pairs = [(torch.zeros_like(many) if one is None else one.expand_as(many), many) for one, many in zip(alone, stacked, strict=True)]
-    return all(same(one, many) for one, many in pairs) and same(in_evaluation.expand(2), losses.detach())

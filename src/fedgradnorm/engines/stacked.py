@@ -1,10 +1,10 @@
 """Many small clients at once: their models stacked, and every step one batched operation for all of them (``torch.func.vmap``).
 
-The clients may differ in task, head and number of examples. What they share is the encoder, the shape of an input, and the size of a batch.
+The clients of a stack are alike: one kind of head and loss, the same shapes of an example and of a batch. They may differ in how many
+examples they have.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from time import perf_counter
 from typing import NamedTuple
@@ -15,23 +15,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
-from fedgradnorm.client import ClientState, Evaluation, evaluation_of, loss_examples, norm_over
-from fedgradnorm.config import TrainConfig
+from fedgradnorm.client import ClientState, Evaluation, evaluation_of, loss_examples
 from fedgradnorm.data import size, take, tensors
-from fedgradnorm.engines.workspace import Workspace, head_kind, views
+from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
+from fedgradnorm.engines.workspace import Workspace
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction, Report
-from fedgradnorm.parameters import load_flat, trainable
-from fedgradnorm.task import Task
-from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, direction, order_of
+from fedgradnorm.parameters import load_flat, norm_over
+from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_of
 
-__all__ = ["Member", "stacked_encoder", "stacked_evaluations", "stacked_losses", "stacked_update"]
+__all__ = ["Member", "Stack", "Trained", "outcomes", "stack_of", "stacked_evaluations", "stacked_order", "stacked_update"]
 
 ENCODED_AT_ONCE = 4096
 """Examples of all clients together in one pass for features."""
-
-Stacked = Mapping[str, Tensor]
-"""Parameters by name, of many clients along dimension 0."""
 
 
 class Member(NamedTuple):
@@ -43,151 +39,115 @@ class Member(NamedTuple):
     instruction: Instruction
 
 
-def stacked_encoder(encoder: nn.Module) -> Callable[[Stacked, Tensor], Tensor]:
-    """From parameters and inputs of shape ``(clients, batch, ...)`` to features ``(clients, batch, ...)``."""
+class Stack(NamedTuple):
+    """The steps of so many alike clients at once: on their heads, on features; and on their encoders."""
 
-    def encode(parameters: Stacked, inputs: Tensor) -> Tensor:
-        return functional_call(encoder, dict(parameters), (inputs,))  # type: ignore[no-any-return]  # a module may give anything
-
-    return vmap(encode)
-
-
-def stacked_losses(head: nn.Module, task: Task) -> Callable[[Stacked, Tensor, Tensor], Tensor]:
-    """From the heads' parameters, features and targets, all ``(clients, ...)``, to the losses of shape ``(clients,)``."""
-
-    def loss(parameters: Stacked, features: Tensor, targets: Tensor) -> Tensor:
-        return task.loss(functional_call(head, dict(parameters), (features,)), targets).reshape(())
-
-    return vmap(loss)
+    width: int
+    head: Phase
+    encoder: Phase
 
 
-@dataclass
-class _Heads:
-    """The heads of neighbours in a stack that have one kind of head and one loss.
+def stack_of(client: Client, workspace: Workspace, batch: Batch, width: int) -> Stack:
+    """A stack of clients like this one, traced with one of its batches.
 
-    Attributes:
-        module: such a head, as scratch space.
-        task: a task that has this head and loss.
-        place: where these clients are in the stack.
-        parameters: of all of them.
-        velocity: the momentum of those parameters that have one.
-        targets: of all their examples, one client after another.
+    Raises:
+        Exception: whatever `Phase` raises on a model that cannot be stacked.
     """
-
-    module: nn.Module
-    task: Task
-    place: slice
-    parameters: dict[str, Tensor]
-    velocity: dict[str, Tensor]
-    targets: Tensor
-    losses: Callable[[Stacked, Tensor, Tensor], Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.losses = stacked_losses(self.module, self.task)
-
-    def train(self, features: Tensor, targets: Tensor, training: TrainConfig) -> None:
-        """The SGD steps with step size α, on features ``(clients, steps, batch, ...)`` and targets likewise."""
-        learned = {name: self.parameters[name].requires_grad_() for name, _ in trainable(self.module)}
-        for step in range(training.head_steps if learned else 0):
-            losses = self.losses(self.parameters, features[:, step], targets[:, step])
-            gradients = torch.autograd.grad(losses.sum(), list(learned.values()), allow_unused=True)
-            with torch.no_grad():
-                for (name, parameter), gradient in zip(learned.items(), gradients, strict=True):
-                    if gradient is not None:
-                        parameter.sub_(direction(name, gradient, self.velocity, training.head_momentum), alpha=training.head_lr)  # α
-        self.parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+    encoder, head = workspace.encoder, workspace.head(client)
+    with torch.no_grad():
+        features = encoder(batch[0])
+    on_head = Phase(both(nn.Identity(), head), client.task, (HEAD,), (features, batch[1]), width)
+    return Stack(width, on_head, Phase(both(encoder, head), client.task, (ENCODER,), batch, width, shared=(ENCODER,)))
 
 
-def stacked_update(members: Sequence[Member], workspace: Workspace) -> list[tuple[Report, ClientState]]:
-    """`local_update` with the method FedRep for many clients, in their order.
+class Trained(NamedTuple):
+    """What is known of a stack's clients after their steps, still stacked."""
+
+    heads: Mapping[str, Tensor]
+    velocity: Mapping[str, Tensor]
+    gradients: Tensor
+    norms: Sequence[float]
+    losses: Sequence[float]
+    initial_losses: Sequence[float]
+    seconds: float
+    head_seconds: float
+
+
+def stacked_order(members: Sequence[Member], width: int) -> tuple[Tensor, Tensor]:
+    """The examples of the head's and of the encoder's batches among those of all members, shapes ``(steps, width, batch)``.
+
+    It is Python for the most part, so it is not for threads that would wait for one another.
+    """
+    training, offsets = members[0].instruction.training, np.cumsum([0, *(size(member.data) for member in members[:-1])])[:, None, None]
+    found = []
+    for purpose, steps in ((HEAD_BATCHES, training.head_steps), (ENCODER_BATCHES, training.encoder_steps)):
+        order = np.stack([order_of(member.client, member.instruction, purpose, steps) for member in members]) + offsets
+        found.append(torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1))))
+    return found[0], found[1]
+
+
+def _rows(members: Sequence[Member], width: int) -> list[int]:
+    """Who has which place in a stack: the last client has those that are left."""
+    return [min(row, len(members) - 1) for row in range(width)]
+
+
+def stacked_update(members: Sequence[Member], order: tuple[Tensor, Tensor], workspace: Workspace, stack: Stack) -> Trained:
+    """The steps of `local_update` with the method FedRep for many clients.
 
     Args:
-        members: clients whose data are tensors, whose models draw no random numbers, have no buffers, and treat every example by
-            itself. All were sent the same encoder. Neighbours with the same kind of head are computed together.
+        members: no more than the stack is wide, all sent the same encoder.
+        order: of their batches.
         workspace: scratch space.
+        stack: of clients like these.
     """
-    start, first = perf_counter(), members[0].instruction
-    training, device = first.training, workspace.device
-    load_flat(workspace.encoder, first.encoder)
-    heads = _stack_heads(members, workspace)
-    starting = _mean_losses(members, workspace, heads) if any(member.state.initial_loss is None for member in members) else []
+    start, first, device, count = perf_counter(), members[0], workspace.device, len(members)
+    training, rows = first.instruction.training, _rows(members, stack.width)
+    load_flat(workspace.encoder, first.instruction.encoder)
+    heads = {name: torch.stack([members[row].state.head[name] for row in rows]).to(device) for name in first.state.head}
     known = [member.state.initial_loss for member in members]
+    starting = _mean_losses(members, workspace, heads) if None in known else []
     initial_losses = [starting[index] if loss is None else loss for index, loss in enumerate(known)]
 
-    sizes = [size(member.data) for member in members]
-    offsets = torch.from_numpy(np.cumsum([0, *sizes]))
-    inputs = torch.cat([member.data[0] for member in members]).to(device)
+    inputs, targets = (torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1))
+    of_heads, of_encoders = (one.to(device) for one in order)
     with record_function("head steps"):
-        order = _order(members, HEAD_BATCHES, training.head_steps) + offsets[:-1, None, None]
-        features = _features(workspace.encoder.train(), inputs, order)
-        for some in heads:
-            some.module.train()
-            some.train(features[some.place], _targets(some, order, offsets), training)
+        features = _features(workspace.encoder.train(), inputs, of_heads)
+        velocity = _train_heads(heads, stack.head, features, targets[of_heads], members, rows)
     exact_losses = _mean_losses(members, workspace, heads) if training.loss_estimate == "exact" else None
-    head_seconds = (perf_counter() - start) / len(members)
+    head_seconds = (perf_counter() - start) / count
     with record_function("encoder steps"):
-        order = _order(members, ENCODER_BATCHES, training.encoder_steps) + offsets[:-1, None, None]
-        targets = [_targets(some, order, offsets) for some in heads]
-        gradients, losses = _train_encoders(workspace.encoder, first.encoder, inputs[order], heads, targets, training)
-
+        model = both(workspace.encoder, workspace.head(first.client))
+        gradients, losses = _train_encoders(model, first.instruction, heads, stack.encoder, inputs[of_encoders], targets[of_encoders])
     norms = norm_over(gradients, workspace.norm_layer).tolist()
-    rows = gradients.cpu().unbind()
-    states = [state for some in heads for state in _states(some)]
-    seconds = (perf_counter() - start) / len(members)
-    outcomes = []
-    for index, (member, (head, velocity)) in enumerate(zip(members, states, strict=True)):
+    seconds = (perf_counter() - start) / count
+    return Trained(heads, velocity, gradients, norms, exact_losses or losses, initial_losses, seconds, head_seconds)
+
+
+def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, ClientState]]:
+    """The report and the next state of each client, as `local_update` gives them."""
+    count = len(members)
+    gradients, heads, velocity = trained.gradients.cpu().unbind(), _apart(trained.heads, count), _apart(trained.velocity, count)
+    found = []
+    for index, member in enumerate(members):
         report = Report(
             client=member.client.id,
             task=member.client.task.name,
-            gradient=rows[index],
-            loss=losses[index] if exact_losses is None else exact_losses[index],
-            initial_loss=initial_losses[index],
-            grad_norm=norms[index],
-            num_examples=sizes[index],
-            seconds=seconds,
+            gradient=gradients[index],
+            loss=trained.losses[index],
+            initial_loss=trained.initial_losses[index],
+            grad_norm=trained.norms[index],
+            num_examples=size(member.data),
+            seconds=trained.seconds,
             round=member.instruction.round,
-            head_seconds=head_seconds,
+            head_seconds=trained.head_seconds,
         )
-        outcomes.append((report, ClientState(head, initial_losses[index], {}, velocity, member.instruction.round)))
-    return outcomes
-
-
-def _kind_of(member: Member) -> tuple[object, ...]:
-    targets = member.data[1]
-    return head_kind(member.client), targets.dtype, targets.shape[1:]
-
-
-def _stack_heads(members: Sequence[Member], workspace: Workspace) -> list[_Heads]:
-    heads, end = [], 0
-    for _, neighbours in groupby(members, key=_kind_of):
-        some = list(neighbours)
-        end += len(some)
-        states = [member.state for member in some]
-        parameters = {name: torch.stack([state.head[name] for state in states]).to(workspace.device) for name in states[0].head}
-        moving = [name for name in parameters if any(name in state.head_velocity for state in states)]
-        velocity = {
-            name: torch.stack([state.head_velocity.get(name, torch.zeros_like(state.head[name])) for state in states]).to(workspace.device)
-            for name in moving
-        }
-        targets = torch.cat([member.data[1] for member in some]).to(workspace.device)
-        head, task = workspace.head(some[0].client), some[0].client.task
-        heads.append(_Heads(head, task, slice(end - len(some), end), parameters, velocity, targets))
-    return heads
-
-
-def _order(members: Sequence[Member], purpose: str, steps: int) -> Tensor:
-    """The examples of the batches, shape ``(clients, steps, batch)``, each counted within its client."""
-    return torch.from_numpy(np.stack([order_of(member.client, member.instruction, purpose, steps) for member in members]))
-
-
-def _targets(heads: _Heads, order: Tensor, offsets: Tensor) -> Tensor:
-    """The targets of the batches of these clients, shape ``(clients, steps, batch, ...)``."""
-    return heads.targets[order[heads.place] - offsets[heads.place.start]]
+        found.append((report, ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round)))
+    return found
 
 
 @torch.no_grad()
 def _features(encoder: nn.Module, inputs: Tensor, order: Tensor) -> Tensor:
-    """The features of the batches, shape ``(clients, steps, batch, ...)``. No example is encoded more often than it has to be."""
+    """The features of the batches, shape ``(steps, width, batch, ...)``. No example is encoded more often than it has to be."""
     if order.numel() >= len(inputs):
         return _encode(encoder, inputs)[order]
     features = _encode(encoder, inputs[order.view(-1)])
@@ -198,59 +158,82 @@ def _encode(encoder: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
 
 
-def _train_encoders(
-    encoder: nn.Module, start: Tensor, inputs: Tensor, heads: Sequence[_Heads], targets: Sequence[Tensor], training: TrainConfig
-) -> tuple[Tensor, list[float]]:
-    """The SGD steps with step size β: the mean gradients g_i, shape ``(clients, P)``, and the mean losses of the batches.
+def _train_heads(
+    heads: dict[str, Tensor],
+    phase: Phase,
+    features: Tensor,
+    targets: Tensor,
+    members: Sequence[Member],
+    rows: Sequence[int],
+) -> dict[str, Tensor]:
+    """The SGD steps with step size α, on the stacked heads in place. Gives their momentum, stacked likewise."""
+    training, velocity = members[0].instruction.training, dict[str, Tensor]()
+    names = [name.removeprefix(HEAD) for name in phase.trained]
+    if training.head_momentum:
+        for name, has_gradient in zip(names, phase.program.has_gradient, strict=True):
+            if has_gradient:
+                zero = torch.zeros_like(members[0].state.head[name])
+                velocity[name] = torch.stack([members[row].state.head_velocity.get(name, zero) for row in rows]).to(features.device)
+    phase.program.run(
+        [heads[name] for name in names],
+        [heads[name.removeprefix(HEAD)] for name in phase.fixed],
+        features.unbind(),
+        targets.unbind(),
+        [training.head_lr] * len(names),  # α
+        momentum=training.head_momentum,
+        velocity=[velocity.get(name) for name in names] if velocity else (),
+    )
+    return velocity
 
-    After s steps of size β the parameters are ω - β Σ g.
-    """
-    vectors = start.expand(len(inputs), -1).clone()
-    total = torch.zeros_like(vectors)
-    parameters = {name: part.requires_grad_() for name, part in views(encoder, vectors).items()}
-    sums, encode, seen = views(encoder, total), stacked_encoder(encoder), []
-    for step in range(training.encoder_steps):
-        features = encode(parameters, inputs[:, step])
-        pairs = zip(heads, targets, strict=True)
-        losses = torch.cat([some.losses(some.parameters, features[some.place], expected[:, step]) for some, expected in pairs])
-        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                sums[name].add_(gradient)
-        torch.add(start, total, alpha=-training.encoder_lr, out=vectors)  # β
-        seen.append(losses.detach())
-    return total.div_(training.encoder_steps), torch.stack(seen).double().mean(dim=0).tolist()
+
+def _train_encoders(
+    model: nn.Module, sent: Instruction, heads: Mapping[str, Tensor], phase: Phase, inputs: Tensor, targets: Tensor
+) -> tuple[Tensor, list[float]]:
+    """The SGD steps with step size β: the mean gradients g_i, shape ``(width, P)``, and the mean losses of the batches."""
+    training, width = sent.training, inputs.shape[1]
+    starts, fixed = phase.of(model)
+    sums = [torch.zeros(width, *part.shape, dtype=part.dtype, device=part.device) for part in starts]
+    tensors = {**dict(zip(phase.fixed, fixed, strict=True)), **{HEAD + name: value for name, value in heads.items()}}
+    losses = phase.program.run(
+        [part.expand(width, *part.shape).clone() for part in starts],
+        [tensors[name] for name in phase.fixed],
+        inputs.unbind(),
+        targets.unbind(),
+        [training.encoder_lr] * len(starts),  # β
+        starts=starts,
+        sums=sums,
+    )
+    gradients = torch.cat([total.view(width, -1) for total in sums], dim=1)
+    return gradients.div_(training.encoder_steps), losses.double().mean(dim=0).tolist()
 
 
 @torch.no_grad()
-def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Sequence[_Heads]) -> list[float]:
+def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]) -> list[float]:
     """The mean training losses as `client.mean_loss` gives them, in evaluation mode."""
-    training = members[0].instruction.training
+    training, task = members[0].instruction.training, members[0].client.task
+    head = workspace.head(members[0].client).eval()
     examples = [take(member.data, loss_examples(member.client, training)) for member in members]
     features = _encode(workspace.encoder.eval(), torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
     parts = features.split([len(inputs) for inputs, _ in examples])
+
+    def loss(parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> Tensor:
+        return task.loss(functional_call(head, parameters, (features,)), targets).reshape(())
+
     losses: list[float] = []
-    for some in heads:
-        some.module.eval()
-        for _, alike in groupby(range(some.place.start, some.place.stop), key=lambda index: len(parts[index])):
-            indices = list(alike)
-            place = slice(indices[0] - some.place.start, indices[-1] + 1 - some.place.start)
-            parameters = {name: value[place] for name, value in some.parameters.items()}
-            targets = torch.stack([examples[index][1] for index in indices]).to(workspace.device)
-            losses += some.losses(parameters, torch.stack([parts[index] for index in indices]), targets).tolist()
-        some.module.train()
+    for _, alike in groupby(range(len(members)), key=lambda index: len(parts[index])):
+        indices = list(alike)
+        parameters = {name: value[indices[0] : indices[-1] + 1] for name, value in heads.items()}
+        targets = torch.stack([examples[index][1] for index in indices]).to(workspace.device)
+        losses += vmap(loss)(parameters, torch.stack([parts[index] for index in indices]), targets).tolist()
     workspace.encoder.train()
+    head.train()
     return losses
 
 
-def _states(heads: _Heads) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The parameters and the momentum of each client's head, as copies of its own."""
-    count = heads.place.stop - heads.place.start
-    unstacked = []
-    for stack in (heads.parameters, heads.velocity):
-        parts = {name: [part.clone() for part in value.cpu().unbind()] for name, value in stack.items()}
-        unstacked.append([{name: values[index] for name, values in parts.items()} for index in range(count)])
-    return list(zip(*unstacked, strict=True))
+def _apart(stacked: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The tensors of the first clients of a stack, as copies of their own."""
+    parts = {name: [part.clone() for part in value[:count].cpu().unbind()] for name, value in stacked.items()}
+    return [{name: values[index] for name, values in parts.items()} for index in range(count)]
 
 
 @torch.no_grad()

@@ -4,48 +4,49 @@ import logging
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from pydantic import ByteSize
 from torch import Tensor
 
 from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, evaluate, initial_state, load_model, local_update
 from fedgradnorm.config import MethodConfig, TrainConfig
-from fedgradnorm.data import size, take, tensors
-from fedgradnorm.engines.looped import encoded_once
+from fedgradnorm.data import size, tensors
+from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
 from fedgradnorm.engines.placement import at_home, client_on, device_named, instructions_on, total_memory
-from fedgradnorm.engines.planning import Plan, plan_for
-from fedgradnorm.engines.stacked import Member, stacked_evaluations, stacked_update
+from fedgradnorm.engines.planning import Plan, batch_of, plan_for, programs_for
+from fedgradnorm.engines.stacked import Member, Stack, Trained, outcomes, stack_of, stacked_evaluations, stacked_order, stacked_update
 from fedgradnorm.engines.workspace import Workspace, can_be_arranged, head_kind
 from fedgradnorm.errors import require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.threads import kernel_threads
-from fedgradnorm.training.steps import encoded
+from fedgradnorm.training.steps import PlainSteps, encoded
 
 __all__ = ["VectorizedEngine"]
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 8 * 2**20
-"""A chunk of stacked clients has parameters of about this size: enough clients for calls to count little, few enough for caches."""
+"""The encoders of a stack are no larger than this together, so that they stay in the caches."""
+
+WIDE, NARROW, QUARTER = 64, 16, 4
+"""Widths of stacks: wide enough for calls to count for little; what is left over goes into narrow ones, the last of a multiple of 4."""
 
 FEWEST_STACKED = 5
-"""So many clients with the same kind of head are worth a stack."""
+"""So many alike clients are worth a stack."""
 
 THREADED_FLOPS = 5_000_000
-"""From so many floating-point operations a step on, threads wait less for one another's Python code than they gain."""
+"""From so many floating-point operations a step on, clients without programs gain from threads: these wait for one another's Python."""
 
 LARGE_FLOPS = 100_000_000
 """From so many floating-point operations a step on, kernels gain from threads of their own."""
@@ -53,7 +54,16 @@ LARGE_FLOPS = 100_000_000
 TESTED_TOGETHER = 200
 """Small clients whose test data pass through the encoder at once."""
 
-Job = TypeVar("Job")
+
+class Job(NamedTuple):
+    """Clients that are trained together: one, by these programs, or as many as fit into a stack."""
+
+    instructions: Sequence[Instruction]
+    programs: Programs = WITHOUT_PROGRAMS
+    stack: Stack | None = None
+
+
+Task = TypeVar("Task")
 Done = TypeVar("Done")
 
 
@@ -88,6 +98,8 @@ class VectorizedEngine:
         self._planned_for: tuple[int, MethodConfig] | None = None
         self._plans: dict[object, Plan] = {}
         self._plan_of: dict[str, Plan] = {}
+        self._programs_of: dict[tuple[object, ...], Programs] = {}
+        self._stacks: dict[tuple[object, ...], Stack] = {}
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:
@@ -103,21 +115,17 @@ class VectorizedEngine:
         if not instructions:
             return []
         jobs = self._jobs(instructions_on(self.device, instructions))
-        in_turn = [job for job in jobs if len(job) == 1 and self._stays_on_one_thread(job[0].client)]
-        at_once = [job for job in jobs if len(job) > 1 or not self._stays_on_one_thread(job[0].client)]
+        in_turn, at_once = [job for job in jobs if self._waits(job)], [job for job in jobs if not self._waits(job)]
         store = _GradientStore([instruction.client for instruction in instructions], instructions[0].encoder, self.memory_limit // 2)
-        train, reports = partial(self._train, store), []
         drawn = torch.get_rng_state()
-        done = self._each(train, in_turn, workers=1) + self._each(train, at_once, self.threads, self._kernels(at_once))
+        done = [*self._trained(in_turn, store, workers=1), *self._trained(at_once, store, self.threads, self._kernels(at_once))]
         if not torch.equal(drawn, torch.get_rng_state()):  # models draw for some examples, and did not for those of the plan
             torch.set_rng_state(drawn)
             for instruction in instructions:
                 self._plan_of[instruction.client] = replace(self._plan_of[instruction.client], way="alone", encode_once=False)
-            done = self._each(train, [[instruction] for job in jobs for instruction in job], workers=1)
-        for report, state in chain.from_iterable(done):
-            self._states[report.client] = state
-            reports.append(report)
-        return reports
+            done = list(self._trained([Job([instruction]) for job in jobs for instruction in job.instructions], store, workers=1))
+        self._states |= {report.client: state for report, state in done}
+        return [report for report, _ in done]
 
     def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
         """Test every client that has test data."""
@@ -136,41 +144,58 @@ class VectorizedEngine:
         at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
         test = partial(self._test, encoder, buffers)
         evaluations: dict[str, Evaluation] = {}
-        for done in self._each(test, in_turn, workers=1) + self._each(test, at_once, self.threads):
+        for done in chain(self._each(test, in_turn, workers=1), self._each(test, at_once, self.threads)):
             evaluations |= done
         return {client.id: evaluations[client.id] for client in clients}
 
-    def _jobs(self, instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-        """Who is trained together: clients that can be stacked and are many, in chunks; everyone else by himself."""
-        self._make_plans(instructions[0].training)
-        kinds = Counter(head_kind(self._client(instruction.client)) for instruction in instructions)
-        stacks: dict[object, list[Instruction]] = {}
-        jobs = []
+    def _jobs(self, instructions: Sequence[Instruction]) -> list[Job]:
+        """Who is trained together: alike clients in stacks, where there are enough of them; everyone else by himself."""
+        training = instructions[0].training
+        self._make_plans(training)
+        alike: dict[tuple[object, ...], list[Instruction]] = {}
         for instruction in instructions:
-            client, plan = self._client(instruction.client), self._plan_of[instruction.client]
-            if plan.way == "stacked" and kinds[head_kind(client)] >= FEWEST_STACKED:
-                stacks.setdefault((id(instruction.encoder), plan.stack), []).append(instruction)
-            else:
-                jobs.append([instruction])
-        order = {kind: place for place, kind in enumerate(kinds)}
-        for stack in stacks.values():
-            stack.sort(key=lambda instruction: order[head_kind(self._client(instruction.client))])
-            largest = max(self._plan_of[instruction.client].num_bytes for instruction in stack)
-            most = min(self.memory_limit // (2 * self.threads * largest), CACHE_BYTES // stack[0].encoder.nbytes)
-            chunks = _chunks(stack, max(1, most), self.threads)
-            log.debug("round %d: %d clients stacked, %d at a time", stack[0].round, len(stack), len(chunks[0]))
-            jobs += chunks
-        return jobs
+            if self._plan_of[instruction.client].way == "stacked":
+                alike.setdefault((id(instruction.encoder), *self._kind(self._client(instruction.client), training)), []).append(instruction)
+        jobs, stacked = [], set[str]()
+        for some in alike.values():
+            client, num_bytes = self._client(some[0].client), max(self._plan_of[instruction.client].num_bytes for instruction in some)
+            most = min(self.memory_limit // (2 * self.threads * num_bytes), CACHE_BYTES // some[0].encoder.nbytes)
+            if len(some) < FEWEST_STACKED or most < 2:
+                continue
+            taken, widths = iter(some), stack_widths(len(some), most, self.threads)
+            jobs += [Job(list(islice(taken, width)), stack=self._stack(client, training, width)) for width in widths]
+            stacked |= {instruction.client for instruction in some}
+        alone = [instruction for instruction in instructions if instruction.client not in stacked]
+        return jobs + [Job([instruction], self._programs(self._client(instruction.client), training)) for instruction in alone]
+
+    def _programs(self, client: Client, training: TrainConfig) -> Programs:
+        """The programs of a client that is trained by itself, though perhaps others like it are in stacks."""
+        plan, kind = self._plan_of[client.id], self._kind(client, training)
+        if not plan.traceable:
+            return WITHOUT_PROGRAMS
+        if kind not in self._programs_of:
+            with self._workspace() as workspace, kernel_threads(1):
+                self._programs_of[kind] = programs_for(client, workspace, training)
+                found = [name for name, phase in self._programs_of[kind]._asdict().items() if phase is not None]
+                log.info("%s, and clients like it: programs of the steps on %s", client.id, " and ".join(found) or "nothing")
+        return self._programs_of[kind]
+
+    def _stack(self, client: Client, training: TrainConfig, width: int) -> Stack:
+        key = (*self._kind(client, training), width)
+        if key not in self._stacks:
+            with self._workspace() as workspace, kernel_threads(1):
+                self._stacks[key] = stack_of(client, workspace, batch_of(client, training, self.device), width)
+        return self._stacks[key]
 
     def _make_plans(self, training: TrainConfig) -> None:
         """A plan for every client, so that a run that is resumed with other participants goes the same ways."""
         if self._planned_for == (training.batch_size, training.method):
             return
         clients = sorted(self.federation.clients, key=lambda client: client.id)
-        inputs = take(clients[0].train_data, np.arange(min(training.batch_size, size(clients[0].train_data))))[0]
+        inputs, _ = batch_of(clients[0], training, self.device)
         with kernel_threads(1):
-            self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs.to(self.device))
-            self._workspaces, self._plans = SimpleQueue(), {}
+            self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs)
+            self._workspaces, self._plans, self._programs_of, self._stacks = SimpleQueue(), {}, {}, {}
             self._plan_of = {client.id: self._plan(client, training) for client in clients}
         self._planned_for = training.batch_size, training.method
 
@@ -180,9 +205,7 @@ class VectorizedEngine:
         return self._clients[id]
 
     def _plan(self, client: Client, training: TrainConfig) -> Plan:
-        data = client.train_data
-        shapes = [(part.shape[1:], part.dtype) for part in data] if isinstance(data, tuple) else []
-        key = (head_kind(client), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
+        key = self._kind(client, training)
         if key not in self._plans:
             with self._workspace() as workspace:
                 self._plans[key] = plan = plan_for(client, workspace, training)
@@ -190,43 +213,67 @@ class VectorizedEngine:
             log.info("%s, and clients like it: %s, %s: %s", client.id, self._said(plan), once, plan.why)
         return self._plans[key]
 
+    @staticmethod
+    def _kind(client: Client, training: TrainConfig) -> tuple[object, ...]:
+        """What clients have in common that are trained in the same way."""
+        data = client.train_data
+        shapes = [(part.shape[1:], part.dtype) for part in data] if isinstance(data, tuple) else []
+        return (*head_kind(client), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
+
     def _said(self, plan: Plan) -> str:
         if plan.way == "stacked":
             return f"stacked where {FEWEST_STACKED} or more are alike"
-        threads = 1 if plan.way == "alone" or plan.flops < THREADED_FLOPS else self.threads
-        return f"one at a time, on {threads} thread{'s' if threads > 1 else ''}"
+        return "one at a time" if plan.way == "looped" else "one at a time, while no other is trained"
 
-    def _stays_on_one_thread(self, client: str) -> bool:
-        plan = self._plan_of[client]
-        return plan.way == "alone" or plan.flops < THREADED_FLOPS
+    def _waits(self, job: Job) -> bool:
+        """Whether a job is not to be done while others are."""
+        plan = self._plan_of[job.instructions[0].client]
+        return plan.way == "alone" or (job.stack is None and job.programs.encoder is None and plan.flops < THREADED_FLOPS)
 
-    def _kernels(self, jobs: Sequence[Sequence[Instruction]]) -> int:
+    def _kernels(self, jobs: Sequence[Job]) -> int:
         """Threads of a kernel: one, unless there are cores without a client and kernels large enough to share."""
-        if any(self._plan_of[job[0].client].flops < LARGE_FLOPS for job in jobs):
+        if any(self._plan_of[job.instructions[0].client].flops < LARGE_FLOPS for job in jobs):
             return 1
         return max(1, self.threads // max(1, len(jobs)))
 
-    def _train(self, store: "_GradientStore", job: Sequence[Instruction]) -> list[tuple[Report, ClientState]]:
-        with self._workspace() as workspace:
-            if len(job) > 1:
-                clients = [self._client(instruction.client) for instruction in job]
-                pairs = zip(clients, job, strict=True)
-                members = [Member(client, tensors(client.train_data), self._states[client.id], sent) for client, sent in pairs]
-                outcomes = stacked_update(members, workspace)
-            else:
-                client, plan = self._client(job[0].client), self._plan_of[job[0].client]
-                outcome = local_update(
-                    client,
-                    workspace.encoder,
-                    workspace.head(client),
-                    workspace.norm_layer,
-                    self._states[client.id],
-                    job[0],
-                    encoded=encoded_once if plan.encode_once else encoded,
-                    random_model=plan.way == "alone",
-                )
-                outcomes = [outcome]
-        return [store.keep(*at_home(*outcome)) for outcome in outcomes]
+    def _trained(
+        self, jobs: Sequence[Job], store: "_GradientStore", workers: int, kernels: int = 1
+    ) -> Iterator[tuple[Report, ClientState]]:
+        """What comes of these jobs. What of a stack's work is Python for the most part is done here, and not by threads that would wait."""
+        members = [self._members(job) for job in jobs]
+        orders = [stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True)]
+
+        def train(place: int) -> Trained | tuple[Report, ClientState]:
+            job, order = jobs[place], orders[place]
+            with self._workspace() as workspace:
+                if job.stack is None or order is None:
+                    return self._trained_alone(job, workspace)
+                return stacked_update(members[place], order, workspace, job.stack)
+
+        for some, done in zip(members, self._each(train, range(len(jobs)), workers, kernels), strict=True):
+            for report, state in outcomes(some, done) if isinstance(done, Trained) else [done]:
+                yield store.keep(*at_home(report, state))
+
+    def _members(self, job: Job) -> list[Member]:
+        """The clients of a stack."""
+        if job.stack is None:
+            return []
+        pairs = [(self._client(instruction.client), instruction) for instruction in job.instructions]
+        return [Member(client, tensors(client.train_data), self._states[client.id], sent) for client, sent in pairs]
+
+    def _trained_alone(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
+        (instruction,) = job.instructions
+        client, plan = self._client(instruction.client), self._plan_of[instruction.client]
+        return local_update(
+            client,
+            workspace.encoder,
+            workspace.head(client),
+            workspace.norm_layer,
+            self._states[client.id],
+            instruction,
+            steps=ProgramSteps(job.programs, workspace.norm_layer, PlainSteps(encoded_once if plan.encode_once else encoded)),
+            random_model=plan.way == "alone",
+        )
 
     def _tests_small(self, client: Client) -> bool:
         plan, data = self._plan_of.get(client.id), client.test_data
@@ -255,13 +302,14 @@ class VectorizedEngine:
         self._workspaces.put(workspace)
 
     @staticmethod
-    def _each(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, kernels: int = 1) -> list[Done]:
-        """What the work makes of each job, in their order."""
+    def _each(work: Callable[[Task], Done], tasks: Sequence[Task], workers: int, kernels: int = 1) -> Iterator[Done]:
+        """What the work makes of each task, in their order, as soon as it is there."""
         with kernel_threads(kernels):
-            if min(workers, len(jobs)) <= 1:
-                return [work(job) for job in jobs]
-            with ThreadPoolExecutor(min(workers, len(jobs)), thread_name_prefix="fedgradnorm") as pool:
-                return list(pool.map(work, jobs))
+            if min(workers, len(tasks)) <= 1:
+                yield from map(work, tasks)
+            else:
+                with ThreadPoolExecutor(min(workers, len(tasks)), thread_name_prefix="fedgradnorm") as pool:
+                    yield from pool.map(work, tasks)
 
 
 class _GradientStore:
@@ -289,10 +337,22 @@ class _GradientStore:
         return report, state
 
 
-def _chunks(items: Sequence[Job], most: int, multiple: int = 1) -> list[list[Job]]:
-    """Items in neighbouring lists of about equal length, none longer than ``most``; if in more than one, in a multiple of some number."""
+def stack_widths(count: int, most: int, workers: int) -> list[int]:
+    """The widths of stacks that so many alike clients fill, the last one perhaps not to its end.
+
+    >>> stack_widths(1000, most=640, workers=2)[-8:]
+    [64, 16, 16, 16, 16, 16, 16, 8]
+    """
+    wide, narrow = min(WIDE, most), min(NARROW, most)
+    wides = [wide] * (count // (wide * workers) * workers)
+    left = count - sum(wides)
+    narrows = [narrow] * (left // narrow)
+    rest = left - sum(narrows)
+    return [*wides, *narrows, *([min(narrow, math.ceil(rest / QUARTER) * QUARTER)] if rest else [])]
+
+
+def _chunks(items: Sequence[Task], most: int) -> list[list[Task]]:
+    """Items in neighbouring lists of about equal length, none longer than ``most``."""
     count = math.ceil(len(items) / most)
-    if count > 1:
-        count = min(len(items), math.ceil(count / multiple) * multiple)
     bounds = [len(items) * index // count for index in range(count + 1)] if count else []
     return [list(items[start:end]) for start, end in pairwise(bounds)]

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
-from fedgradnorm.client import ClientState, Evaluation, norm_over
+from fedgradnorm.client import ClientState, Evaluation
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.flower.client import WRONG_CLIENT, client_key, state_dir
 from fedgradnorm.flower.messages import (
@@ -29,7 +29,7 @@ from fedgradnorm.flower.messages import (
 from fedgradnorm.flower.roster import module_of
 from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.messages import Report
-from fedgradnorm.parameters import matches, norm_layer_slices
+from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
 from fedgradnorm.randomness import seeded_torch
 
 __all__ = ["FedGradNormMod"]

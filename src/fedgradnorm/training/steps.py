@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,22 @@ from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, trainable
 from fedgradnorm.randomness import generator
 
-__all__ = ["ENCODER_BATCHES", "HEAD_BATCHES", "Encoded", "LocalRound", "direction", "encoded", "encoder_steps", "head_steps", "order_of"]
+__all__ = [
+    "ENCODER_BATCHES",
+    "GATHERED_BYTES",
+    "HEAD_BATCHES",
+    "Encoded",
+    "LocalRound",
+    "PlainSteps",
+    "Steps",
+    "batches_of",
+    "direction",
+    "encoded",
+    "encoder_order",
+    "encoder_steps",
+    "head_steps",
+    "order_of",
+]
 
 Encoded: TypeAlias = Callable[[Client, nn.Module, Instruction], Iterable[tuple[Tensor, Tensor]]]
 
@@ -35,7 +50,7 @@ class LocalRound:
         head: the client's head, to be trained in place.
         velocity: the momentum of the head's parameters, by name, to be kept in place.
         instruction: what the server sent.
-        encoded: gives the batches of the head's steps, as features.
+        steps: how steps are computed.
     """
 
     client: Client
@@ -43,27 +58,24 @@ class LocalRound:
     head: nn.Module
     velocity: dict[str, Tensor]
     instruction: Instruction
-    encoded: Encoded
+    steps: "Steps"
 
 
-def encoded(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the head's steps, their inputs as the fixed encoder's features."""
-    for inputs, targets in _batches(client, order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)):
-        with torch.no_grad():
-            features = encoder(inputs)
-        yield features, targets
+class Steps(Protocol):
+    """How steps are computed. An engine may know a faster way to the same numbers than `PlainSteps`."""
+
+    def on_head(self, local: LocalRound) -> None:
+        """As `head_steps`."""
+        ...
+
+    def on_encoder(self, local: LocalRound, *, with_head: bool, mu: float) -> tuple[Tensor, float]:
+        """As `encoder_steps`."""
+        ...
 
 
 def head_steps(local: LocalRound) -> None:
     """τ_h SGD steps on the head with step size α, the encoder fixed."""
-    task, head = local.client.task, local.head
-    parameters = trainable(head)
-    if not parameters:  # a task may do without: an encoder's output can be its prediction
-        return
-    for features, targets in local.encoded(local.client, local.encoder, local.instruction):
-        loss = task.loss(head(features), targets)
-        gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
-        _move_head(parameters, gradients, local)
+    local.steps.on_head(local)
 
 
 def encoder_steps(local: LocalRound, *, with_head: bool = False, mu: float = 0.0) -> tuple[Tensor, float]:
@@ -74,26 +86,60 @@ def encoder_steps(local: LocalRound, *, with_head: bool = False, mu: float = 0.0
         with_head: whether the head takes a step of size α at each of them, along its gradient of the same loss.
         mu: μ of the proximal term (μ/2) ‖ω - ω_k‖², whose gradient μ (ω - ω_k) is then part of the mean. The losses are without it.
     """
-    training, losses = local.instruction.training, []
-    parameters: list[Tensor] = [parameter for _, parameter in trainable(local.encoder)]
-    of_head = trainable(local.head) if with_head else []
-    received = [parameter.detach().clone() for parameter in parameters] if mu else []
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for inputs, targets in _encoder_batches(local.client, local.instruction):
-        loss = local.client.task.loss(local.head(local.encoder(inputs)), targets)
-        found = torch.autograd.grad(loss, [*parameters, *(parameter for _, parameter in of_head)], allow_unused=True)
+    return local.steps.on_encoder(local, with_head=with_head, mu=mu)
+
+
+def encoded(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the head's steps, their inputs as the fixed encoder's features."""
+    for inputs, targets in batches_of(client, order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)):
         with torch.no_grad():
-            pairs = zip(parameters, found, strict=False)
-            gradients = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
-            if mu:
-                pull = torch._foreach_mul(torch._foreach_sub(parameters, received), mu)
-                gradients = list(torch._foreach_add(pull, gradients))  # in this order: a gradient may be sparse
-            torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
-            torch._foreach_add_(sums, gradients)
-        if with_head:
-            _move_head(of_head, found[len(parameters) :], local)
-        losses.append(loss.detach())
-    return concatenated(sums) / len(losses), float(torch.stack(losses).double().mean())
+            features = encoder(inputs)
+        yield features, targets
+
+
+@dataclass(frozen=True)
+class PlainSteps:
+    """Steps in plain torch, one after another.
+
+    Attributes:
+        encoded: gives the batches of the head's steps, as features.
+    """
+
+    encoded: Encoded = encoded
+
+    def on_head(self, local: LocalRound) -> None:
+        """As `head_steps`."""
+        task, head = local.client.task, local.head
+        parameters = trainable(head)
+        if not parameters:  # a task may do without: an encoder's output can be its prediction
+            return
+        for features, targets in self.encoded(local.client, local.encoder, local.instruction):
+            loss = task.loss(head(features), targets)
+            gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
+            _move_head(parameters, gradients, local)
+
+    def on_encoder(self, local: LocalRound, *, with_head: bool, mu: float) -> tuple[Tensor, float]:
+        """As `encoder_steps`."""
+        training, losses = local.instruction.training, []
+        parameters: list[Tensor] = [parameter for _, parameter in trainable(local.encoder)]
+        of_head = trainable(local.head) if with_head else []
+        received = [parameter.detach().clone() for parameter in parameters] if mu else []
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for inputs, targets in batches_of(local.client, encoder_order(local)):
+            loss = local.client.task.loss(local.head(local.encoder(inputs)), targets)
+            found = torch.autograd.grad(loss, [*parameters, *(parameter for _, parameter in of_head)], allow_unused=True)
+            with torch.no_grad():
+                pairs = zip(parameters, found, strict=False)
+                gradients = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
+                if mu:
+                    pull = torch._foreach_mul(torch._foreach_sub(parameters, received), mu)
+                    gradients = list(torch._foreach_add(pull, gradients))  # in this order: a gradient may be sparse
+                torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
+                torch._foreach_add_(sums, gradients)
+            if with_head:
+                _move_head(of_head, found[len(parameters) :], local)
+            losses.append(loss.detach())
+        return concatenated(sums) / len(losses), float(torch.stack(losses).double().mean())
 
 
 @torch.no_grad()
@@ -114,14 +160,15 @@ def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum
     return velocity[name]
 
 
-def _encoder_batches(client: Client, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the encoder's steps: all of the round, or the one that the instruction asks for."""
-    order = order_of(client, instruction, ENCODER_BATCHES, instruction.training.encoder_steps)
-    step = instruction.step
-    return _batches(client, order if step is None else order[step : step + 1])
+def encoder_order(local: LocalRound) -> np.ndarray:
+    """The examples of the encoder's steps, shape ``(steps, batch)``: all of the round, or the one that the instruction asks for."""
+    order = order_of(local.client, local.instruction, ENCODER_BATCHES, local.instruction.training.encoder_steps)
+    step = local.instruction.step
+    return order if step is None else order[step : step + 1]
 
 
-def _batches(client: Client, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(client: Client, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of these examples, shape ``(steps, batch)``."""
     data = client.train_data
     if isinstance(data, tuple) and order.size * data[0][0].nbytes <= GATHERED_BYTES:
         inputs, targets = take(data, order.reshape(-1))

@@ -7,6 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -15,7 +17,7 @@ from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig, load_config
 from fedgradnorm.engines import VectorizedEngine
 from fedgradnorm.engines.planning import plan_for
-from fedgradnorm.engines.vectorized import _chunks
+from fedgradnorm.engines.vectorized import QUARTER, WIDE, _chunks, stack_widths
 from fedgradnorm.engines.workspace import Workspace, arrange, head_kind, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
@@ -143,13 +145,20 @@ def test_an_arranged_convolution_gives_its_output_in_the_channels_last_layout(ch
     assert torch.allclose(output, layer(images), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("count", "most", "multiple", "lengths"), [(10, 4, 1, [3, 3, 4]), (10, 4, 2, [2, 3, 2, 3]), (4, 9, 2, [4]), (0, 3, 2, [])]
-)
-def test_chunks_are_even_and_a_multiple_of_the_workers(count, most, multiple, lengths):
-    chunks = _chunks(list(range(count)), most, multiple)
+@pytest.mark.parametrize(("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (4, 9, [4]), (0, 3, [])])
+def test_chunks_are_even(count, most, lengths):
+    chunks = _chunks(list(range(count)), most)
     assert [len(chunk) for chunk in chunks] == lengths
     assert [item for chunk in chunks for item in chunk] == list(range(count))
+
+
+@given(st.integers(1, 700), st.integers(2, 700), st.integers(1, 8))
+def test_stacks_hold_all_clients_and_waste_little(count, most, workers):
+    widths = stack_widths(count, most, workers)
+    assert max(widths) <= most
+    assert sum(widths[:-1]) < count <= sum(widths) < count + QUARTER
+    assert widths.count(WIDE) % workers == 0
+    assert len(set(widths)) <= 3  # each width is a program of its own
 
 
 def rounds(engine, federation, count=1):
@@ -213,14 +222,15 @@ def test_gradients_beyond_the_limit_lie_in_a_file_that_is_gone_afterwards(tmp_pa
         torch.testing.assert_close(one.gradient, other.gradient)
 
 
-def test_the_limit_makes_chunks_smaller():
+def test_the_limit_makes_stacks_narrower():
     federation = small_federation("abcdefghijklmnop")
     free = VectorizedEngine(federation, seed=0, threads=1)
     _, (record,) = rounds(free, federation)
     of_a_client = max(plan.num_bytes for plan in free._plan_of.values())
-    for limit, expected in ((None, [16]), (2 * 6 * of_a_client, [5, 5, 6]), (1, [1] * 16)):
+    for limit, expected in ((None, [(16, 16)]), (2 * 6 * of_a_client, [(6, 6), (6, 6), (4, 4)]), (1, [(1, None)] * 16)):
         engine = VectorizedEngine(federation, seed=0, threads=1, memory_limit=limit)
-        assert [len(job) for job in engine._jobs(record.instructions)] == expected
+        jobs = engine._jobs(record.instructions)
+        assert [(len(job.instructions), job.stack and job.stack.width) for job in jobs] == expected
 
 
 def test_memory_mapped_data_are_trained_on_as_they_are(tmp_path):
