@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgradnorm.data import size, take
+from fedgradnorm.data import size, take, tensors
 from fedgradnorm.engines.phases import HEAD, Phase, both
 from fedgradnorm.engines.workspace import views
 from fedgradnorm.federation import Client
@@ -158,16 +158,12 @@ def _pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Ten
 def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the head's steps as features, each example encoded once; for encoders that treat each by itself."""
     order = order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)
-    if order.size > size(client.train_data):  # then every example is drawn, and some are drawn again
-        drawn = np.arange(size(client.train_data))
-    else:
-        drawn, order = order.reshape(-1), np.arange(order.size).reshape(order.shape)
-    features, targets = [], []
+    some = order.size <= size(client.train_data)  # more: then every example is drawn, and some are drawn again
+    inputs, targets = take(client.train_data, order.reshape(-1)) if some else tensors(client.train_data)
     at_once = CONVOLVED_AT_ONCE if any(parameter.ndim > 2 for parameter in encoder.parameters()) else ENCODED_AT_ONCE
-    for start in range(0, len(drawn), at_once):
-        inputs, expected = take(client.train_data, drawn[start : start + at_once])
-        with torch.no_grad():
-            features.append(encoder(inputs))
-        targets.append(expected)
-    encoded, expected = take((torch.cat(features), torch.cat(targets)), order.reshape(-1))
-    yield from zip(encoded.split(order.shape[1]), expected.split(order.shape[1]), strict=True)
+    with torch.no_grad():
+        parts = [encoder(part) for part in inputs.split(at_once)]
+    features = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not some:
+        features, targets = take((features, targets), order.reshape(-1))
+    yield from zip(features.split(order.shape[1]), targets.split(order.shape[1]), strict=True)

@@ -8,7 +8,7 @@ without coming back to Python. The products that are weight gradients go straigh
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -128,23 +128,11 @@ class Program:
         trained, fixed, (inputs, targets) = given[: self._num_trained], given[self._num_trained : -2], given[-2:]
         constants = [node for node in self._graph.nodes if node.op == "get_attr"]
         loss, *gradients = _outputs(self._graph)
-        needed, copied, updates = {loss}, {loss}, []
-        for place, (node, gradient) in enumerate(zip(trained, gradients, strict=True)):
-            if gradient is None:
-                continue
-            product = _product(gradient, trained) if not any(_is_mutable(node) for node in self._graph.nodes) else None
-            if product is None:
-                copied.add(gradient)
-            needed |= {gradient} if product is None else set(product[1:])
-            if place in summed:
-                updates.append(_added(f"sums[{place}]", gradient, product, "1.0"))
-                updates.append(f"torch.add(starts[{place}], sums[{place}], alpha=-rates[{place}], out={_name(node)})")
-            elif place in moving:
-                updates.append(f"velocity[{place}].mul_(momentum)")
-                updates.append(_added(f"velocity[{place}]", gradient, product, "1.0"))
-                updates.append(f"{_name(node)}.add_(velocity[{place}], alpha=-rates[{place}])")
-            else:
-                updates.append(_added(_name(node), gradient, product, f"-rates[{place}]"))
+        updates = [
+            _update(place, node, gradient, trained, moves=place in moving, sums=place in summed)
+            for place, (node, gradient) in enumerate(zip(trained, gradients, strict=True))
+            if gradient is not None
+        ]
         lists = ("trained", "fixed", "constants", "inputs", "targets", "velocity", "starts", "sums")
         types = {**dict.fromkeys(lists, "List[Tensor]"), "rates": "List[float]", "momentum": "float"}
         order = ("trained", "fixed", "constants", "inputs", "targets", "rates", "momentum", "velocity", "starts", "sums")
@@ -155,11 +143,7 @@ class Program:
         yield "    for step in range(len(inputs)):"
         yield f"        {_name(inputs)} = inputs[step]"
         yield f"        {_name(targets)} = targets[step]"
-        yield from (f"        {line}" for line in _operations(self._graph, needed))
-        for node in copied:
-            if _owner(node) in trained:  # it is a view of what is about to change
-                yield f"        {_name(node)} = {_name(node)}.clone()"
-        yield from (f"        {line}" for line in updates)
+        yield from (f"        {line}" for line in _body(self._graph, trained, loss, updates))
         yield f"        losses.append({_name(loss)})"
         yield "    return torch.stack(losses)"
 
@@ -257,29 +241,72 @@ def _added(target: str, gradient: Node, product: tuple[str, Node, Node] | None, 
     return f"{target}.{add}({_name(right)}.transpose(-2, -1), {_name(left)}.transpose(-2, -1), beta=1.0, alpha={factor})"
 
 
-def _operations(graph: Graph, needed: Iterable[Node]) -> Iterator[str]:
-    """The lines that compute these nodes."""
+class Update(NamedTuple):
+    """What changes a trained tensor: its node, what has to be computed before, and the lines."""
+
+    trained: Node
+    needs: tuple[Node, ...]
+    lines: tuple[str, ...]
+
+
+def _update(place: int, node: Node, gradient: Node, trained: Sequence[Node], *, moves: bool, sums: bool) -> Update:
+    product = _product(gradient, trained) if not any(_is_mutable(one) for one in node.graph.nodes) else None
+    needs = (gradient,) if product is None else product[1:]
+    if sums:
+        step = f"torch.add(starts[{place}], sums[{place}], alpha=-rates[{place}], out={_name(node)})"
+        return Update(node, needs, (_added(f"sums[{place}]", gradient, product, "1.0"), step))
+    if moves:
+        step = f"{_name(node)}.add_(velocity[{place}], alpha=-rates[{place}])"
+        return Update(node, needs, (f"velocity[{place}].mul_(momentum)", _added(f"velocity[{place}]", gradient, product, "1.0"), step))
+    return Update(node, needs, (_added(_name(node), gradient, product, f"-rates[{place}]"),))
+
+
+def _body(graph: Graph, trained: Sequence[Node], loss: Node, updates: Sequence[Update]) -> Iterator[str]:
+    """The lines of a step: operations, and each update as soon as nothing reads its tensor any more, while that is in the cache."""
     given = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in graph.nodes:
         if any(_owner(changed) in given for changed in _changed(node)):
             raise TypeError(f"{node.target} changes what the program was given")
-    waiting = [*needed, *(node for node in graph.nodes if _is_mutable(node))]
-    used: set[Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node not in used:
-            used.add(node)
-            waiting += node.all_input_nodes
+    used = _reached([loss, *(node for update in updates for node in update.needs), *filter(_is_mutable, graph.nodes)])
+    waits = {update: {node for node in used if node in update.needs or _reads(node, update.trained)} - given for update in updates}
+    read = {loss, *(node for update in updates for node in update.needs)}
     for node in graph.nodes:
         if node not in used or node in given:
             continue
-        if node.target is operator.getitem:
-            yield f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
-        elif isinstance(node.target, OpOverload):
-            words = [*map(_literal, node.args), *(f"{name}={_literal(value)}" for name, value in node.kwargs.items())]
-            yield f"{_name(node)} = torch.ops.{node.target._schema.name.replace('::', '.')}({', '.join(words)})"
-        else:
-            raise TypeError(f"{node.target}: no operation of torch")
+        yield _operation(node)
+        if node in read and _owner(node) in trained:  # it is a view of what is about to change
+            yield f"{_name(node)} = {_name(node)}.clone()"
+        for update, awaited in list(waits.items()):
+            awaited.discard(node)
+            if not awaited:
+                yield from update.lines
+                del waits[update]
+    for update in waits:
+        yield from update.lines
+
+
+def _reads(node: Node, tensor: Node) -> bool:
+    return any(_owner(argument) is tensor for argument in node.all_input_nodes)
+
+
+def _reached(nodes: Iterable[Node]) -> set[Node]:
+    """These nodes, and all that they are computed from."""
+    waiting, reached = list(nodes), set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in reached:
+            reached.add(node)
+            waiting += node.all_input_nodes
+    return reached
+
+
+def _operation(node: Node) -> str:
+    if node.target is operator.getitem:
+        return f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
+    if isinstance(node.target, OpOverload):
+        words = [*map(_literal, node.args), *(f"{name}={_literal(value)}" for name, value in node.kwargs.items())]
+        return f"{_name(node)} = torch.ops.{node.target._schema.name.replace('::', '.')}({', '.join(words)})"
+    raise TypeError(f"{node.target}: no operation of torch")
 
 
 def _name(node: Node) -> str:

@@ -264,7 +264,7 @@ class VectorizedEngine:
     def _trained_alone(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
         (instruction,) = job.instructions
         client, plan = self._client(instruction.client), self._plan_of[instruction.client]
-        return local_update(
+        report, state = local_update(
             client,
             workspace.encoder,
             workspace.head(client),
@@ -274,6 +274,8 @@ class VectorizedEngine:
             steps=ProgramSteps(job.programs, workspace.norm_layer, PlainSteps(encoded_once if plan.encode_once else encoded)),
             random_model=plan.way == "alone",
         )
+        _ = report.length  # the server will ask for it, and has one thread
+        return report, state
 
     def _tests_small(self, client: Client) -> bool:
         plan, data = self._plan_of.get(client.id), client.test_data
