@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_map
 __all__ = ["product_rounds", "shares"]
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
-PROFILED = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")}
+PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.convolution, aten.convolution_backward}
+PROFILED = {
+    f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mkldnn_convolution", "convolution_backward")
+}
 
 
 @dataclass(frozen=True)
