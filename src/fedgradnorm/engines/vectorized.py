@@ -118,7 +118,10 @@ class VectorizedEngine:
         in_turn, at_once = [job for job in jobs if self._waits(job)], [job for job in jobs if not self._waits(job)]
         store = _GradientStore([instruction.client for instruction in instructions], instructions[0].encoder, self.memory_limit // 2)
         drawn = torch.get_rng_state()
-        done = [*self._trained(in_turn, store, workers=1), *self._trained(at_once, store, self.threads, self._kernels(at_once))]
+        last = len(at_once) - len(at_once) % self.threads  # the last ones are fewer than there are threads
+        done = list(self._trained(in_turn, store, workers=1))
+        for some in (at_once[:last], at_once[last:]) if self._kernels(at_once[last:]) > 1 else (at_once,):
+            done += self._trained(some, store, self.threads, self._kernels(some))
         if not torch.equal(drawn, torch.get_rng_state()):  # models draw for some examples, and did not for those of the plan
             torch.set_rng_state(drawn)
             for instruction in instructions:
@@ -232,9 +235,9 @@ class VectorizedEngine:
 
     def _kernels(self, jobs: Sequence[Job]) -> int:
         """Threads of a kernel: one, unless there are cores without a client and kernels large enough to share."""
-        if any(self._plan_of[job.instructions[0].client].flops < LARGE_FLOPS for job in jobs):
+        if not jobs or any(self._plan_of[job.instructions[0].client].flops < LARGE_FLOPS for job in jobs):
             return 1
-        return max(1, self.threads // max(1, len(jobs)))
+        return max(1, self.threads // len(jobs))
 
     def _trained(
         self, jobs: Sequence[Job], store: "_GradientStore", workers: int, kernels: int = 1
