@@ -13,7 +13,7 @@ from fedgradnorm.errors import ConfigError
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction, Report
 
-__all__ = ["at_home", "client_on", "device_named", "instructions_on", "total_memory"]
+__all__ = ["at_home", "client_on", "device_named", "free_memory", "instructions_on"]
 
 
 def device_named(name: str) -> torch.device:
@@ -29,9 +29,9 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of the machine, or of the GPU."""
-    return psutil.virtual_memory().total if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+def free_memory(device: torch.device) -> int:
+    """Bytes of the machine that are free, or of the GPU."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def instructions_on(device: torch.device, instructions: Sequence[Instruction]) -> Sequence[Instruction]:

@@ -21,7 +21,7 @@ from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, evalua
 from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, tensors
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
-from fedgradnorm.engines.placement import at_home, client_on, device_named, instructions_on, total_memory
+from fedgradnorm.engines.placement import at_home, client_on, device_named, free_memory, instructions_on
 from fedgradnorm.engines.planning import Plan, batch_of, plan_for, programs_for
 from fedgradnorm.engines.stacked import Member, Stack, Trained, outcomes, stack_of, stacked_evaluations, stacked_order, stacked_update
 from fedgradnorm.engines.workspace import Workspace, can_be_arranged, head_kind
@@ -77,8 +77,8 @@ class VectorizedEngine:
         federation: whose clients it runs.
         seed: of the heads' initialisation.
         threads: how many workers there are, each with kernels of a single thread; by default as many as torch would use.
-        memory_limit: bytes, or a text such as "2GB", for what it works with; by default a quarter of the machine's memory. Gradients
-            that would take more than half of it lie in a temporary file, mapped into memory.
+        memory_limit: bytes, or a text such as "2GB", for what it works with; by default half of the memory that
+            is free when the run begins. Gradients that would take more than half of it lie in a temporary file, mapped into memory.
         device: ``"cpu"``, or ``"cuda"`` for a GPU, where the data of clients that have trained stay.
     """
 
@@ -89,7 +89,7 @@ class VectorizedEngine:
         require(memory_limit is None or memory_limit > 0, "memory_limit", "a number of bytes above 0", memory_limit)
         self.federation, self.seed, self.device = federation, seed, device_named(device)
         self.threads = 1 if self.device.type == "cuda" else threads or torch.get_num_threads()
-        self.memory_limit = memory_limit or total_memory(self.device) // 4
+        self.memory_limit = memory_limit or free_memory(self.device) // 2
         buffers = buffers_of(federation.make_encoder(seed))
         self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
         self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
