@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import StoppedError
@@ -103,8 +104,9 @@ def _run_step(
 ) -> tuple[ServerState, RoundRecord]:
     """All of a round, or one step of it where it is in lockstep."""
     before = engine.client_states
+    only_summed = isinstance(aggregate, Mean) and not getattr(weighting, "reads_gradients", True)
     for attempt in range(training.max_retries + 1):
-        instructions = instruct(state, federation, training, attempt, step)
+        instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         failures: Mapping[str, str] = getattr(engine, "failures", {})
@@ -179,11 +181,17 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
 
 
 def instruct(
-    state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0, step: int | None = None
+    state: ServerState,
+    federation: Federation,
+    training: TrainConfig,
+    attempt: int = 0,
+    step: int | None = None,
+    *,
+    only_summed: bool = False,
 ) -> list[Instruction]:
     """One instruction for each client that takes part in the next round, or in this step of it, sorted by client id."""
     round, ids = state.round + 1, participants(federation, training, state.round + 1)
-    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step) for client in ids]
+    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step, only_summed) for client in ids]
 
 
 def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class FedGradNorm:
     >>> weights.values
     {'a': 1.5, 'b': 0.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     gamma: float = 0.9
     solver: Literal["step", "exact"] = "step"
