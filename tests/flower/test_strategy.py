@@ -5,7 +5,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedgradnorm import ConfigError, StoppedError
+from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
 from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.errors import RunError
 from fedgradnorm.flower import FedGradNorm
@@ -241,6 +241,27 @@ def test_a_run_that_was_stopped_goes_on(whole, tmp_path, start_round):
     assert sorted(result.train_metrics_clientapp) == [4, 5, 6]
     assert values(result.arrays) == values(expected.arrays)
     assert rows_in(tmp_path / "run") == rows_in(folder)
+
+
+class First:
+    """A weighting that is no dataclass: what it was made with is in no settings."""
+
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def init(self, client_ids):
+        return WeightingState(dict.fromkeys(client_ids, 1.0))
+
+    def update(self, state, reports):
+        values = {report.client: self.factor if place == 0 else 1.0 for place, report in enumerate(reports)}
+        return Weights(values), WeightingState({**state.weights, **values})
+
+
+def test_a_run_goes_on_with_the_weighting_that_the_strategy_was_given(tmp_path):
+    own = Own()
+    for rounds in (1, 2):
+        own.start(rounds, strategy=strategy(weighting=First(5.0), run_dir=tmp_path / "run"))
+    assert [row["weight"] for row in Run(tmp_path / "run").rows()] == [5.0, 1.0, 1.0] * 2
 
 
 @pytest.mark.parametrize("gone", [1, 2])

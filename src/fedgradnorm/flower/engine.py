@@ -209,6 +209,7 @@ class GridEngine:
                 self.failures[id] = str(error)
                 continue
             reports.append(report)
+            self.roster.learn(id, report.num_examples)
             self._took(id, report)
         return reports
 

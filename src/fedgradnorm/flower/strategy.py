@@ -225,7 +225,7 @@ class FedGradNorm(Strategy):
     def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float = 3600) -> GridEngine:
         shared = self._shared(arrays)
         limits = replace(self.limits, round_timeout=timeout)
-        roster = Roster([], lambda: module_of(shared))
+        roster = Roster(lambda: module_of(shared))
         return GridEngine(grid, roster, Layout.of(module_of(shared)), new_experiment(), limits, federated=False)
 
     def _settings(self, num_rounds: int) -> RunConfig:

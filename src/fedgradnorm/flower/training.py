@@ -11,11 +11,10 @@ from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import RunConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError
-from fedgradnorm.federation import Federation
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.history import CHECKPOINTS, Run
 from fedgradnorm.records import Row
-from fedgradnorm.run import OnRound, OnState, Result, begin, changes, resume, with_faults
+from fedgradnorm.run import OnRound, OnState, Result, begin, changes, go_on, with_faults
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["new_experiment", "train_on_grid"]
@@ -102,7 +101,7 @@ def _train(
         expected = f"1 or {done + 1}" if done else "1"
         raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}, found {start_round}")
 
-    def made(settings: RunConfig, _: Federation) -> Engine:
+    def made(settings: RunConfig) -> Engine:
         engine.experiment = settings.run.experiment or new_experiment()
         return with_faults(engine, settings)
 
@@ -116,19 +115,10 @@ def _train(
         for row in opened.rows():
             if row["client"] not in engine.roster.client_ids:
                 engine.roster.expect(row["client"], row["task"])
-        return resume(
-            folder,
-            engine.roster,
-            num_rounds=config.train.num_rounds,
-            on_round=on_round,
-            should_stop=should_stop,
-            on_message=log.info,
-            make_engine=made,
-            on_state=on_state,
-        )
+        return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, on_round, should_stop, log.info, on_state)
     settings = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})  # clients keep only their last states
     config = config.model_copy(update={"run": settings})
-    return begin(config, engine.roster, weighting, folder is not None, on_round, should_stop, make_engine=made, on_state=on_state)
+    return begin(config, engine.roster, weighting, made, folder is not None, on_round, should_stop, on_state=on_state)
 
 
 @contextmanager
