@@ -16,6 +16,7 @@ from fedgradnorm.data import Data, load, size, take
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.records import ClientRecord, MembersRecord
 from fedgradnorm.task import Task
 
 __all__ = ["Client", "Federation", "Members"]
@@ -95,6 +96,24 @@ class Members(ABC):
         """The encoder as initialised under this seed."""
         with seeded_torch(seed, 0, "", "encoder"):
             return self.encoder()
+
+    @cached_property
+    def layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The encoder's trainable parameters: names and shapes in the order of the flat vector."""
+        return [(name, tuple(parameter.shape)) for name, parameter in trainable(self.make_encoder(seed=0))]
+
+    def record(self) -> MembersRecord:
+        """Who trains what, for a run that is gone on with."""
+        return {"encoder": self.layout, "clients": {client.id: self._record_of(client) for client in self.clients}}
+
+    def _record_of(self, client: Client) -> ClientRecord:
+        metric = client.task.main_metric
+        return {
+            "task": client.task.name,
+            "metric": "" if metric is None else metric.name,
+            "higher_is_better": metric is None or metric.higher_is_better,
+            "examples": self.num_examples(client.id),
+        }
 
 
 @dataclass(frozen=True)

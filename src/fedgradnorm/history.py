@@ -34,7 +34,7 @@ from fedgradnorm.checkpoint import Checkpoint, save_checkpoint
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig, validated
 from fedgradnorm.errors import ConfigError, RunError
-from fedgradnorm.records import Row, Summary
+from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
 __all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
@@ -96,11 +96,11 @@ class RunWriter:
                         if row[key] is not None:
                             self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
 
-    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState]) -> None:
+    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState], members: MembersRecord) -> None:
         """Write a checkpoint, after the lines that belong to it are on the disk."""
         with self._writing():
             os.fsync(self._metrics.fileno())
-            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"))
+            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"), members)
             save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = ["Result", "begin", "changes", "check_settings", "go_on", "resume", "r
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
 OnState = Callable[[ServerState], None]
+Layout = Sequence[tuple[str, tuple[int, ...]]]
 MakeEngine = Callable[[RunConfig], Engine]
 
 
@@ -218,6 +220,8 @@ def go_on(
         same_clients = config.run.experiment is not None or checkpoint.clients.keys() == set(federation.client_ids)
         if not same_clients or checkpoint.server.encoder.shape != state.encoder.shape:
             raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
+        if checkpoint.members is not None:
+            _check_layout(path, checkpoint.members["encoder"], federation.layout)
         state = checkpoint.server
         engine.restore(checkpoint.clients)
     on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
@@ -252,6 +256,13 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (before, after))
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
     return ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
+
+
+def _check_layout(path: Path | None, before: Layout, now: Layout) -> None:
+    """Raise RunError where the encoder's parameters are others, or in another order: the vector of before would be cut up wrongly."""
+    for then, found in zip_longest(before, now):
+        if then != found:
+            raise RunError(f"{path}: the encoder has other parameters, or in another order, than when the run began: {found}, was {then}")
 
 
 def check_settings(config: RunConfig, federation: Members) -> None:
@@ -330,7 +341,7 @@ class _Job:
                 with costs.of("writing"):
                     writer.write_round(rows)
                     if ended or self.state.round % settings.checkpoint_every == 0:
-                        writer.write_checkpoint(self.state, self.engine.client_states)
+                        self._checkpoint(writer)
             if profiler is not None:
                 profiler.step()
             if self.on_state is not None:
@@ -346,10 +357,13 @@ class _Job:
             writer.write_summary(summary)
         return result
 
+    def _checkpoint(self, writer: RunWriter) -> None:
+        writer.write_checkpoint(self.state, self.engine.client_states, self.federation.record())
+
     def _stopped(self, writer: RunWriter | None, reason: str) -> StoppedError:
         if writer is None:
             return StoppedError(reason)
-        writer.write_checkpoint(self.state, self.engine.client_states)
+        self._checkpoint(writer)
         how = f"fedgradnorm resume {writer.folder}" if self.config.run.experiment is None else "start its Flower app again"
         return StoppedError(f"{reason}; to go on: {how}")
 

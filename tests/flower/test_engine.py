@@ -12,6 +12,7 @@ from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
+from fedgradnorm.history import Run
 from fedgradnorm.messages import Instruction
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
 from tests.helpers import batch_norm_encoder, small_federation, timeless
@@ -428,6 +429,17 @@ def test_after_a_resume_clients_still_have_what_older_checkpoints_ask_for(tmp_pa
     result, expected = site.train(tmp_path / "run", **options), whole.train(**options)
     assert plain(result) == plain(expected)
     assert site.heads(result) == whole.heads(expected)
+
+
+@pytest.mark.parametrize("torn", ['{"round": 3, "client": "a", "ta', "{}", "\x00\x00", '{"round": 3}\n{"rou'])
+def test_a_torn_last_line_is_cut_when_a_run_goes_on(tmp_path, torn):
+    site, whole = Site(small_federation()), Site(small_federation())
+    with pytest.raises(StoppedError):
+        site.train(tmp_path / "run", num_rounds=5, should_stop=after(2))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert plain(site.train(tmp_path / "run", num_rounds=5)) == plain(whole.train(num_rounds=5))
+    assert len(Run(tmp_path / "run").rows()) == 15
 
 
 def test_other_settings_than_those_of_the_run_are_refused(tmp_path):

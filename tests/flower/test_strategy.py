@@ -13,7 +13,7 @@ from fedgradnorm.history import Run
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from tests.flower.nodes import changed, dropped, in_round, lost, untouched
-from tests.flower.own_app import initial
+from tests.flower.own_app import Net, initial
 from tests.flower.test_mod import SHARED, Own, spoil, values
 from tests.helpers import timeless
 
@@ -293,6 +293,35 @@ def test_a_finished_run_is_not_troubled_by_a_newcomer(tmp_path):
     own.wire.nodes[12] = late
     own.start(2, strategy=strategy(run_dir=tmp_path / "run"))
     assert set(Run(tmp_path / "run").summary()["clients"]) == {"client-0", "client-1"}
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_client_that_does_not_come_back_keeps_its_metric(tmp_path, rounds):
+    own = Own()
+    own.start(2, strategy=strategy(run_dir=tmp_path / "run"))
+    before = Run(tmp_path / "run").summary()["tasks"]["client-2"]["metric"]
+    own.wire.nodes.pop(12)
+    own.start(rounds, strategy=strategy(run_dir=tmp_path / "run", min_nodes=2))
+    found = Run(tmp_path / "run").summary()["tasks"]["client-2"]["metric"]
+    assert found == {**before, "last": before["last"] if rounds == 2 else None}
+
+
+class Moved(Net):
+    """The same layers in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = self._modules.pop("body")
+
+
+def test_a_model_whose_layers_changed_places_does_not_go_on(tmp_path):
+    own, moved = Own(parts=(0, 1)), Own(parts=(0, 1), model=Moved, net=lambda _: Moved())
+    moved.stores.update(own.stores)
+    own.start(2, strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"other parameters, or in another order, than when the run began: \('norm.weight', \(6,\)\), was"):
+        moved.start(3, arrays=ArrayRecord(Moved().state_dict()), strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_round_one_begins_anew(whole, tmp_path):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members
 from fedgradnorm.flower.messages import Greeting
+from fedgradnorm.records import MembersRecord
 from fedgradnorm.task import Metric, Task
 
 __all__ = ["Roster", "module_of", "roster_of"]
@@ -50,8 +51,14 @@ class Roster(Members):
         """Note how many training examples a client has, where it says so."""
         self._examples[id] = num_examples or self._examples.get(id, 0)
 
-    def expect(self, id: str, task: str, metric: str = "", higher_is_better: bool = True) -> None:
-        """One client more, or a known one with this metric."""
+    def recall(self, members: MembersRecord) -> None:
+        """Know again the clients of a run that is gone on with, so that one that does not come back keeps its lines and its metric."""
+        for id, one in members["clients"].items():
+            if self.open:
+                self._expect(id, one["task"], one["metric"], one["higher_is_better"])
+            self.learn(id, one["examples"])
+
+    def _expect(self, id: str, task: str, metric: str, higher_is_better: bool) -> None:
         metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
         self._clients[id] = _remote(id, Task(task, nn.Identity, _nowhere, metrics))
 
@@ -69,7 +76,7 @@ class Roster(Members):
                 same = metric is None or (metric.name, metric.higher_is_better) == (greeting.metric, greeting.higher_is_better)
                 if other.id != id and other.task.name == task and greeting.metric and not same:
                     return f"client '{id}' measures task '{task}' in another way than client '{other.id}'"
-            self.expect(id, task, greeting.metric, greeting.higher_is_better)
+            self._expect(id, task, greeting.metric, greeting.higher_is_better)
         self.learn(id, greeting.num_examples)
         return None
 

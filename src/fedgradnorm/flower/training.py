@@ -91,7 +91,7 @@ def _train(
     should_stop: Callable[[], bool],
     on_state: OnState | None,
 ) -> Result:
-    done = 0
+    done, checkpoint = 0, None
     if folder is not None and (folder / "config.toml").is_file():
         checkpoint, _, faults = load_newest(folder / CHECKPOINTS)
         done = 0 if checkpoint is None else checkpoint.server.round
@@ -105,16 +105,15 @@ def _train(
         engine.experiment = settings.run.experiment or new_experiment()
         return with_faults(engine, settings)
 
-    if folder is not None and done and start_round != 1:
+    if folder is not None and checkpoint is not None and done and start_round != 1:
         opened = Run(folder)
         changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
         if changed:
             raise ConfigError(
                 f"{folder}: a run goes on with the settings that it began with (start_round = 1 begins anew); changed: {changed}"
             )
-        for row in opened.rows():
-            if row["client"] not in engine.roster.client_ids:
-                engine.roster.expect(row["client"], row["task"])
+        if checkpoint.members is not None:
+            engine.roster.recall(checkpoint.members)
         return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, on_round, should_stop, log.info, on_state)
     settings = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})  # clients keep only their last states
     config = config.model_copy(update={"run": settings})
