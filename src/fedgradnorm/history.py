@@ -209,6 +209,15 @@ class Run:
         """What summary.json holds."""
         return self._checked("summary.json", SUMMARY, self._json("summary.json", self._text("summary.json")))
 
+    def has_results(self) -> bool:
+        """Whether it got beyond its first round, which may have been cut short before there was a checkpoint."""
+        rounds = set()
+        with suppress(OSError), (self.folder / "metrics.jsonl").open("rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn or damaged line
+                    rounds.add(json.loads(line)["round"])
+        return bool(rounds - {1}) or (self.folder / "summary.json").exists()
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file under models/, such as ``encoder.safetensors``."""
         path = self.folder / "models" / name

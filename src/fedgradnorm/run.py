@@ -37,7 +37,19 @@ from fedgradnorm.summary import check_targets, summarise
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Result", "begin", "changes", "check_settings", "go_on", "resume", "run", "train", "weighting_of", "with_faults"]
+__all__ = [
+    "Result",
+    "begin",
+    "changes",
+    "check_settings",
+    "go_on",
+    "refuse_lockstep",
+    "resume",
+    "run",
+    "train",
+    "weighting_of",
+    "with_faults",
+]
 
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
@@ -213,6 +225,8 @@ def go_on(
         on_message(f"warning: {fault}; it is skipped")
     done = 0 if checkpoint is None else checkpoint.server.round
     config = _config_to_resume(opened, checkpoint, done, num_rounds)
+    if checkpoint is not None and checkpoint.members is not None:
+        _check_layout(path, checkpoint.members["encoder"], federation.layout)
     engine = make_engine(config)
     weighting = weighting or registry.build("weighting", config.weighting)
     state = initial_state(federation, weighting, config.train.seed)
@@ -220,8 +234,6 @@ def go_on(
         same_clients = config.run.experiment is not None or checkpoint.clients.keys() == set(federation.client_ids)
         if not same_clients or checkpoint.server.encoder.shape != state.encoder.shape:
             raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
-        if checkpoint.members is not None:
-            _check_layout(path, checkpoint.members["encoder"], federation.layout)
         state = checkpoint.server
         engine.restore(checkpoint.clients)
     on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
@@ -287,6 +299,12 @@ def _check_method(config: RunConfig, federation: Members) -> None:
         raise ConfigError(f"train.method: {name} sends no reports that could meet faults: expected no [faults]")
 
 
+def refuse_lockstep(config: RunConfig) -> None:
+    """Raise ConfigError for a method that an engine of messages cannot run: one whose server steps after each of the clients' steps."""
+    if method_of(config.train).lockstep:
+        raise ConfigError(f"train.method: {config.train.method.name} keeps all clients in lockstep, which is for the simulation alone")
+
+
 def _require_clients_here(config: RunConfig) -> None:
     if config.run.experiment is not None:
         raise ConfigError(
@@ -301,6 +319,8 @@ def _engine_here(federation: Federation, config: RunConfig) -> Engine:
     check_settings(config, federation)
     federation.check_data(config.train.batch_size)
     engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
+    if not getattr(engine, "lockstep", True):
+        refuse_lockstep(config)
     return with_faults(engine, config)
 
 

@@ -1,17 +1,19 @@
 """The ready apps: a Federation from a configuration file, one client a node, as if every message came to a new process."""
 
+import fcntl
 import shutil
 
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedgradnorm import ConfigError, StoppedError
+from fedgradnorm import ConfigError, FedGradNormError, RunError, StoppedError
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
-from fedgradnorm.flower import client_app, server_app
+from fedgradnorm.flower import client_app, server_app, training
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.history import Run
 from fedgradnorm.run import run
+from tests.faults.test_resume import contents
 from tests.flower.nodes import Wire, in_round, lost, raising
 from tests.helpers import timeless
 
@@ -142,6 +144,59 @@ def test_a_wrong_setting_of_the_server_is_named(tmp_path, options, message):
     place = Place(tmp_path)
     with pytest.raises(ConfigError, match=message):
         place.deployed(**options)
+
+
+UNFIT = {
+    "train.method=centralized": "train.method: centralized keeps all clients in lockstep, which is for the simulation alone",
+    'train.participants=[["nobody"]]': "there is no client 'nobody'",
+    "train.min_clients=9": "train.min_clients: expected at most the 4 clients, found 9",
+    "run.metric_targets={nope=0.5}": "run.metric_targets.nope: there is no task 'nope'",
+    "train.method=local model.buffers=averaged": "train.method: local exchanges nothing",
+}
+CHANGED = ("train.head_lr=0.7", r"changed: train.head_lr = 0.7 \(was 0.05\)", 0)
+
+
+@pytest.mark.parametrize(("words", "message", "start_round"), [CHANGED, *((*one, start) for one in UNFIT.items() for start in (0, 1))])
+def test_settings_that_do_not_fit_are_refused_before_a_node_is_asked_or_a_run_replaced(tmp_path, words, message, start_round):
+    place = Place(tmp_path)
+    place.deployed(settings="train.num_rounds=2")
+    before = contents(tmp_path / "run")
+    place.wire.nodes.clear()
+    with pytest.raises(FedGradNormError, match=message):
+        place.deployed(settings=words, **{"start-round": start_round})
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "/", "../..", "a/..", "~nobody-of-this-name/x", "a\0b"])
+def test_a_folder_that_cannot_be_a_runs_own_is_refused(tmp_path, folder, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = Place(tmp_path)
+    with pytest.raises(ConfigError, match="run.dir: expected a folder"):
+        place.deployed(**{"run-dir": folder})
+    assert not list((tmp_path / "here").iterdir())
+    assert not place.wire.messages
+
+
+def test_a_run_of_the_simulation_is_not_taken_over(tmp_path):
+    place = Place(tmp_path)
+    place.simulated().rename(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for words in ("", "train.num_rounds=5"):
+        with pytest.raises(RunError, match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1"):
+            place.deployed(settings=words)
+    assert contents(tmp_path / "run") == before
+    assert same(place.deployed(**{"start-round": 1}), place.simulated())
+
+
+def test_a_second_run_in_one_folder_asks_no_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOCK_TIMEOUT", 0.3)
+    place = Place(tmp_path)
+    with (tmp_path / ".run.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another run is writing to it"):
+            place.deployed()
+    assert not place.wire.messages
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The clients behind a Grid: who takes part, what goes wrong, and what is undone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.history import Run
 from fedgradnorm.messages import Instruction
+from tests.faults.test_resume import contents
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
 from tests.helpers import batch_norm_encoder, small_federation, timeless
 
@@ -457,6 +459,28 @@ def test_damaged_checkpoints_are_not_begun_over_unasked(tmp_path):
     with pytest.raises(RunError, match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew"):
         site.train(tmp_path / "run", num_rounds=3)
     assert len(site.train(tmp_path / "run", num_rounds=3, start_round=1).rows) == 9
+
+
+@pytest.mark.parametrize("left", ["all", "rows"])
+def test_results_without_a_checkpoint_are_not_begun_over_unasked(tmp_path, left):
+    site, run = Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=3)
+    shutil.rmtree(run / "checkpoints")
+    if left == "rows":
+        (run / "summary.json").unlink()
+    before = contents(run)
+    with pytest.raises(RunError, match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew"):
+        site.train(run, num_rounds=3)
+    assert contents(run) == before
+    assert len(site.train(run, num_rounds=3, start_round=1).rows) == 9
+
+
+def test_a_run_that_was_killed_in_its_first_round_begins_anew(tmp_path):
+    site, run = Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=1)
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    assert len(site.train(run, num_rounds=2).rows) == 6
 
 
 @pytest.mark.parametrize("start_round", [0, 2, 4])

@@ -14,7 +14,7 @@ from flwr.cli.build import build_fab_from_disk  # the format of an app bundle is
 
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import load_config
-from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.errors import FedGradNormError, RunError
 from fedgradnorm.flower.init import write_deployment
 
 DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
@@ -188,9 +188,14 @@ def test_nothing_is_overwritten(tmp_path):
         ({"port": 0}, "--port: expected a number from 1 to 65535"),
         ({"overrides": ["federation.name=digit"]}, "did you mean 'digits'"),
         ({"overrides": ["faults.drop=0.5"]}, "faults: on purpose"),
+        ({"overrides": ["train.method=centralized"]}, "train.method: centralized keeps all clients in lockstep"),
+        ({"overrides": ["train.min_clients=9"]}, "train.min_clients: expected at most the 3 clients"),
+        ({"overrides": ['train.participants=[["nobody"]]']}, "there is no client 'nobody'"),
+        ({"overrides": ["run.metric_targets={nope=0.5}"]}, "run.metric_targets.nope: there is no task"),
+        ({"overrides": ["run.dir=."]}, "run.dir: expected a folder of its own"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(FedGradNormError, match=message):
         write_deployment(tmp_path / "here", **options)
     assert list(tmp_path.iterdir()) == []

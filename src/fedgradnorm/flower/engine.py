@@ -95,26 +95,30 @@ class GridEngine:
         grid: Flower's.
         roster: the clients; it decides who is one.
         layout: of the encoder.
-        experiment: the name under which the clients keep their states.
         limits: for how long to wait, and for whom.
         keep: so many earlier states stay with the clients, besides the last, for a run that is resumed.
-        config: for users' own apps, what goes along with messages for training and for evaluation.
         federated: whether the clients run a Federation, and need the settings of training.
+
+    Attributes:
+        experiment: the name under which the clients keep their states. It has to be set before anything is sent.
+        config: for users' own apps, what goes along with messages for training and for evaluation.
+        failures: by client, why there was no report when it was last instructed.
     """
+
+    lockstep = False
+    """No method whose server steps after each of the clients' steps: that would be a message for every step."""
 
     def __init__(
         self,
         grid: Grid,
         roster: Roster,
         layout: Layout,
-        experiment: str,
         limits: Limits = Limits(),
         keep: int = 3,
-        config: Mapping[str, ConfigRecord] | None = None,
         federated: bool = True,
     ) -> None:
-        self.grid, self.roster, self.layout, self.experiment = grid, roster, layout, experiment
-        self.limits, self.keep, self.config, self.federated = limits, keep, config or {}, federated
+        self.grid, self.roster, self.layout, self.limits, self.keep, self.federated = grid, roster, layout, limits, keep, federated
+        self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
@@ -168,7 +172,6 @@ class GridEngine:
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
         self.failures = {}
-        require(all(one.step is None for one in instructions), "train.method", "one whose clients are not in lockstep", "one with steps")
         for instruction in instructions:
             self._remember(instruction)
         if instructions and self.federated:
@@ -384,7 +387,8 @@ class FlowerLocalEngine(GridEngine):
             return answer
 
         grid = LocalGrid({number: answering(node) for number, node in enumerate(nodes, start=2)})
-        super().__init__(grid, roster_of(federation), nodes[0].layout, "local")
+        super().__init__(grid, roster_of(federation), nodes[0].layout)
+        self.experiment = "local"
         self._initial = {node.client.id: node.initial for node in nodes}
         self._states = dict(self._initial)
 

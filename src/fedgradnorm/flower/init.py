@@ -13,6 +13,8 @@ from fedgradnorm import __version__
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import RunConfig, load_config
 from fedgradnorm.errors import ConfigError, RunError, require
+from fedgradnorm.flower.roster import roster_of
+from fedgradnorm.flower.training import check_deployable, run_folder
 
 __all__ = ["write_deployment"]
 
@@ -46,7 +48,8 @@ def write_deployment(
         The ids of the federation's clients.
 
     Raises:
-        ConfigError: settings that are wrong, or a name that is none.
+        ConfigError: settings that are wrong or cannot be trained across machines, or a name that is none.
+        FederationError: a federation that cannot be.
         RunError: the folder is there and not empty, or cannot be written.
 
     >>> from tempfile import TemporaryDirectory
@@ -61,7 +64,10 @@ def write_deployment(
     settings = resolve_config(load_config(config, overrides))
     if any(settings.faults.model_dump().values()):
         raise ConfigError("faults: on purpose they are for the simulation alone: remove the table [faults]")
-    clients = build_federation(settings).client_ids
+    roster = roster_of(build_federation(settings))
+    run_folder(settings)
+    check_deployable(settings, roster)
+    clients = roster.client_ids
     folder = folder.expanduser().resolve()
     aside = folder.with_name(f".{folder.name}.writing")
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import Evaluation
 from fedgradnorm.config import TrainConfig, validated
-from fedgradnorm.errors import ConfigError, MessageError
+from fedgradnorm.errors import ConfigError, FederationError, MessageError
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -144,8 +144,12 @@ class Layout:
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as arrays."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+    """Tensors as arrays. Raises FederationError for a type of numbers that NumPy does not have, such as bfloat16."""
+    try:
+        return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+    except TypeError as error:
+        types = sorted({str(tensor.dtype) for tensor in tensors.values()})
+        raise FederationError(f"encoder: expected numbers of a type that a message can hold, such as float32, found {types}") from error
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members
-from fedgradnorm.flower.messages import Greeting
+from fedgradnorm.flower.messages import Greeting, arrays_of
+from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.records import MembersRecord
 from fedgradnorm.task import Metric, Task
 
@@ -82,7 +83,9 @@ class Roster(Members):
 
 
 def roster_of(federation: Federation) -> Roster:
-    """The clients of a federation without their data."""
+    """The clients of a federation without their data. Raises FederationError for an encoder that no message can hold."""
+    encoder = federation.make_encoder(seed=0)
+    arrays_of({**dict(trainable(encoder)), **(buffers_of(encoder) if federation.buffers == "averaged" else {})})
     return Roster(federation.encoder, federation.buffers, [(client.id, client.task) for client in federation.clients])
 
 

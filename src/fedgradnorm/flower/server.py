@@ -13,7 +13,7 @@ from fedgradnorm.errors import ConfigError
 from fedgradnorm.flower.engine import GridEngine, Limits
 from fedgradnorm.flower.messages import Layout
 from fedgradnorm.flower.roster import roster_of
-from fedgradnorm.flower.training import new_experiment, train_on_grid
+from fedgradnorm.flower.training import train_on_grid
 
 __all__ = ["server_app"]
 
@@ -51,10 +51,10 @@ def server_app(config: str | Path) -> ServerApp:
             node_timeout=_number(context, "node-timeout", 600),
             round_timeout=_number(context, "round-timeout", 3600),
         )
-        engine = GridEngine(grid, roster, Layout.of(roster.make_encoder(settings.train.seed)), new_experiment(), limits, settings.run.keep)
-        start_round = _number(context, "start-round", 0) or None
-        engine.wait(_number(context, "min-nodes", 0) or len(roster.clients))
-        train_on_grid(settings, engine, registry.build("weighting", settings.weighting), start_round)
+        engine = GridEngine(grid, roster, Layout.of(roster.make_encoder(settings.train.seed)), limits, settings.run.keep)
+        weighting, start_round = registry.build("weighting", settings.weighting), _number(context, "start-round", 0) or None
+        first = _number(context, "min-nodes", 0) or len(roster.clients)
+        train_on_grid(settings, engine, weighting, start_round, min_nodes=first)
         log.info("run: %s", settings.run.dir)
 
     return app

@@ -144,7 +144,6 @@ class FedGradNorm(Strategy):
         self.summary()
         engine = self._engine_for(grid, initial_arrays, timeout)
         engine.config = {"train": train_config or ConfigRecord(), "evaluate": evaluate_config or ConfigRecord()}
-        engine.wait()
         result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
 
         def note_state(state: ServerState) -> None:
@@ -174,6 +173,7 @@ class FedGradNorm(Strategy):
         """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
         if self._engine is None or self._engine.grid is not grid or server_round == 1:
             self._engine, self._state = self._engine_for(grid, arrays), None
+            self._engine.experiment = new_experiment()
         engine = self._engine
         engine.config = {**engine.config, "train": config}
         engine.wait()
@@ -226,7 +226,7 @@ class FedGradNorm(Strategy):
         shared = self._shared(arrays)
         limits = replace(self.limits, round_timeout=timeout)
         roster = Roster(lambda: module_of(shared))
-        return GridEngine(grid, roster, Layout.of(module_of(shared)), new_experiment(), limits, federated=False)
+        return GridEngine(grid, roster, Layout.of(module_of(shared)), limits, federated=False)
 
     def _settings(self, num_rounds: int) -> RunConfig:
         return RunConfig(
