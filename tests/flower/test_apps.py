@@ -93,6 +93,22 @@ def test_the_server_says_how_to_train_and_the_seed_too(tmp_path, words):
             assert row[key] == expected[key], key
 
 
+FEDERATIONS = ["federation.sizes=dirichlet federation.alpha=0.2", "model.name=mlp model.hidden=[8]", "model.norm_layer=1"]
+
+
+@pytest.mark.parametrize("words", FEDERATIONS)
+def test_the_clients_have_the_servers_federation_and_model(tmp_path, words):
+    place = Place(tmp_path, DIGITS.replace("[train]", 'model = { buffers = "averaged" }\n[train]'))
+    assert same(place.deployed(settings=words), place.simulated(*words.split()))
+
+
+def test_a_nodes_own_words_win_over_the_servers(tmp_path):
+    place = Place(tmp_path)
+    place.wire.contexts[3].node_config["settings"] = "federation.sizes.parity=20"
+    rows = Run(place.deployed(settings="federation.sizes={class=30,parity=40}")).rows()
+    assert [row["examples"] for row in rows if row["round"] == 3] == [30, 20, 336, 336]
+
+
 def test_started_again_it_goes_on(tmp_path):
     place, gone = Place(tmp_path), []
 
@@ -207,7 +223,7 @@ def test_a_second_run_in_one_folder_asks_no_node(tmp_path, monkeypatch):
         ({"partition-id": 4}, "node config: partition-id: expected 0 to 3, found 4"),
         ({}, "node config: expected a 'client-key'"),
         ({"partition-id": 1, "threads": 0}, "node config: threads: expected a whole number from 1, found 0"),
-        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.path"),
+        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.KEY=VALUE, found"),
         ({"partition-id": 1, "settings": "federation.x=1"}, "unknown key 'federation.x'"),
         ({"partition-id": 1, "state-dir": None}, "node config: expected a 'state-dir'"),
     ],

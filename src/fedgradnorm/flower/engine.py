@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -98,6 +99,7 @@ class GridEngine:
         limits: for how long to wait, and for whom.
         keep: so many earlier states stay with the clients, besides the last, for a run that is resumed.
         federated: whether the clients run a Federation, and need the settings of training.
+        settings: the server's words on that federation and its model, for the clients to follow.
 
     Attributes:
         experiment: the name under which the clients keep their states. It has to be set before anything is sent.
@@ -116,8 +118,10 @@ class GridEngine:
         limits: Limits = Limits(),
         keep: int = 3,
         federated: bool = True,
+        settings: str = "",
     ) -> None:
-        self.grid, self.roster, self.layout, self.limits, self.keep, self.federated = grid, roster, layout, limits, keep, federated
+        self.grid, self.roster, self.layout, self.limits, self.keep = grid, roster, layout, limits, keep
+        self.federated, self.settings = federated, settings
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
@@ -183,17 +187,9 @@ class GridEngine:
             if id not in self._nodes:
                 self.failures[id] = self._refused(id) or "not connected"
                 continue
-            control = Control(
-                kind="train",
-                experiment=self.experiment,
-                client=id,
-                round=instruction.round,
-                attempt=instruction.attempt,
-                base=state.round,
-                keep=tuple(sorted({*self._bases.get(id, ()), state.round})),
-                training=self._training,
-            )
-            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("train", instruction.round)})
+            keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
+            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
+            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)})
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
             self.messages[id] = self._message(content, "train", self._nodes[id], str(instruction.round))
@@ -228,8 +224,8 @@ class GridEngine:
             if id in self._untested:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = Control(kind="evaluate", experiment=self.experiment, client=id, round=self._round, base=base, training=self._training)
-            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("evaluate", self._round)})
+            control = self._control("evaluate", client=id, round=self._round, base=base)
+            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)})
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
             self.messages[id] = self._message(content, "evaluate", node, str(self._round))
@@ -279,8 +275,7 @@ class GridEngine:
         new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
         if not new:
             return
-        hello = Control(kind="hello", experiment=self.experiment)
-        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: hello.record(), CONFIG: self._config("train", 0)})
+        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: self._control("hello"), CONFIG: self._config("train", 0)})
         asked = {str(node): self._message(content, "train", node, "hello") for node in new}
         answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.greeting_timeout))
         greetings: dict[int, Greeting] = {}
@@ -352,6 +347,10 @@ class GridEngine:
             self.failures[name] = f"no answer within {timeout:g} s"
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
+
+    def _control(self, kind: str, **fields: Any) -> ConfigRecord:
+        control = Control(kind=kind, experiment=self.experiment, training=self._training, settings=self.settings, **fields)
+        return control.record()
 
     def _config(self, kind: str, round: int) -> ConfigRecord:
         return ConfigRecord({**self.config.get(kind, {}), "server-round": round})

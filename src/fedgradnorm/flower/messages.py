@@ -62,6 +62,7 @@ class Control(BaseModel):
         base: the round whose state the client begins with: its last one that the server has taken. 0: its initial state.
         keep: the rounds whose states the server may come back to; with 0 among them, all.
         training: how to train, as JSON; empty for a user's own app, and before the first round.
+        settings: the server's words on the federation and the model, such as ``federation.alpha=0.2``, which win over the client's file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -73,6 +74,7 @@ class Control(BaseModel):
     base: int = Field(0, ge=0)
     keep: tuple[int, ...] = Field((0,), strict=False)
     training: str = ""
+    settings: str = ""
 
     def record(self) -> ConfigRecord:
         """As a record."""
