@@ -391,6 +391,35 @@ def test_a_run_that_lost_its_nodes_goes_on_when_they_are_back(tmp_path):
     assert plain(result) == plain(expected)
 
 
+ONE_OF_THREE = {"num_rounds": 6, "fraction_train": 0.34}
+
+
+def test_a_repeat_waits_until_a_client_that_was_drawn_is_back():
+    site, well = Site(small_federation()), Site(small_federation())
+    ids, looks = site.wire.get_node_ids, []
+
+    def act(rows):
+        if rows[0]["round"] == 1:
+            site.leave(3)
+
+    def seen():
+        looks.append(3 not in site.wire.nodes)
+        if sum(looks) == 20:
+            site.join(3, "b")
+        return ids()
+
+    site.wire.get_node_ids = seen
+    result = site.train(on_round=act, limits={"node_timeout": 60}, **ONE_OF_THREE)
+    assert result.state.encoder.tolist() == well.train(**ONE_OF_THREE).state.encoder.tolist()
+    assert {row["retries"] for row in result.rows} == {0, 1}
+
+
+def test_a_repeat_waits_no_longer_than_for_nodes():
+    site = Site(small_federation())
+    with pytest.raises(StoppedError, match="0 of the clients b are connected after 0 s, expected at least 1; connected: a, c"):
+        site.train(on_round=at(1, lambda: site.leave(3)), **ONE_OF_THREE)
+
+
 def test_clients_without_test_data_are_not_asked():
     federation = small_federation()
     clients = [replace(client, test=None) if client.id == "b" else client for client in federation.clients]

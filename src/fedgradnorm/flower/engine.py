@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,28 +149,32 @@ class GridEngine:
         """Let the clients go on from these rounds."""
         self._states = dict(states)
 
-    def wait(self, min_nodes: int | None = None) -> None:
-        """Wait until enough clients are connected: as many as given, or as the limits say.
+    def wait(self, least: int | None = None, among: Collection[str] | None = None) -> None:
+        """Wait until enough clients are connected: as many as given, or as the limits say; any, or some of those named.
 
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        least, end = min_nodes or self.limits.min_nodes, time.monotonic() + self.limits.node_timeout
+        least, end = self.limits.min_nodes if least is None else least, time.monotonic() + self.limits.node_timeout
         while True:
             self._greet()
-            if len(self._nodes) >= least:
+            found = len(self._nodes if among is None else self._nodes.keys() & among)
+            if found >= least:
                 return
             if time.monotonic() >= end:
+                whom = "clients" if among is None else f"of the clients {', '.join(sorted(among))}"
                 refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
                 raise StoppedError(
-                    f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
-                    f"{least}; connected: {', '.join(self.clients) or 'none'}{refused}"
+                    f"{found} {whom} are connected after {self.limits.node_timeout:g} s, expected at least {least}; "
+                    f"connected: {', '.join(self.clients) or 'none'}{refused}"
                 )
             time.sleep(self.limits.poll)
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train. Who is not connected, fails or is late has no report, and a reason in ``failures``."""
         self.wait()
+        if instructions and instructions[0].attempt:  # there were too few before, and at once there would be again
+            self.wait(min(instructions[0].training.min_clients, len(instructions)), {one.client for one in instructions})
         return self.reports(self._send(self.messages_for(instructions)))
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
