@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
@@ -103,6 +103,18 @@ def with_endless_seconds(content):
     content["metrics"]["seconds"] = float("nan")
 
 
+def with_a_lifetime_of_seconds(content):
+    content["metrics"] = MetricRecord({**content["metrics"], "seconds": 1e308, "head-seconds": 1e308})
+
+
+def with_a_long_task(content):
+    content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "task": "x\n" * 10**6})
+
+
+def with_many_long_names(content):
+    content["arrays"] = ArrayRecord({f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)})
+
+
 def with_half_an_example(content):
     content["metrics"]["num-examples"] = 0.5
 
@@ -113,6 +125,10 @@ def with_nan_at_the_start(content):
 
 def with_strange_buffers(content):
     content["buffers"] = ArrayRecord({"x": Array(np.zeros(1))})
+
+
+def raising_at_length(_message, _answer):
+    raise RuntimeError("no\n" * 10**6)
 
 
 FAILURES = {
@@ -137,6 +153,10 @@ FAILURES = {
     "no arrays": (changed(without_arrays), "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']"),
     "no seconds": (changed(without_seconds), "no report: metrics.seconds: expected a number, found None"),
     "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, found nan"),
+    "a lifetime": (changed(with_a_lifetime_of_seconds), "no report: metrics.seconds: expected seconds, found 1e+308"),
+    "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
+    "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
+    "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
     "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number, found 0.5"),
     "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number above 0, found nan"),
     "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),
@@ -154,6 +174,8 @@ def test_a_client_that_fails_is_named_and_its_round_is_undone(twist, reason, rou
     found = dropped(result.rows, "b")
     assert found.keys() == {round}
     assert found[round].startswith(reason)
+    assert len(found[round]) < 400
+    assert "\n" not in found[round]
     assert not dropped(result.rows, "a")
     assert not dropped(result.rows, "c")
     assert site.heads(result) == as_if.heads(expected)
@@ -198,20 +220,64 @@ def test_a_failed_test_leaves_a_gap_and_the_reason_of_training_stands():
     assert not dropped(rows, "b")
 
 
-@pytest.mark.parametrize("metrics", ["{}", '{"accuracy": "high"}', '{"accuracy": null}', "[]", "{", '{"accuracy": 1' + 400 * "0" + "}"])
-def test_an_odd_evaluation_counts_for_nothing(metrics):
-    site = Site(small_federation())
-    node = site.wire.nodes[3]
+def evaluating(site, number, change):
+    """Let a node's evaluations be changed."""
+    node = site.wire.nodes[number]
 
     def answer(message, context):
         reply = node(message, context)
         if message.metadata.message_type == "evaluate":
-            reply.content["fedgradnorm"] = ConfigRecord({**reply.content["fedgradnorm"], "metrics": metrics})
+            change(reply.content)
         return reply
 
-    site.wire.nodes[3] = answer
-    rows = site.train(num_rounds=1).rows
+    site.wire.nodes[number] = answer
+
+
+def with_metrics(metrics):
+    def change(content):
+        content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "metrics": metrics})
+
+    return change
+
+
+def with_loss(loss):
+    def change(content):
+        content["metrics"]["loss"] = loss
+
+    return change
+
+
+ODD_METRICS = {
+    "none": "{}",
+    "text": '{"accuracy": "high"}',
+    "null": '{"accuracy": null}',
+    "list": "[]",
+    "torn": "{",
+    "endless": '{"accuracy": 1' + 400 * "0" + "}",
+    "too large": '{"accuracy": 1.7e308}',
+    "a name that is no text": '{"accuracy": 0.5, "\\ud800": 1}',
+    "a long name": '{"accuracy": 0.5, "' + 300 * "x" + '": 1}',
+    "many": '{"accuracy": 0.5, ' + ", ".join(f'"{number}": 1' for number in range(20_000)) + "}",
+}
+
+
+@pytest.mark.parametrize("metrics", ODD_METRICS.values(), ids=ODD_METRICS)
+def test_an_odd_evaluation_counts_for_nothing(metrics, tmp_path):
+    site = Site(small_federation())
+    evaluating(site, 3, with_metrics(metrics))
+    rows = site.train(tmp_path / "run", num_rounds=1).rows
     assert [row["client"] for row in rows if row["test_loss"] is None] == ["b"]
+    assert Run(tmp_path / "run").rows() == rows
+
+
+@pytest.mark.parametrize("loss", [1.7e308, -1.7e308, float("inf"), float("nan")])
+def test_a_loss_without_bounds_is_a_gap(loss, tmp_path):
+    site = Site(small_federation())
+    for number in (2, 3):
+        evaluating(site, number, with_loss(loss))
+    rows = site.train(tmp_path / "run", num_rounds=2).rows
+    assert {row["client"] for row in rows if row["test_loss"] is None} == {"a", "b"}
+    assert Run(tmp_path / "run").summary()["rounds"] == 2
 
 
 def test_a_reply_to_no_message_is_left_alone():

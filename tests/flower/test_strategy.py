@@ -14,6 +14,7 @@ from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from tests.flower.nodes import changed, dropped, in_round, lost, untouched
 from tests.flower.own_app import Net, initial
+from tests.flower.test_engine import evaluating, with_loss
 from tests.flower.test_mod import SHARED, Own, spoil, values
 from tests.helpers import timeless
 
@@ -177,6 +178,17 @@ def test_the_clients_get_what_the_user_sends_along():
             found.setdefault(kind, []).append((message.content["config"]["server-round"], message.content["config"].get("lr")))
     assert found["train"] == [(1, 0.25)] * 3 + [(2, 0.25)] * 3
     assert found["evaluate"] == [(1, 0.5)] * 3 + [(2, 0.5)] * 3
+
+
+@pytest.mark.parametrize("loss", [1.7e308, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
+    own = Own()
+    for number, factor in ((10, 1), (11, -1)):
+        evaluating(own, number, with_loss(factor * loss))
+    found = loop(strategy(), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    (sound,) = [row["test_loss"] for row in Run(whole[1]).rows() if (row["round"], row["client"]) == (1, "client-2")]
+    assert found.evaluate_metrics_clientapp[1]["test_loss"] == pytest.approx(sound)
 
 
 def test_evaluation_every_so_many_rounds():

@@ -27,6 +27,7 @@ from fedgradnorm.flower.messages import (
     Layout,
     arrays_of,
     greeting_of,
+    one_line,
     read_evaluation,
     read_report,
 )
@@ -209,7 +210,7 @@ class GridEngine:
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
             except MessageError as error:
-                self.failures[id] = str(error)
+                self.failures[id] = one_line(error)
                 continue
             reports.append(report)
             self.roster.learn(id, report.num_examples)
@@ -248,7 +249,7 @@ class GridEngine:
                     raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
                 evaluations[id] = evaluation
             except MessageError as error:
-                log.warning("client %s: no evaluation: %s", id, error)
+                log.warning("client %s: no evaluation: %s", id, one_line(error))
         self.failures = failures
         return evaluations
 
@@ -292,7 +293,7 @@ class GridEngine:
                     self._silent[node] += 1
                     self._refuse(node, self.failures.pop(str(node)))
             except MessageError as error:
-                self._refuse(node, str(error))
+                self._refuse(node, one_line(error))
             self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(0, self._silent[node] - 1)
         claims = Counter(greeting.client for greeting in greetings.values())
         for node, greeting in greetings.items():
@@ -340,7 +341,7 @@ class GridEngine:
             if name is None:
                 log.warning("a reply to no message of this round is left alone")
             elif reply.has_error():
-                said = " ".join((reply.error.reason or "").split())[-300:]
+                said = one_line(reply.error.reason or "")
                 self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 log.warning("%s %s: %s", whom, name, self.failures[name])
                 if WRONG_CLIENT in said:

@@ -1,6 +1,7 @@
 """FedGradNorm as a Flower strategy: the functions of the simulation, its checkpoints and its run folder."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -205,8 +206,8 @@ class FedGradNorm(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
         """The mean of the clients' test losses."""
         engine, _ = self._begun()
-        evaluations = engine.evaluations(replies).values()
-        return MetricRecord({"test_loss": fmean(one.loss for one in evaluations)}) if evaluations else None
+        losses = [one.loss for one in engine.evaluations(replies).values() if math.isfinite(one.loss)]
+        return MetricRecord({"test_loss": fmean(losses)}) if losses else None
 
     def _begun(self) -> tuple[GridEngine, ServerState]:
         if self._engine is None or self._state is None:
