@@ -10,10 +10,12 @@ from fedgradnorm import ConfigError, FedGradNormError, RunError, StoppedError
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import client_app, server_app, training
+from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.history import Run
 from fedgradnorm.run import run
 from tests.faults.test_resume import contents
+from tests.flower.lazy import opened
 from tests.flower.nodes import Wire, in_round, lost, raising
 from tests.helpers import timeless
 
@@ -30,6 +32,7 @@ eval_every = 2
 loss_targets = [0.9]
 """
 RADCOM = DIGITS.replace('{ name = "digits" }', '{ name = "radcom", snapshots = 6 }')
+LAZY = DIGITS.replace('"digits"', '"tests.flower.lazy:make"')
 
 
 class Place:
@@ -235,6 +238,41 @@ def test_a_wrong_setting_of_a_node_keeps_it_out_and_says_why(tmp_path, node_conf
     with pytest.raises(StoppedError, match=f"node 3 stays out: .*{why}"):
         place.deployed()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_node_loads_its_own_data_alone_and_none_to_say_who_it_is(tmp_path):
+    place, found = Place(tmp_path, LAZY), {}
+
+    def noting(app):
+        def answer(message, context):
+            opened()
+            reply = app(message, context)
+            found.setdefault((context.node_config["client-key"], control_of(message).kind), set()).add(tuple(opened()))
+            return reply
+
+        return answer
+
+    place.wire.nodes = {number: noting(app) for number, app in place.wire.nodes.items()}
+    place.deployed()
+    for client in ("a", "b", "c"):
+        assert found[client, "hello"] == {()}
+        assert found[client, "train"] == found[client, "evaluate"] == {(client,)}
+
+
+def test_a_server_loads_no_data(tmp_path):
+    place = Place(tmp_path, LAZY)
+    place.wire.nodes.clear()
+    opened()
+    with pytest.raises(StoppedError, match="0 clients are connected"):
+        place.deployed()
+    assert opened() == []
+
+
+def test_data_that_are_not_loaded_yet_are_counted_from_the_first_report_on(tmp_path):
+    place, words = Place(tmp_path, LAZY), "train.num_rounds={} train.participants=[['a'],['b'],['b'],['a']]"
+    place.deployed(settings=words.format(2))
+    rows = Run(place.deployed(settings=words.format(4))).rows()
+    assert [row["examples"] for row in rows] == [20, 0, 0, *(20, 25, 0) * 3]
 
 
 def test_a_head_that_is_lost_is_an_error_that_says_what_to_do(tmp_path):

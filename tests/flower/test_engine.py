@@ -423,6 +423,13 @@ def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
     assert engine.clients == ["a", "b", "c"]
 
 
+def test_a_message_lives_as_long_as_its_answer_is_waited_for():
+    site = Site(small_federation())
+    site.train(num_rounds=1, limits={"round_timeout": 700.0, "greeting_timeout": 50.0})
+    lives = {(one.content["fedgradnorm"]["kind"], one.metadata.ttl) for one in site.wire.messages if "kind" in one.content["fedgradnorm"]}
+    assert lives == {("hello", 50.0), ("train", 700.0), ("evaluate", 700.0)}
+
+
 def silent_app(message, _):
     return Message(RecordDict(), reply_to=message)
 

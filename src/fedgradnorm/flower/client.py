@@ -65,8 +65,10 @@ class Node:
         """
         control = control_of(message)
         if control.kind == "hello":
-            examples, tests = size(self.client.train_data), self.client.test_data is not None
-            return greeting_reply(Greeting(client=self.client.id, task=self.client.task.name, num_examples=examples, tests=tests), message)
+            client, tests = self.client, self.client.test is not None
+            return greeting_reply(
+                Greeting(client=client.id, task=client.task.name, num_examples=_known_examples(client), tests=tests), message
+            )
         if control.client != self.client.id:
             raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'")
         return self._train(message, control) if control.kind == "train" else self._evaluate(message, control)
@@ -94,6 +96,12 @@ class Node:
         expected = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
         if {name: value.shape for name, value in buffers.items()} != {name: value.shape for name, value in expected.items()}:
             raise MessageError(f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}")
+
+
+def _known_examples(client: Client) -> int:
+    """How many training examples a client has; 0 where they would have to be loaded, which may take longer than a greeting waits."""
+    loaded = "train_data" in client.__dict__ or isinstance(client.train, tuple) or not callable(client.train)
+    return size(client.train_data) if loaded else 0
 
 
 def client_app(config: str | Path) -> ClientApp:

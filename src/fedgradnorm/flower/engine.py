@@ -281,8 +281,9 @@ class GridEngine:
         if not new:
             return
         content = RecordDict({ARRAYS: arrays_of({}), CONTROL: self._control("hello"), CONFIG: self._config("train", 0)})
-        asked = {str(node): self._message(content, "train", node, "hello") for node in new}
-        answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.greeting_timeout))
+        timeout = min(self.limits.round_timeout, self.limits.greeting_timeout)
+        asked = {str(node): self._message(content, "train", node, "hello", timeout) for node in new}
+        answers = self._sound(asked, self._send(asked, timeout), "node", timeout)
         greetings: dict[int, Greeting] = {}
         for node in new:
             try:
@@ -321,11 +322,6 @@ class GridEngine:
         """Why nobody stands for a client, if a node that was refused says so."""
         return next((why for why in self._strangers.values() if f"'{client}'" in why), None)
 
-    def _ask(self, messages: Mapping[str, Message], whom: str = "client", timeout: float | None = None) -> dict[str, Message]:
-        """Send messages, and give the sound replies by the same names; for the others there is a failure."""
-        timeout = timeout or self.limits.round_timeout
-        return self._sound(messages, self._send(messages, timeout), whom, timeout)
-
     def _send(self, messages: Mapping[str, Message], timeout: float | None = None) -> Iterable[Message]:
         sent = list(messages.values())
         return self.grid.send_and_receive(sent, timeout=timeout or self.limits.round_timeout) if sent else []
@@ -360,10 +356,11 @@ class GridEngine:
     def _config(self, kind: str, round: int) -> ConfigRecord:
         return ConfigRecord({**self.config.get(kind, {}), "server-round": round})
 
-    def _message(self, content: RecordDict, kind: str, node: int, group: str) -> Message:
+    def _message(self, content: RecordDict, kind: str, node: int, group: str, ttl: float | None = None) -> Message:
+        ttl = ttl or self.limits.round_timeout
         if isinstance(self.grid, LocalGrid):
-            return self.grid.create_message(content, kind, node, group)
-        return Message(content, node, kind, group_id=group, ttl=self.limits.round_timeout)
+            return self.grid.create_message(content, kind, node, group, ttl)
+        return Message(content, node, kind, group_id=group, ttl=ttl)
 
 
 class FlowerLocalEngine(GridEngine):
