@@ -10,13 +10,11 @@ from tests.helpers import small_client, small_encoder, small_task
 OPENED: list[str] = []
 
 
-def make(seed: int, example: bool = True) -> Federation:
-    """Three clients with data of different sizes."""
+def make(seed: int, names: tuple[str, ...] = ("a", "b", "c")) -> Federation:
+    """Clients with data of different sizes: 20 examples, 25, 30 and so on."""
     del seed
-    clients = [
-        Client(id, small_task(id), partial(load, id, examples), partial(load, id, 20)) for id, examples in (("a", 20), ("b", 25), ("c", 30))
-    ]
-    return Federation(clients, small_encoder, example=torch.zeros(1, 6) if example else None)
+    clients = [Client(id, small_task(id), partial(load, id, 20 + 5 * place), partial(load, id, 20)) for place, id in enumerate(names)]
+    return Federation(clients, small_encoder, example=torch.zeros(1, 6))
 
 
 def load(id: str, examples: int) -> tuple[torch.Tensor, torch.Tensor]:
