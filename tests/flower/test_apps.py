@@ -280,5 +280,13 @@ def test_a_head_that_is_lost_is_an_error_that_says_what_to_do(tmp_path):
     place.deployed(settings="train.num_rounds=2")
     shutil.rmtree(tmp_path / "states" / "1")
     rows = [row for row in Run(place.deployed(settings="train.num_rounds=3")).rows() if row["client"] == place.clients[1]]
-    assert "there is no such file, found none" in rows[-1]["dropped"]
-    assert "restore it, or begin a new experiment" in rows[-1]["dropped"]
+    assert "needs its state of round 2, and there is no such file: restore it, or begin a new experiment" in rows[-1]["dropped"]
+
+
+def test_the_words_of_an_error_that_is_not_ours_stay_with_the_client(tmp_path):
+    place = Place(tmp_path, LAZY.replace('make" }', 'make", failing = "b" }'))
+    run = place.deployed(settings="train.num_rounds=1")
+    assert [row["dropped"] for row in Run(run).rows()][1] == (
+        "no report: its app raised an error: fedgradnorm.errors.FedGradNormError: ValueError: what it says is in the log of the node"
+    )
+    assert not any(b"Jane Doe" in one for one in place.wire.sent)

@@ -1,7 +1,7 @@
 """The client's side of a Federation on Flower: one client a node, its own data alone, its head in its own files."""
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -12,7 +12,7 @@ from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate, initial_state, load_model, local_update
 from fedgradnorm.config import load_config, parse_override
 from fedgradnorm.data import size
-from fedgradnorm.errors import ConfigError, FederationError, MessageError, require
+from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, require
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
     Control,
@@ -31,7 +31,7 @@ from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["SHARED", "WRONG_CLIENT", "Node", "client_app", "client_key", "state_dir", "table_of"]
+__all__ = ["SHARED", "WRONG_CLIENT", "Node", "client_app", "client_key", "private_errors", "state_dir", "table_of"]
 
 WRONG_CLIENT = "came to client"
 """What a client says to a message for another one, by which the server knows it."""
@@ -124,7 +124,7 @@ def client_app(config: str | Path) -> ClientApp:
         threads = context.node_config.get(THREADS)
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
-        with kernel_threads(threads) if threads is not None else nullcontext():
+        with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
             control = control_of(message)
             words = [
                 *words_on(SHARED, control.settings, "message"),
@@ -143,6 +143,17 @@ def client_app(config: str | Path) -> ClientApp:
     app.train()(handle)
     app.evaluate()(handle)
     return app
+
+
+@contextmanager
+def private_errors() -> Iterator[None]:
+    """Let an error that is not of this package say no more than its type: its words would go to the server, and may quote data."""
+    try:
+        yield
+    except FedGradNormError:
+        raise
+    except Exception as error:
+        raise FedGradNormError(f"{type(error).__name__}: what it says is in the log of the node") from error
 
 
 def client_key(context: Context, known: list[str] | None = None) -> str:

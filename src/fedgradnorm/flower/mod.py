@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import ClientState, Evaluation, norm_over
 from fedgradnorm.errors import ConfigError, MessageError, nearest
-from fedgradnorm.flower.client import WRONG_CLIENT, client_key, state_dir
+from fedgradnorm.flower.client import WRONG_CLIENT, client_key, private_errors, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -84,6 +84,10 @@ class FedGradNormMod:
 
     def __call__(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         """Answer a message with the app's help."""
+        with private_errors():
+            return self._answer(message, context, app)
+
+    def _answer(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         control, client = control_of(message), client_key(context)
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
