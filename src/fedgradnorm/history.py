@@ -37,7 +37,7 @@ from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
-__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
+__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "how_to_go_on", "load_config_of", "write_config"]
 
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
@@ -128,7 +128,7 @@ class RunWriter:
         except OSError as error:
             raise RunError(
                 f"run folder {self.folder}: cannot be written: {error.strerror or error}. Its last checkpoint is sound; "
-                f"when it can be written again: fedgradnorm resume {self.folder}"
+                f"when it can be written again: {how_to_go_on(self.folder, self.config)}"
             ) from error
 
 
@@ -168,8 +168,13 @@ def write_config(folder: Path, config: RunConfig) -> None:
         write_atomically(folder / "config.toml", _toml_of(config))
     except OSError as error:
         raise RunError(
-            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: fedgradnorm resume {folder}"
+            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: {how_to_go_on(folder, config)}"
         ) from error
+
+
+def how_to_go_on(folder: Path, config: RunConfig) -> str:
+    """How a run is gone on with: by a command, or where its clients are on other machines by its Flower app."""
+    return f"fedgradnorm resume {folder}" if config.run.experiment is None else "start its Flower app again"
 
 
 def _toml_of(config: RunConfig) -> bytes:

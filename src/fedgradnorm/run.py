@@ -27,7 +27,7 @@ from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, StoppedError
 from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation, Members
-from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, write_config
+from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, how_to_go_on, write_config
 from fedgradnorm.parameters import load_buffers, load_flat
 from fedgradnorm.records import Row, Summary
 from fedgradnorm.report import write_report
@@ -384,8 +384,7 @@ class _Job:
         if writer is None:
             return StoppedError(reason)
         self._checkpoint(writer)
-        how = f"fedgradnorm resume {writer.folder}" if self.config.run.experiment is None else "start its Flower app again"
-        return StoppedError(f"{reason}; to go on: {how}")
+        return StoppedError(f"{reason}; to go on: {how_to_go_on(writer.folder, self.config)}")
 
 
 def begin(
