@@ -191,6 +191,18 @@ def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
     assert found.evaluate_metrics_clientapp[1]["test_loss"] == pytest.approx(sound)
 
 
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+def test_replies_are_waited_for_as_long_as_the_strategy_says(loop):
+    own = Own()
+    loop(strategy(round_timeout=700.0), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    assert {one.metadata.ttl for one in own.wire.messages if one.metadata.group_id == "1" and not one.metadata.reply_to_message_id} == {
+        700.0
+    }
+    own.wire.messages.clear()
+    strategy(round_timeout=700.0).start(own.wire, initial(), num_rounds=1, timeout=50.0)
+    assert {one.metadata.ttl for one in own.wire.messages if not one.metadata.reply_to_message_id} == {50.0}
+
+
 def test_evaluation_every_so_many_rounds():
     result = Own().start(5, strategy=strategy(evaluate_every=2))
     assert sorted(result.evaluate_metrics_clientapp) == [1, 2, 4, 5]
@@ -219,6 +231,7 @@ def test_the_servers_own_evaluation():
         ({"evaluate_every": 0}, "strategy.eval_every"),
         ({"min_nodes": 0}, "min_nodes"),
         ({"node_timeout": -1.0}, "node_timeout"),
+        ({"round_timeout": 0.0}, "round_timeout"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -63,6 +63,7 @@ class FedGradNorm(Strategy):
         min_nodes: clients that have to be connected before a round.
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
+        round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
         evaluate_every: the clients test after the first and the last round, and after every so many.
         seed: of the draws of clients.
 
@@ -82,6 +83,7 @@ class FedGradNorm(Strategy):
         min_nodes: int = 2,
         min_clients: int = 1,
         node_timeout: float = 600.0,
+        round_timeout: float = 3600.0,
         evaluate_every: int = 1,
         seed: int = 0,
     ) -> None:
@@ -89,7 +91,7 @@ class FedGradNorm(Strategy):
         self.weighting, self._weighting = weighting_of(weighting)
         self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
         self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
-        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout)
+        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout, round_timeout=round_timeout)
         self.run_dir = None if run_dir is None else str(run_dir)
         self._training: dict[str, Any] = {
             "encoder_steps": 1,
@@ -114,7 +116,7 @@ class FedGradNorm(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
@@ -127,7 +129,7 @@ class FedGradNorm(Strategy):
             grid: Flower's.
             initial_arrays: the model, with or without a head.
             num_rounds: rounds in all, with those of a run that is gone on with.
-            timeout: seconds to wait for the replies of a round.
+            timeout: seconds to wait for the replies of a round; None: ``round_timeout``.
             train_config: goes along with messages for training, with ``server-round``.
             evaluate_config: goes along with messages for evaluation.
             evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
@@ -223,9 +225,9 @@ class FedGradNorm(Strategy):
         require(len(types) == 1, "initial_arrays", "an encoder of one type of numbers", types)
         return shared
 
-    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float = 3600) -> GridEngine:
+    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float | None = None) -> GridEngine:
         shared = self._shared(arrays)
-        limits = replace(self.limits, round_timeout=timeout)
+        limits = self.limits if timeout is None else replace(self.limits, round_timeout=timeout)
         roster = Roster(lambda: module_of(shared))
         return GridEngine(grid, roster, Layout.of(module_of(shared)), limits, federated=False)
 
