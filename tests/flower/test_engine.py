@@ -220,6 +220,16 @@ def test_a_failed_test_leaves_a_gap_and_the_reason_of_training_stands():
     assert not dropped(rows, "b")
 
 
+@pytest.mark.parametrize("twist", [untouched, lambda message, _: Message(Error(3), reply_to=message)], ids=["hangs", "expired"])
+def test_a_client_that_was_too_late_is_not_waited_for_a_second_time_in_its_round(twist):
+    site = Site(small_federation())
+    site.wire.twists[3] = in_round(2, twist)
+    rows = site.train(num_rounds=3, eval_every=1).rows
+    asked = [one for one in site.wire.messages if one.metadata.message_type == "evaluate" and one.metadata.dst_node_id == 3]
+    assert [one.metadata.group_id for one in asked] == ["1", "3"]
+    assert [row["test_loss"] is not None for row in rows if row["client"] == "b"] == [True, False, True]
+
+
 def evaluating(site, number, change):
     """Let a node's evaluations be changed."""
     node = site.wire.nodes[number]
@@ -403,6 +413,19 @@ def test_two_nodes_with_one_key_stay_out_until_one_is_gone():
     assert [row["loss"] is not None for row in rows if row["client"] == "b"] == [False, False, True, True]
 
 
+def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silent():
+    site = Site(small_federation())
+    site.join(9, "b")
+    engine, answer = site.engine(), site.wire._answer
+    engine.wait()
+    site.wire._answer = lambda message: None if message.metadata.dst_node_id == 9 else answer(message)
+    engine.wait()
+    assert engine.clients == ["a", "c"]
+    site.leave(9)
+    engine.wait()
+    assert engine.clients == ["a", "b", "c"]
+
+
 def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
     site, clock = Site(small_federation()), [0.0]
     monkeypatch.setattr("fedgradnorm.flower.engine.time.monotonic", lambda: clock[0])
@@ -434,7 +457,14 @@ def silent_app(message, _):
     return Message(RecordDict(), reply_to=message)
 
 
-@pytest.mark.parametrize(("app", "why"), [(raising, "its app raised an error"), (silent_app, "expected a record 'fedgradnorm'")])
+APPS = [
+    (raising, "its app raised an error"),
+    (silent_app, "expected a record 'fedgradnorm'"),
+    (lambda *_: None, "its app raised an error: TypeError: expected the app to answer with a Message, found NoneType"),
+]
+
+
+@pytest.mark.parametrize(("app", "why"), APPS)
 def test_a_node_that_is_none_of_ours_stays_out(app, why):
     site = Site(small_federation())
     site.wire.join(9, app)

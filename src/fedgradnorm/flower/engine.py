@@ -40,11 +40,12 @@ __all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
 
 log = logging.getLogger(__name__)
 
+EXPIRED = 3
 CODES = {
     0: "an unknown error",
     1: "its app could not be loaded",
     2: "its app raised an error",
-    3: "the message expired before it was answered",
+    EXPIRED: "the message expired before it was answered",
     4: "the reply expired",
     5: "its node is gone",
     6: "a mod refused",
@@ -132,6 +133,8 @@ class GridEngine:
         self._ask_at: dict[int, float] = {}
         self._silent: Counter[int] = Counter()
         self._untested: set[str] = set()
+        self._claims: dict[int, str] = {}
+        self._late: set[int] = set()
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._training = 0, ""
@@ -180,7 +183,7 @@ class GridEngine:
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
-        self.failures = {}
+        self.failures, self._late = {}, set()
         for instruction in instructions:
             self._remember(instruction)
         if instructions and self.federated:
@@ -223,10 +226,10 @@ class GridEngine:
         return self.evaluations(self._send(self.tests_for(encoder, buffers)))
 
     def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
-        """The messages that ask the connected clients to test, by key."""
+        """The messages that ask the connected clients to test, by key: less those that were too late in this round, and may hang."""
         arrays, self.messages = self.layout.arrays(encoder), {}
         for id, node in self._nodes.items():
-            if id in self._untested:
+            if id in self._untested or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
             control = self._control("evaluate", client=id, round=self._round, base=base)
@@ -275,6 +278,7 @@ class GridEngine:
         self._online = online
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
+        self._claims = {node: client for node, client in self._claims.items() if node in online}
         known = set(self._nodes.values())
         now = time.monotonic()
         new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
@@ -294,9 +298,11 @@ class GridEngine:
                     self._silent[node] += 1
                     self._refuse(node, self.failures.pop(str(node)))
             except MessageError as error:
+                self._claims.pop(node, None)
                 self._refuse(node, one_line(error))
             self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(0, self._silent[node] - 1)
-        claims = Counter(greeting.client for greeting in greetings.values())
+        self._claims |= {node: greeting.client for node, greeting in greetings.items()}
+        claims = Counter(self._claims.values())  # one that says nothing this time has not given up its claim
         for node, greeting in greetings.items():
             if greeting.client in self._nodes:
                 why: str | None = f"client key '{greeting.client}' belongs to a node that is connected"
@@ -340,11 +346,16 @@ class GridEngine:
                 said = one_line(reply.error.reason or "")
                 self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 log.warning("%s %s: %s", whom, name, self.failures[name])
-                if WRONG_CLIENT in said:
-                    self._ask_at.pop(self._nodes.pop(name, -1), None)  # its node was restarted as another one: ask who it is
+                if reply.error.code == EXPIRED:
+                    self._late.add(messages[name].metadata.dst_node_id)
+                if WRONG_CLIENT in said:  # its node was restarted as another one: ask who it is
+                    node = self._nodes.pop(name, -1)
+                    self._ask_at.pop(node, None)
+                    self._claims.pop(node, None)
             else:
                 sound[name] = reply
         for name in asked.values():
+            self._late.add(messages[name].metadata.dst_node_id)
             self.failures[name] = f"no answer within {timeout:g} s"
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
