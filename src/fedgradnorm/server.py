@@ -16,7 +16,7 @@ from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import StoppedError
-from fedgradnorm.federation import Federation
+from fedgradnorm.federation import Members
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
 from fedgradnorm.randomness import generator
@@ -62,7 +62,7 @@ class RoundRecord:
     retries: int = 0
 
 
-def initial_state(federation: Federation, weighting: Weighting, seed: int) -> ServerState:
+def initial_state(federation: Members, weighting: Weighting, seed: int) -> ServerState:
     """The state before the first round: the encoder as initialised under the seed."""
     encoder = federation.make_encoder(seed)
     buffers = buffers_of(encoder) if federation.buffers == "averaged" else {}
@@ -70,7 +70,7 @@ def initial_state(federation: Federation, weighting: Weighting, seed: int) -> Se
 
 
 def run_round(
-    state: ServerState, federation: Federation, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
+    state: ServerState, federation: Members, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
 ) -> tuple[ServerState, RoundRecord]:
     """One round. With fewer sound reports than ``min_clients`` it is undone at server and clients, and repeated.
 
@@ -95,7 +95,7 @@ def run_round(
 
 def _run_step(
     state: ServerState,
-    federation: Federation,
+    federation: Members,
     engine: Engine,
     weighting: Weighting,
     aggregate: Aggregation,
@@ -182,7 +182,7 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
 
 def instruct(
     state: ServerState,
-    federation: Federation,
+    federation: Members,
     training: TrainConfig,
     attempt: int = 0,
     step: int | None = None,
@@ -194,7 +194,7 @@ def instruct(
     return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step, only_summed) for client in ids]
 
 
-def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:
+def participants(federation: Members, training: TrainConfig, round: int) -> list[str]:
     """Who takes part in a round, sorted: as listed, or a share of all drawn without replacement (at least one)."""
     if training.participants:
         listed = training.participants[min(round, len(training.participants)) - 1]

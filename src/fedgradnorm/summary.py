@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
-from fedgradnorm.federation import Federation
+from fedgradnorm.federation import Members
 from fedgradnorm.records import Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
@@ -36,7 +36,7 @@ def rounds_to(curve: Mapping[int, float], reached: Callable[[float], bool]) -> i
     return next((round for round, value in curve.items() if reached(value)), None)
 
 
-def check_targets(settings: RunSettings, federation: Federation) -> None:
+def check_targets(settings: RunSettings, federation: Members) -> None:
     """Raise ConfigError where a metric target names no task, or one without a metric."""
     tasks = _tasks(federation)
     for name in settings.metric_targets:
@@ -47,7 +47,7 @@ def check_targets(settings: RunSettings, federation: Federation) -> None:
 
 
 def summarise(
-    federation: Federation,
+    federation: Members,
     rows: Sequence[Row],
     guesses: Mapping[str, Mapping[str, float]],
     settings: RunSettings,
@@ -101,7 +101,7 @@ def costs_text(summary: Summary) -> str:
     return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
-def _tasks(federation: Federation) -> dict[str, Task]:
+def _tasks(federation: Members) -> dict[str, Task]:
     return {client.task.name: client.task for client in federation.clients}
 
 
