@@ -128,7 +128,10 @@ class FederationConfig(Component):
 class WeightingConfig(Component):
     """How the server weights the clients: the table ``[weighting]``."""
 
-    name: str = Field("fedgradnorm", description="One of those below, or your own `module:Class`; its options beside it.")
+    name: str = Field(
+        "fedgradnorm",
+        description="One of those below, or your own `module:Class`; its options beside it. With `train.method=fedavg`: `examples`.",
+    )
 
 
 class AggregationConfig(Component):
