@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from fedgradnorm import RunError
 from fedgradnorm.compare.cells import Ended
+from fedgradnorm.compare.figure import write_figure
 from fedgradnorm.compare.findings import answers, answers_on, caveats, headline_target, task_title, verdict
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
 from fedgradnorm.compare.page import write_page
@@ -242,3 +244,12 @@ def test_tables_hold_every_estimate(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert task_title(results, "", "smile") in text
     assert "| shaky | 5 | diverged | round 3: 0 sound reports |" in text
+
+
+def test_the_figure_is_the_same_file_for_the_same_figures(tmp_path):
+    results = made_up({**FASTER, "wild": [LOST] * 6}, variant="half the data")
+    first, again = (write_figure(results, tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
+    assert first == again
+    assert b"<svg" in first
+    with pytest.raises(RunError, match="nothing to draw"):
+        write_figure(made_up({"equal": [LOST]}), tmp_path / "none.svg")
