@@ -31,7 +31,7 @@ on other seeds.
 ```toml
 title = "Three radio tasks"
 config = "../configs/demo.toml"       # relative to the study's file
-seeds = [0, 1, 2, 3, 4]
+seeds = [0, 1, 2, 3, 4, 5, 6, 7]      # fewer than six give no interval
 base.train.num_rounds = 100           # over that file, in every run
 
 [tuning]

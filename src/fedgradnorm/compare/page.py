@@ -311,13 +311,14 @@ def _methods_html(results: Results, looks: Sequence[Look]) -> str:
         config = results.configs[method]
         what = registry.describe("weighting", config.weighting.name)[0]
         if config.train.method.name != MethodConfig().name:
-            what = f"{registry.describe('method', config.train.method.name)[0]} Weights: {what}"
+            what = f"{registry.describe('method', config.train.method.name)[0]} Weighting: {config.weighting.name}."
         options = next(one.options for one in results.study.methods if one.name == method)
         own = [
             f"{key} = {value}"
             for key, value in dotted(options).items()
             if key not in ("weighting.name", "train.method", "train.method.name")
         ]
-        lines.append(tag("tr", tag("td", _name_html(look)), texts("td", [what, ", ".join(own)], class_="text")))
+        cells = tag("td", escape(what), class_="text") + tag("td", escape(", ".join(own)), class_="left")
+        lines.append(tag("tr", tag("td", _name_html(look)), cells))
     head = tag("tr", texts("th", ("method", "what it does", "options"), class_="text"))
     return tag("table", tag("thead", head), tag("tbody", *lines), class_="methods")
