@@ -24,21 +24,24 @@ def write_figure(results: Results, output: Path) -> Path:
         RunError: matplotlib is not installed, nothing is trained yet, or the file cannot be written.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RunError('the figure needs matplotlib: pip install "fedgradnorm[report]"') from error
     variants = [one.name for one in results.study.variants if any(results.measured(one.name, method) for method in results.methods)]
     if not variants:
         raise RunError("no run of the study is trained yet: there is nothing to draw")
-    looks = looks_for(results.methods)
+    looks, tasks = looks_for(results.methods), results.tasks
     height = 0.2 * len(looks) + 1.5
-    figure = Figure(figsize=(1.8 + 3 * len(results.tasks), height * len(variants)), layout="constrained")
-    for rows, variant in zip(figure.subfigures(len(variants), 1, squeeze=False)[:, 0], variants, strict=True):
-        rows.suptitle(f"{variant}: {speed_title(results, variant)}" if variant else speed_title(results, variant), fontsize=10, wrap=True)
-        for axes, task in zip(rows.subplots(1, len(results.tasks), sharey=True, squeeze=False)[0], results.tasks, strict=True):
-            _forest(axes, results, variant, task, looks)
+    figure = Figure(figsize=(1.8 + 3 * len(tasks), height * len(variants)), layout="constrained")
     try:
-        save_svg(figure, output)
+        with rc_context({"text.parse_math": False}):  # names are not formulas
+            for rows, variant in zip(figure.subfigures(len(variants), 1, squeeze=False)[:, 0], variants, strict=True):
+                title = speed_title(results, variant)
+                rows.suptitle(f"{variant}: {title}" if variant else title, fontsize=10, wrap=True)
+                for axes, task in zip(rows.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+                    _forest(axes, results, variant, task, looks)
+            save_svg(figure, output)
     except OSError as error:
         raise RunError(f"figure {output}: cannot be written; {error.strerror}") from error
     return output

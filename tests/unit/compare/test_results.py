@@ -247,7 +247,7 @@ def test_tables_hold_every_estimate(tmp_path):
 
 
 def test_the_figure_is_the_same_file_for_the_same_figures(tmp_path):
-    results = made_up({**FASTER, "wild": [LOST] * 6}, variant="half the data")
+    results = made_up({**FASTER, "wild $\\frac{$": [LOST] * 6}, variant="half the data")
     first, again = (write_figure(results, tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
     assert first == again
     assert b"<svg" in first
