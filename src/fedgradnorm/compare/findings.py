@@ -263,7 +263,7 @@ def caveats(results: Results) -> list[str]:
         for one in _against(results, variant.name, task)
     )
     texts = [
-        f"Differences are of runs with the same seed ({seeds}), with 95 % bootstrap intervals made wider for so few of them. One in "
+        f"Differences are of runs with the same seed ({seeds}), with their 95 % bootstrap intervals, made wider for so few. One in "
         f"twenty misses the truth by chance{f': about {0.05 * shown:.1g} of the {shown} in rounds here' if shown > 1 else ''}.",
         f"A target is reached by the mean of the last {SMOOTHED} rounds. A run that does not reach it counts with all of its rounds (≥): "
         "the true difference is larger.",
