@@ -18,7 +18,7 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, resolve_training, versions
+from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config, resolve_training, versions
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
@@ -102,7 +102,7 @@ class Result:
 
 def train(
     federation: Federation,
-    weighting: str | Weighting = "fedgradnorm",
+    weighting: str | Weighting | None = None,
     *,
     engine: str = "vectorized",
     run_dir: str | Path | None = None,
@@ -115,7 +115,7 @@ def train(
 
     Args:
         federation: what to train.
-        weighting: a weighting, or the name of one with its default options.
+        weighting: a weighting, or the name of one with its default options; by default that of the method, `fedgradnorm` but for FedAvg.
         engine: the name of the engine that runs the clients.
         run_dir: a folder to write the run to; None writes nothing.
         overwrite: whether a run that is in this folder already is replaced.
@@ -130,10 +130,11 @@ def train(
         RunError: a run folder that exists or cannot be written.
         StoppedError: the run ended early; its folder holds a checkpoint.
     """
-    method, component = weighting_of(weighting)
+    settings = resolve_training(validated(TrainConfig, training, prefix="train"))
+    method, component = weighting_of(weighting if weighting is not None else default_weighting(settings))
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
-        train=resolve_training(validated(TrainConfig, training, prefix="train")),
+        train=settings,
         weighting=component,
         engine=EngineConfig(name=engine),
         run=RunSettings(dir=None if run_dir is None else str(run_dir)),
