@@ -253,8 +253,7 @@ class VectorizedEngine:
                     return self._trained_alone(job, workspace)
                 return stacked_update(some, order, workspace, job.stack)
 
-        # One after another, so that the first stacks are trained while the batches of the others are drawn.
-        orders = (stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True))
+        orders = [stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True)]
         for some, done in zip(members, self._each(train, workers, kernels, jobs, members, orders), strict=True):
             for report, state in outcomes(some, done) if isinstance(done, Trained) else [done]:
                 yield store.keep(*at_home(report, state))
