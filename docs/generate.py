@@ -31,7 +31,7 @@ on other seeds.
 ```toml
 title = "Three radio tasks"
 config = "../configs/demo.toml"       # relative to the study's file
-seeds = [0, 1, 2, 3, 4]
+seeds = [0, 1, 2, 3, 4, 5, 6, 7]      # fewer than six give no interval
 base.train.num_rounds = 100           # over that file, in every run
 
 [tuning]
@@ -61,7 +61,8 @@ beside tables, such as `methods = ["equal", "nash_mtl"]`; without it, all of the
 
 Words on the command line win: `seeds=[0,1]` for the study, `train.num_rounds=5` for its base. A cell is a run's folder under the
 study's, named by its settings: called again, the command trains what is missing, and a changed setting is another cell. `--jobs` cells
-are trained at once, each in one thread.
+are trained at once, each in one thread, and no more than there are cores. A study that is stopped (Ctrl-C) writes its tables and page of
+what there is.
 """
 
 PAGE = Path(__file__).parent / "configuration.md"

@@ -27,12 +27,14 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.optimize import root
 from torch import Tensor, nn
 
 from fedgradnorm import Client, Federation, FedGradNorm, Task, train
+from fedgradnorm.compare.figure import save_svg
 from fedgradnorm.compare.statistics import Interval, difference_of
-from fedgradnorm.report.loading import COLOURS
+from fedgradnorm.report.looks import DASHES, looks_for
 
 CLIENTS, DIMENSION, EXAMPLES = 5, 6, 64
 ENCODER_LR = 0.2
@@ -86,6 +88,9 @@ def fixed_point(problem: Problem, start: np.ndarray, gamma: float) -> tuple[np.n
         problem: the quadratics.
         start: the encoder's output before the first round, shape ``(d,)``, which F_i(0) depends on.
         gamma: γ.
+
+    Raises:
+        RuntimeError: the solver did not get there.
     """
     centres = problem.points.mean(axis=1)
     variances = ((problem.points - centres[:, None]) ** 2).sum(axis=2).mean(axis=1)
@@ -101,6 +106,8 @@ def fixed_point(problem: Problem, start: np.ndarray, gamma: float) -> tuple[np.n
         return found
 
     solution = root(slope, centres.mean(axis=0), tol=1e-13)
+    if not solution.success:
+        raise RuntimeError(f"no fixed point found to measure against: {solution.message}")
     omega = solution.x
     p = rates(omega) ** gamma / (problem.scales * np.linalg.norm(omega - centres, axis=1))
     return omega, p * len(p) / p.sum()
@@ -258,36 +265,28 @@ def _text(found: Interval, factor: float, digits: str) -> str:
     return f"{text} ({digits % (factor * found.low)} to {digits % (factor * found.high)})"
 
 
-def chart_of(found: Sequence[Found]) -> str:
-    """An SVG chart: the median over the seeds of ‖p_k - p*‖ as a share of the first distance, on a logarithmic axis."""
-    width, height, left, top, right, bottom, decades = 860, 430, 70, 50, 240, 50, 6
-    rounds = found[0].curves.shape[1] - 1
+def chart_of(found: Sequence[Found]) -> Figure:
+    """The median over the seeds of ‖p_k - p*‖ as a share of the first distance, on a logarithmic axis."""
     there = [one.setting.name for one in found if one.rate is not None]
-    title = f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it"
-    wide, high = width - left - right, height - top - bottom
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="24" font-size="15" font-weight="bold">{title}</text>',
-        f'<text x="{left + wide / 2}" y="{height - 10}" text-anchor="middle">round k</text>',
-        f'<text transform="translate(18 {top + high / 2}) rotate(-90)" text-anchor="middle">‖p_k − p*‖, share of the first (median)</text>',
-    ]
-    for decade in range(decades + 1):
-        y = top + high * decade / decades
-        label = f"{10.0**-decade:g}" if decade < 4 else f"1e-{decade}"
-        parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    ticks = range(0, rounds + 1, max(1, rounds // 6))
-    parts += [f'<text x="{left + wide * k / rounds:.1f}" y="{top + high + 18}" text-anchor="middle">{k}</text>' for k in ticks]
-    for at, (one, colour, dash) in enumerate(zip(found, COLOURS, ("", "6 3", "", "6 3", "2 3", "2 3"), strict=False)):
-        median = np.median(one.curves / one.curves[:, :1], axis=0)
-        depth = np.minimum(-np.log10(np.maximum(median, 1e-12)), decades)
-        points = " ".join(f"{left + wide * k / rounds:.1f},{top + high * d / decades:.1f}" for k, d in enumerate(depth))
-        line = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
-        y = top + 12 + 22 * at
-        parts.append(f'<polyline points="{points}" {line}/><path d="M{left + wide + 14} {y - 4}h26" {line}/>')
-        parts.append(f'<text x="{left + wide + 46}" y="{y}">{one.setting.name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it", fontsize=11)
+    axes.set_xlabel("round k")
+    axes.set_ylabel("‖p_k − p*‖, share of the first (median)")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-6, 1.5)
+    axes.grid(axis="y", color="#e6e8eb")
+    for at, one in enumerate(found):
+        look = looks_for([f"fedgradnorm {one.setting.method.solver}"])[0]
+        dash = DASHES[2 if one.setting.noisy else at % 2]
+        axes.plot(
+            np.median(one.curves / one.curves[:, :1], axis=0),
+            color=look.colour,
+            linestyle=(0, dash) if dash else "-",
+            label=one.setting.name,
+        )
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
 
 
 def main() -> None:
@@ -303,7 +302,7 @@ def main() -> None:
     found = [found_for(setting, range(seeds), rounds) for setting in SETTINGS]
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.md").write_text(table_of(found), encoding="utf-8")
-    (asked.out / "chart.svg").write_text(chart_of(found), encoding="utf-8")
+    save_svg(chart_of(found), asked.out / "chart.svg")
     curves = [{"setting": one.setting.name, "distances": one.curves.tolist(), "predicted": one.predicted} for one in found]
     (asked.out / "results.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     print(table_of(found))

@@ -7,22 +7,34 @@ from importlib.metadata import version
 from typing import Any
 
 from fedgradnorm import registry
-from fedgradnorm.config import RunConfig, TrainConfig
+from fedgradnorm.config import RunConfig, TrainConfig, WeightingConfig
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
 
-__all__ = ["IN_PYTHON", "build_federation", "resolve_config", "resolve_training", "versions"]
+__all__ = ["IN_PYTHON", "build_federation", "default_weighting", "resolve_config", "resolve_training", "versions"]
 
 IN_PYTHON = "given in Python"
 DEFAULT_MODEL = "default"
 
 
 def resolve_config(config: RunConfig) -> RunConfig:
-    """The configuration with the defaults of every part's options filled in."""
+    """The configuration with the defaults of every part's options filled in, and the method's weighting where it names none."""
+    if "name" not in config.weighting.model_fields_set:
+        config = config.model_copy(update={"weighting": WeightingConfig(name=default_weighting(config.train), **config.weighting.options)})
     parts = {kind: registry.resolved(kind, getattr(config, kind)) for kind in ("federation", "weighting", "aggregation", "engine")}
     if config.model.name != DEFAULT_MODEL:
         parts["model"] = registry.resolved("model", config.model)
     return config.model_copy(update={**parts, "train": resolve_training(config.train)})
+
+
+def default_weighting(training: TrainConfig) -> str:
+    """The name of the weighting that belongs to the method in the settings, or of the default one.
+
+    >>> default_weighting(TrainConfig(method="fedavg")), default_weighting(TrainConfig())
+    ('examples', 'fedgradnorm')
+    """
+    own: str | None = getattr(registry.resolve("method", training.method.name), "weighting", None)
+    return own or WeightingConfig().name
 
 
 def resolve_training(training: TrainConfig) -> TrainConfig:

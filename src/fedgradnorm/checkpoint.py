@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
+from fedgradnorm.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
@@ -38,11 +39,13 @@ class Checkpoint:
         server: the server's state.
         clients: the clients' states, by id.
         settings: the settings of the run, as JSON values.
+        members: who trained what; None in a checkpoint of before this was kept.
     """
 
     server: ServerState
     clients: Mapping[str, ClientState]
     settings: Mapping[str, Any]
+    members: MembersRecord | None = None
 
 
 class Numbers(TypedDict):
@@ -56,6 +59,7 @@ class Numbers(TypedDict):
     clients: dict[str, FiniteFloat | None]
     rounds: NotRequired[dict[str, Annotated[int, Field(ge=0, strict=True)]]]
     settings: dict[str, Any]
+    members: NotRequired[MembersRecord | None]
 
 
 NUMBERS = TypeAdapter(Numbers)
@@ -84,6 +88,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "clients": {client: state.initial_loss for client, state in clients.items()},
         "rounds": {client: state.round for client, state in clients.items()},
         "settings": checkpoint.settings,
+        "members": checkpoint.members,
     }
     metadata = {"state": json.dumps(numbers, allow_nan=False)}  # one entry: several are written in a random order
     content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
@@ -150,7 +155,7 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
         )
         for client, initial_loss in numbers["clients"].items()
     }
-    return Checkpoint(server, clients, numbers["settings"])
+    return Checkpoint(server, clients, numbers["settings"], numbers.get("members"))
 
 
 def _paths(folder: Path) -> Sequence[Path]:

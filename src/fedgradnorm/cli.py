@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.errors import ConfigError, FedGradNormError
+from fedgradnorm.errors import ConfigError, FedGradNormError, StoppedError
 
 __all__ = ["app", "main"]
 
@@ -123,36 +123,52 @@ def compare(
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the study, or settings of its runs, that win over the file."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once, each in one thread; by default as many as there are cores.")
+        int | None, typer.Option(min=1, help="Runs at once, each in one thread; by default, and at most, as many as there are cores.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The study's folder; by default `runs/studies/` and the name of the file.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The study's size for a larger machine: its table [full].")] = False,
     methods: Annotated[str | None, typer.Option(help="Only these methods, with commas between, and the baseline.")] = None,
 ) -> None:
-    """Compare methods over seeds: tune every one, train what is not trained yet, and write tables and a page."""
+    """Compare methods over seeds: tune every one, train what is not trained yet, and write tables and a page.
+
+    One that is stopped writes them of what there is.
+    """
     from fedgradnorm.compare.findings import answers
     from fedgradnorm.compare.page import write_page
     from fedgradnorm.compare.progress import StudyProgress
     from fedgradnorm.compare.spec import load_study
     from fedgradnorm.compare.study import compare as compare_methods
+    from fedgradnorm.compare.study import found_in
     from fedgradnorm.compare.tables import terminal_table, write_tables
 
     settings = load_study(study, overrides or [], full=full)
     if methods is not None:
         settings = settings.with_methods([name.strip() for name in methods.split(",")])
     folder = out if out is not None else Path("runs/studies") / f"{study.stem}{'-full' if full else ''}"
+    cores, stopped = available_cores(), None
+    if jobs is not None and jobs > cores:
+        _say(f"--jobs {jobs}: {cores} at once, as many as there are cores")
     with stop_on_signals() as should_stop, StudyProgress(console) as progress:
-        results = compare_methods(settings, folder, jobs=jobs or available_cores(), listener=progress, should_stop=should_stop)
+        try:
+            results = compare_methods(settings, folder, jobs=min(jobs or cores, cores), listener=progress, should_stop=should_stop)
+        except StoppedError as error:
+            results, stopped = found_in(settings, folder), error
     write_tables(results, folder)
     console.print(terminal_table(results))
     for answer in answers(results):
         _say(answer)
-    if bad := sum(one.ended.state != "trained" for one in results.cells):
+    if bad := sum(one.ended.state in ("diverged", "failed") for one in results.cells):
         _say(f"{bad} of {len(results.cells)} runs diverged or failed: see the page")
     if find_spec("plotly") is None:
         _say(f'results: {folder / "results.md"}; no page: pip install "fedgradnorm[report]"')
     else:
         _say(f"page: {write_page(results, folder / 'index.html')}")
+    if find_spec("matplotlib") is not None and any(one.measured for one in results.cells):
+        from fedgradnorm.compare.figure import write_figure
+
+        write_figure(results, folder / "results.svg")
+    if stopped is not None:
+        raise stopped
 
 
 @app.command("list")

@@ -128,7 +128,10 @@ class FederationConfig(Component):
 class WeightingConfig(Component):
     """How the server weights the clients: the table ``[weighting]``."""
 
-    name: str = Field("fedgradnorm", description="One of those below, or your own `module:Class`; its options beside it.")
+    name: str = Field(
+        "fedgradnorm",
+        description="One of those below, or your own `module:Class`; its options beside it. With `train.method=fedavg`: `examples`.",
+    )
 
 
 class AggregationConfig(Component):
@@ -166,7 +169,8 @@ class RunSettings(Section):
     page: bool = Field(True, description="Whether the run ends with report.html, about 5 MB, where plotly is installed.")
     tensorboard: bool = Field(True, description="Whether TensorBoard events are written, where tensorboard is installed.")
     loss_targets: tuple[float, ...] = Field(
-        (0.8, 0.6, 0.4, 0.2), description="The summary counts the rounds until F(k)/F(0) falls to each of these."
+        (0.8, 0.6, 0.4, 0.2),
+        description="The summary counts the rounds until the mean of F(k)/F(0) over five rounds falls to each of these.",
     )
     experiment: str | None = Field(
         None, description="Names the clients' files of a run across machines; made up when it begins.", pattern=r"^[A-Za-z0-9_-]{1,64}$"

@@ -1,6 +1,7 @@
 """What is trained: the clients, each with its own task and data, and the encoder that they share."""
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from fedgradnorm.data import Data, load, size, take
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.records import ClientRecord, MembersRecord
 from fedgradnorm.task import Task
 
-__all__ = ["Client", "Federation"]
+__all__ = ["Client", "Federation", "Members"]
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -64,8 +66,58 @@ class Client:
         return data
 
 
+class Members(ABC):
+    """Who takes part, as far as a server has to know it: wherever the clients' data are.
+
+    Attributes:
+        clients: the clients, in the order of tables and files.
+        encoder: makes the shared network.
+        buffers: what becomes of the encoder's buffers.
+    """
+
+    clients: Sequence[Client]
+    encoder: Callable[[], nn.Module]
+    buffers: Literal["local", "averaged"]
+
+    @property
+    def client_ids(self) -> list[str]:
+        """The ids of the clients, in their order."""
+        return [client.id for client in self.clients]
+
+    @abstractmethod
+    def client(self, id: str) -> Client:
+        """The client with this id. Raises FederationError where there is none."""
+
+    @abstractmethod
+    def num_examples(self, id: str) -> int:
+        """How many training examples a client has; 0 where that is not known."""
+
+    def make_encoder(self, seed: int) -> nn.Module:
+        """The encoder as initialised under this seed."""
+        with seeded_torch(seed, 0, "", "encoder"):
+            return self.encoder()
+
+    @cached_property
+    def layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The encoder's trainable parameters: names and shapes in the order of the flat vector."""
+        return [(name, tuple(parameter.shape)) for name, parameter in trainable(self.make_encoder(seed=0))]
+
+    def record(self) -> MembersRecord:
+        """Who trains what, for a run that is gone on with."""
+        return {"encoder": self.layout, "clients": {client.id: self._record_of(client) for client in self.clients}}
+
+    def _record_of(self, client: Client) -> ClientRecord:
+        metric = client.task.main_metric
+        return {
+            "task": client.task.name,
+            "metric": "" if metric is None else metric.name,
+            "higher_is_better": metric is None or metric.higher_is_better,
+            "examples": self.num_examples(client.id),
+        }
+
+
 @dataclass(frozen=True)
-class Federation:
+class Federation(Members):
     """The clients and what they share. It checks itself when it is built.
 
     Args:
@@ -112,11 +164,6 @@ class Federation:
         for client in self.clients:
             self._check_fit(client, encoder)
 
-    @property
-    def client_ids(self) -> list[str]:
-        """The ids of the clients, in their order."""
-        return [client.id for client in self.clients]
-
     def client(self, id: str) -> Client:
         """The client with this id. Raises FederationError where there is none."""
         try:
@@ -128,10 +175,9 @@ class Federation:
     def _by_id(self) -> dict[str, Client]:
         return {client.id: client for client in self.clients}
 
-    def make_encoder(self, seed: int) -> nn.Module:
-        """The encoder as initialised under this seed."""
-        with seeded_torch(seed, 0, "", "encoder"):
-            return self.encoder()
+    def num_examples(self, id: str) -> int:
+        """How many training examples a client has."""
+        return size(self.client(id).train_data)
 
     def make_head(self, client: Client, seed: int) -> nn.Module:
         """The head of a client as initialised under this seed."""

@@ -34,10 +34,10 @@ from fedgradnorm.checkpoint import Checkpoint, save_checkpoint
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig, validated
 from fedgradnorm.errors import ConfigError, RunError
-from fedgradnorm.records import Row, Summary
+from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
-__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "load_config_of", "write_config"]
+__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "how_to_go_on", "load_config_of", "write_config"]
 
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
@@ -96,11 +96,11 @@ class RunWriter:
                         if row[key] is not None:
                             self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
 
-    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState]) -> None:
+    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState], members: MembersRecord) -> None:
         """Write a checkpoint, after the lines that belong to it are on the disk."""
         with self._writing():
             os.fsync(self._metrics.fileno())
-            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"))
+            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"), members)
             save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
@@ -128,7 +128,7 @@ class RunWriter:
         except OSError as error:
             raise RunError(
                 f"run folder {self.folder}: cannot be written: {error.strerror or error}. Its last checkpoint is sound; "
-                f"when it can be written again: fedgradnorm resume {self.folder}"
+                f"when it can be written again: {how_to_go_on(self.folder, self.config)}"
             ) from error
 
 
@@ -168,8 +168,13 @@ def write_config(folder: Path, config: RunConfig) -> None:
         write_atomically(folder / "config.toml", _toml_of(config))
     except OSError as error:
         raise RunError(
-            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: fedgradnorm resume {folder}"
+            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: {how_to_go_on(folder, config)}"
         ) from error
+
+
+def how_to_go_on(folder: Path, config: RunConfig) -> str:
+    """How a run is gone on with: by a command, or where its clients are on other machines by its Flower app."""
+    return f"fedgradnorm resume {folder}" if config.run.experiment is None else "start its Flower app again"
 
 
 def _toml_of(config: RunConfig) -> bytes:
@@ -208,6 +213,15 @@ class Run:
     def summary(self) -> Summary:
         """What summary.json holds."""
         return self._checked("summary.json", SUMMARY, self._json("summary.json", self._text("summary.json")))
+
+    def has_results(self) -> bool:
+        """Whether it got beyond its first round, which may have been cut short before there was a checkpoint."""
+        rounds = set()
+        with suppress(OSError), (self.folder / "metrics.jsonl").open("rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn or damaged line
+                    rounds.add(json.loads(line)["round"])
+        return bool(rounds - {1}) or (self.folder / "summary.json").exists()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file under models/, such as ``encoder.safetensors``."""

@@ -30,6 +30,8 @@ class Instruction:
         training: how to train.
         attempt: 0, and one more each time that the round has to be repeated.
         step: which of the round's encoder steps to take, from 0, where the server steps after each of them; None: all.
+        only_summed: whether the gradient that comes back is for the server's step alone, so that rounding counts as it does in ω; else
+            it is compared with others, and its own digits count.
     """
 
     round: int
@@ -39,6 +41,7 @@ class Instruction:
     training: TrainConfig
     attempt: int = 0
     step: int | None = None
+    only_summed: bool = False
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What a run's files hold, as types: lines of metrics.jsonl, and summary.json. They are checked when they are read."""
+"""What a run's files hold, as types: lines of metrics.jsonl, summary.json, who trained what. They are checked when they are read."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict  # the standard library's cannot be checked before Python 3.12
 
-__all__ = ["ClientSummary", "MetricSummary", "Row", "Summary", "TaskSummary"]
+__all__ = ["ClientRecord", "ClientSummary", "MembersRecord", "MetricSummary", "Row", "Summary", "TaskSummary"]
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -33,6 +33,22 @@ class Row(TypedDict):
     bytes_up: Count
     bytes_down: Count
     seconds: FiniteFloat
+
+
+class ClientRecord(TypedDict):
+    """What a server knows of a client."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    examples: Count
+
+
+class MembersRecord(TypedDict):
+    """Who trains what: the clients, and the encoder's trainable parameters, names and shapes in the order of the flat vector."""
+
+    encoder: list[tuple[str, tuple[int, ...]]]
+    clients: dict[str, ClientRecord]
 
 
 class MetricSummary(TypedDict):

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,17 +18,16 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import IN_PYTHON, build_federation, resolve_config, resolve_training, versions
+from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config, resolve_training, versions
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState, Evaluation, constant_guess
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
 from fedgradnorm.costs import Costs, TimedEngine
-from fedgradnorm.data import size
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, StoppedError
 from fedgradnorm.faults import FaultyEngine
-from fedgradnorm.federation import Federation
-from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, write_config
+from fedgradnorm.federation import Federation, Members
+from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, how_to_go_on, write_config
 from fedgradnorm.parameters import load_buffers, load_flat
 from fedgradnorm.records import Row, Summary
 from fedgradnorm.report import write_report
@@ -36,12 +37,25 @@ from fedgradnorm.summary import check_targets, summarise
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Result", "begin", "changes", "resume", "run", "train", "weighting_of", "with_faults"]
+__all__ = [
+    "Result",
+    "begin",
+    "changes",
+    "check_settings",
+    "go_on",
+    "refuse_lockstep",
+    "resume",
+    "run",
+    "train",
+    "weighting_of",
+    "with_faults",
+]
 
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
 OnState = Callable[[ServerState], None]
-MakeEngine = Callable[[RunConfig, Federation], Engine]
+Layout = Sequence[tuple[str, tuple[int, ...]]]
+MakeEngine = Callable[[RunConfig], Engine]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Result:
         seed: the seed of the run.
     """
 
-    federation: Federation
+    federation: Members
     state: ServerState
     client_states: Mapping[str, ClientState]
     rows: Sequence[Row]
@@ -78,6 +92,8 @@ class Result:
 
     def model(self, client: str) -> nn.Module:
         """The whole model of a client: the shared or its own encoder, with its own buffers, and its head."""
+        if not isinstance(self.federation, Federation):
+            raise RunError(f"the head of client '{client}' is with the client, on another machine")
         encoder, state = self.encoder(), self.client_states[self.federation.client(client).id]
         head = self.federation.make_head(self.federation.client(client), self.seed)
         client_side.load_model(encoder, head, state, self.state.encoder, self.state.buffers)
@@ -86,7 +102,7 @@ class Result:
 
 def train(
     federation: Federation,
-    weighting: str | Weighting = "fedgradnorm",
+    weighting: str | Weighting | None = None,
     *,
     engine: str = "vectorized",
     run_dir: str | Path | None = None,
@@ -99,7 +115,7 @@ def train(
 
     Args:
         federation: what to train.
-        weighting: a weighting, or the name of one with its default options.
+        weighting: a weighting, or the name of one with its default options; by default that of the method, `fedgradnorm` but for FedAvg.
         engine: the name of the engine that runs the clients.
         run_dir: a folder to write the run to; None writes nothing.
         overwrite: whether a run that is in this folder already is replaced.
@@ -114,15 +130,16 @@ def train(
         RunError: a run folder that exists or cannot be written.
         StoppedError: the run ended early; its folder holds a checkpoint.
     """
-    method, component = weighting_of(weighting)
+    settings = resolve_training(validated(TrainConfig, training, prefix="train"))
+    method, component = weighting_of(weighting if weighting is not None else default_weighting(settings))
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
-        train=resolve_training(validated(TrainConfig, training, prefix="train")),
+        train=settings,
         weighting=component,
         engine=EngineConfig(name=engine),
         run=RunSettings(dir=None if run_dir is None else str(run_dir)),
     )
-    return begin(config, federation, method, overwrite, on_round, should_stop)
+    return begin(config, federation, method, partial(_engine_here, federation), overwrite, on_round, should_stop)
 
 
 def weighting_of(weighting: str | Weighting) -> tuple[Weighting, WeightingConfig]:
@@ -159,7 +176,7 @@ def run(
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
-    return begin(resolved, federation, weighting, overwrite, on_round, should_stop, profiled)
+    return begin(resolved, federation, weighting, partial(_engine_here, federation), overwrite, on_round, should_stop, profiled)
 
 
 def resume(
@@ -170,8 +187,6 @@ def resume(
     on_round: OnRound | None = None,
     should_stop: ShouldStop = lambda: False,
     on_message: Callable[[str], None] = lambda _: None,
-    make_engine: MakeEngine | None = None,
-    on_state: OnState | None = None,
 ) -> Result:
     """Go on with a run from its newest sound checkpoint, or from the start if there is none, and give what it would have given.
 
@@ -182,8 +197,6 @@ def resume(
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there, with a checkpoint.
         on_message: told which checkpoint it goes on from, and of damaged ones.
-        make_engine: makes the engine, where the clients are not in this process; data and clients are then for it to check.
-        on_state: called after every round, before ``on_round``, with the server's state.
 
     Raises:
         RunError: the folder is no run, or cannot be written.
@@ -191,21 +204,35 @@ def resume(
         StoppedError: the run was stopped again.
     """
     opened = Run(Path(run))
+    _require_clients_here(opened.config)
+    federation = federation or build_federation(opened.config)
+    return go_on(opened, federation, None, partial(_engine_here, federation), num_rounds, on_round, should_stop, on_message)
+
+
+def go_on(
+    opened: Run,
+    federation: Members,
+    weighting: Weighting | None,
+    make_engine: MakeEngine,
+    num_rounds: int | None,
+    on_round: OnRound | None,
+    should_stop: ShouldStop,
+    on_message: Callable[[str], None],
+    on_state: OnState | None = None,
+) -> Result:
+    """As `resume`, with its parts made; without a weighting, that of the settings. ``make_engine`` and ``on_state`` as in `begin`."""
     checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
     for fault in faults.values():
         on_message(f"warning: {fault}; it is skipped")
     done = 0 if checkpoint is None else checkpoint.server.round
     config = _config_to_resume(opened, checkpoint, done, num_rounds)
-    if make_engine is None:
-        _require_clients_here(config)
-    federation = federation or build_federation(config)
-    if make_engine is None:
-        _checked(config, federation)
-    engine = (make_engine or _engine_of)(config, federation)
-    weighting: Weighting = registry.build("weighting", config.weighting)
+    if checkpoint is not None and checkpoint.members is not None:
+        _check_layout(path, checkpoint.members["encoder"], federation.layout)
+    engine = make_engine(config)
+    weighting = weighting or registry.build("weighting", config.weighting)
     state = initial_state(federation, weighting, config.train.seed)
     if checkpoint is not None:
-        same_clients = make_engine is not None or checkpoint.clients.keys() == set(federation.client_ids)
+        same_clients = config.run.experiment is not None or checkpoint.clients.keys() == set(federation.client_ids)
         if not same_clients or checkpoint.server.encoder.shape != state.encoder.shape:
             raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
         state = checkpoint.server
@@ -216,7 +243,8 @@ def resume(
         with suppress(OSError):
             set_aside(damaged)
     with RunWriter(opened.folder, config, done) as writer:
-        job = _Job(config, federation, engine, weighting, registry.build("aggregation", config.aggregation), state, opened.rows(), on_state)
+        aggregate = registry.build("aggregation", config.aggregation)
+        job = _Job(config, federation, engine, weighting, aggregate, state, opened.rows(), on_state)
         result = job.go_on(writer, on_round, should_stop)
     if config.run.page:
         write_page(opened.folder)
@@ -243,8 +271,15 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
 
 
-def _checked(config: RunConfig, federation: Federation) -> None:
-    """Raise what is wrong with the settings and the data, before a folder is touched."""
+def _check_layout(path: Path | None, before: Layout, now: Layout) -> None:
+    """Raise RunError where the encoder's parameters are others, or in another order: the vector of before would be cut up wrongly."""
+    for then, found in zip_longest(before, now):
+        if then != found:
+            raise RunError(f"{path}: the encoder has other parameters, or in another order, than when the run began: {found}, was {then}")
+
+
+def check_settings(config: RunConfig, federation: Members) -> None:
+    """Raise ConfigError or FederationError where the settings do not fit the clients."""
     check_targets(config.run, federation)
     for listed in config.train.participants:
         for client in listed:
@@ -252,10 +287,9 @@ def _checked(config: RunConfig, federation: Federation) -> None:
     if config.train.min_clients > len(federation.clients):
         raise ConfigError(f"train.min_clients: expected at most the {len(federation.clients)} clients, found {config.train.min_clients}")
     _check_method(config, federation)
-    federation.check_data(config.train.batch_size)
 
 
-def _check_method(config: RunConfig, federation: Federation) -> None:
+def _check_method(config: RunConfig, federation: Members) -> None:
     """Raise ConfigError where the settings ask for what the method cannot do."""
     method, name = method_of(config.train), config.train.method.name
     if method.own_encoder and federation.buffers == "averaged":
@@ -266,6 +300,12 @@ def _check_method(config: RunConfig, federation: Federation) -> None:
         raise ConfigError(f"train.method: {name} sends no reports that could meet faults: expected no [faults]")
 
 
+def refuse_lockstep(config: RunConfig) -> None:
+    """Raise ConfigError for a method that an engine of messages cannot run: one whose server steps after each of the clients' steps."""
+    if method_of(config.train).lockstep:
+        raise ConfigError(f"train.method: {config.train.method.name} keeps all clients in lockstep, which is for the simulation alone")
+
+
 def _require_clients_here(config: RunConfig) -> None:
     if config.run.experiment is not None:
         raise ConfigError(
@@ -274,8 +314,14 @@ def _require_clients_here(config: RunConfig) -> None:
         )
 
 
-def _engine_of(config: RunConfig, federation: Federation) -> Engine:
+def _engine_here(federation: Federation, config: RunConfig) -> Engine:
+    """An engine for clients in this process, after all that could be wrong with them is raised."""
+    _require_clients_here(config)
+    check_settings(config, federation)
+    federation.check_data(config.train.batch_size)
     engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
+    if not getattr(engine, "lockstep", True):
+        refuse_lockstep(config)
     return with_faults(engine, config)
 
 
@@ -289,7 +335,7 @@ class _Job:
     """A run on its way: its parts, and where it has got to."""
 
     config: RunConfig
-    federation: Federation
+    federation: Members
     engine: Engine
     weighting: Weighting
     aggregate: Aggregation
@@ -316,7 +362,7 @@ class _Job:
                 with costs.of("writing"):
                     writer.write_round(rows)
                     if ended or self.state.round % settings.checkpoint_every == 0:
-                        writer.write_checkpoint(self.state, self.engine.client_states)
+                        self._checkpoint(writer)
             if profiler is not None:
                 profiler.step()
             if self.on_state is not None:
@@ -332,34 +378,37 @@ class _Job:
             writer.write_summary(summary)
         return result
 
+    def _checkpoint(self, writer: RunWriter) -> None:
+        writer.write_checkpoint(self.state, self.engine.client_states, self.federation.record())
+
     def _stopped(self, writer: RunWriter | None, reason: str) -> StoppedError:
         if writer is None:
             return StoppedError(reason)
-        writer.write_checkpoint(self.state, self.engine.client_states)
-        how = f"fedgradnorm resume {writer.folder}" if self.config.run.experiment is None else "start its Flower app again"
-        return StoppedError(f"{reason}; to go on: {how}")
+        self._checkpoint(writer)
+        return StoppedError(f"{reason}; to go on: {how_to_go_on(writer.folder, self.config)}")
 
 
 def begin(
     config: RunConfig,
-    federation: Federation,
+    federation: Members,
     weighting: Weighting,
+    make_engine: MakeEngine,
     overwrite: bool,
     on_round: OnRound | None,
     should_stop: ShouldStop,
     profiled: bool = False,
-    make_engine: MakeEngine | None = None,
     on_state: OnState | None = None,
 ) -> Result:
-    """Train a federation from the first round on. As `run`, with its parts made; ``make_engine`` and ``on_state`` as in `resume`."""
+    """Train a federation from the first round on. As `run`, with its parts made.
+
+    ``make_engine`` raises what is wrong with clients and data, before a folder is touched. ``on_state`` is called after every round, before
+    ``on_round``, with the server's state.
+    """
     folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
     if folder is not None:
         check_free(folder, overwrite=overwrite)
     aggregate = registry.build("aggregation", config.aggregation)
-    if make_engine is None:
-        _require_clients_here(config)
-        _checked(config, federation)
-    engine = (make_engine or _engine_of)(config, federation)
+    engine = make_engine(config)
     state = initial_state(federation, weighting, config.train.seed)
     job = _Job(config, federation, engine, weighting, aggregate, state, [], on_state)
     if folder is None:
@@ -394,11 +443,11 @@ def _evaluations(engine: Engine, state: ServerState, training: TrainConfig) -> M
     return {}
 
 
-def _guesses(federation: Federation) -> dict[str, dict[str, float]]:
+def _guesses(federation: Members) -> dict[str, dict[str, float]]:
     return {client.id: constant_guess(client.task, client.test_data) for client in federation.clients if client.test_data is not None}
 
 
-def rows_of(federation: Federation, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
+def rows_of(federation: Members, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
     """A round as lines for metrics.jsonl: one a client, in the federation's order. What a client did not do is None."""
     reports = {report.client: report for report in record.reports}
     instructed = {instruction.client for instruction in record.instructions}
@@ -427,7 +476,7 @@ def rows_of(federation: Federation, state: ServerState, record: RoundRecord, eva
                 "test_loss": _finite(evaluation.loss) if evaluation else None,
                 "metric": _finite(evaluation.metrics[main.name]) if evaluation and main else None,
                 "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()} if evaluation else {},
-                "examples": report.num_examples if report else size(client.train_data),
+                "examples": report.num_examples if report else federation.num_examples(id),
                 "bytes_up": report.num_bytes if report and sends else 0,
                 "bytes_down": bytes_down if id in instructed else 0,
                 "seconds": report.seconds if report else 0.0,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import StoppedError
-from fedgradnorm.federation import Federation
+from fedgradnorm.federation import Members
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
 from fedgradnorm.randomness import generator
@@ -61,7 +62,7 @@ class RoundRecord:
     retries: int = 0
 
 
-def initial_state(federation: Federation, weighting: Weighting, seed: int) -> ServerState:
+def initial_state(federation: Members, weighting: Weighting, seed: int) -> ServerState:
     """The state before the first round: the encoder as initialised under the seed."""
     encoder = federation.make_encoder(seed)
     buffers = buffers_of(encoder) if federation.buffers == "averaged" else {}
@@ -69,7 +70,7 @@ def initial_state(federation: Federation, weighting: Weighting, seed: int) -> Se
 
 
 def run_round(
-    state: ServerState, federation: Federation, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
+    state: ServerState, federation: Members, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
 ) -> tuple[ServerState, RoundRecord]:
     """One round. With fewer sound reports than ``min_clients`` it is undone at server and clients, and repeated.
 
@@ -94,7 +95,7 @@ def run_round(
 
 def _run_step(
     state: ServerState,
-    federation: Federation,
+    federation: Members,
     engine: Engine,
     weighting: Weighting,
     aggregate: Aggregation,
@@ -103,8 +104,9 @@ def _run_step(
 ) -> tuple[ServerState, RoundRecord]:
     """All of a round, or one step of it where it is in lockstep."""
     before = engine.client_states
+    only_summed = isinstance(aggregate, Mean) and not getattr(weighting, "reads_gradients", True)
     for attempt in range(training.max_retries + 1):
-        instructions = instruct(state, federation, training, attempt, step)
+        instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         failures: Mapping[str, str] = getattr(engine, "failures", {})
@@ -179,14 +181,20 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
 
 
 def instruct(
-    state: ServerState, federation: Federation, training: TrainConfig, attempt: int = 0, step: int | None = None
+    state: ServerState,
+    federation: Members,
+    training: TrainConfig,
+    attempt: int = 0,
+    step: int | None = None,
+    *,
+    only_summed: bool = False,
 ) -> list[Instruction]:
     """One instruction for each client that takes part in the next round, or in this step of it, sorted by client id."""
     round, ids = state.round + 1, participants(federation, training, state.round + 1)
-    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step) for client in ids]
+    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step, only_summed) for client in ids]
 
 
-def participants(federation: Federation, training: TrainConfig, round: int) -> list[str]:
+def participants(federation: Members, training: TrainConfig, round: int) -> list[str]:
     """Who takes part in a round, sorted: as listed, or a share of all drawn without replacement (at least one)."""
     if training.participants:
         listed = training.participants[min(round, len(training.participants)) - 1]

@@ -1,8 +1,6 @@
 """A run in figures: per task and client the first, best and last metric, and the rounds to each target."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from operator import ge, le
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
@@ -10,16 +8,19 @@ from rich.filesize import decimal
 
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
-from fedgradnorm.federation import Federation
+from fedgradnorm.federation import Members
 from fedgradnorm.records import Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
-__all__ = ["LOSS_RATIO", "check_targets", "costs_text", "rounds_to", "summarise", "task_curve"]
+__all__ = ["LOSS_RATIO", "SMOOTHED", "check_targets", "costs_text", "rounds_to", "summarise", "task_curve"]
 
 Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
 LOSS_RATIO = "loss ratio "
 """A target of the training loss is named by this and its share of the initial loss, such as "loss ratio 0.6"."""
+
+SMOOTHED = 5
+"""A target counts as reached by the mean of so many rounds: a single noisy round may dip under it by chance."""
 
 
 def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
@@ -31,12 +32,22 @@ def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
     return {round: fmean(numbers) for round, numbers in values.items()}
 
 
-def rounds_to(curve: Mapping[int, float], reached: Callable[[float], bool]) -> int | None:
-    """The first round in which a curve has reached its target, or None."""
-    return next((round for round, value in curve.items() if reached(value)), None)
+def rounds_to(curve: Mapping[int, float], target: float, *, higher_is_better: bool = False) -> int | None:
+    """The first round at which the mean of a curve over the last five rounds has reached its target, or None.
+
+    Rounds without a value do not count; before the fifth round the mean is over those there are.
+
+    >>> rounds_to({1: 0.9, 2: 0.3, 3: 0.7, 4: 0.3, 5: 0.2}, 0.5)
+    5
+    """
+    for round in curve:
+        mean = fmean(curve[last] for last in range(round - SMOOTHED + 1, round + 1) if last in curve)
+        if mean >= target if higher_is_better else mean <= target:
+            return round
+    return None
 
 
-def check_targets(settings: RunSettings, federation: Federation) -> None:
+def check_targets(settings: RunSettings, federation: Members) -> None:
     """Raise ConfigError where a metric target names no task, or one without a metric."""
     tasks = _tasks(federation)
     for name in settings.metric_targets:
@@ -47,7 +58,7 @@ def check_targets(settings: RunSettings, federation: Federation) -> None:
 
 
 def summarise(
-    federation: Federation,
+    federation: Members,
     rows: Sequence[Row],
     guesses: Mapping[str, Mapping[str, float]],
     settings: RunSettings,
@@ -101,14 +112,14 @@ def costs_text(summary: Summary) -> str:
     return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
-def _tasks(federation: Federation) -> dict[str, Task]:
+def _tasks(federation: Members) -> dict[str, Task]:
     return {client.task.name: client.task for client in federation.clients}
 
 
 def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> TaskSummary:
     clients = sorted({row["client"] for row in rows if row["task"] == task.name})
     ratios, weights = task_curve(rows, task.name, "inverse_training_rate"), task_curve(rows, task.name, "weight")
-    rounds = {f"{LOSS_RATIO}{target:g}": rounds_to(ratios, partial(ge, target)) for target in settings.loss_targets}
+    rounds = {f"{LOSS_RATIO}{target:g}": rounds_to(ratios, target) for target in settings.loss_targets}
     rounds_done = max(row["round"] for row in rows)
     took_part = [row["round"] for row in rows if row["task"] == task.name and row["participated"]]
     summary: TaskSummary = {
@@ -124,8 +135,7 @@ def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mappi
     best = (max if metric.higher_is_better else min)(curve, key=curve.__getitem__)
     if task.name in settings.metric_targets:
         target = settings.metric_targets[task.name]
-        reached = partial(le, target) if metric.higher_is_better else partial(ge, target)
-        rounds[f"{metric.name} {target:g}"] = rounds_to(curve, reached)
+        rounds[f"{metric.name} {target:g}"] = rounds_to(curve, target, higher_is_better=metric.higher_is_better)
     known = [guesses[client][metric.name] for client in clients if metric.name in guesses.get(client, {})]
     summary["metric"] = {
         "name": metric.name,

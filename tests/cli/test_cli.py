@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fedgradnorm.cli import main
+from fedgradnorm.errors import StoppedError
 from fedgradnorm.history import Run
 
 QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
@@ -145,7 +147,7 @@ def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
     assert "other cannot be compared with equal: too few runs." in out
     folder = Path("runs/studies/two")
     assert f"page: {folder / 'index.html'}" in out
-    for name in ("index.html", "results.csv", "results.json", "results.md"):
+    for name in ("index.html", "results.csv", "results.json", "results.md", "results.svg"):
         assert (folder / name).stat().st_size > 0
     _, again, _ = call("compare", "two.toml", "--jobs", "1")
     assert "comparison" not in again
@@ -153,6 +155,32 @@ def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
     runs = [Run(path.parent) for path in Path("large/cells").glob("*/summary.json")]
     settings = {(run.config.train.num_rounds, run.config.train.seed, run.config.train.batch_size) for run in runs}
     assert settings == {(3, 4, 8)}
+
+
+def test_a_study_that_is_stopped_shows_what_there_is(config, call, monkeypatch):
+    config.with_name("two.toml").write_text(STUDY)
+    asked = []
+
+    @contextmanager
+    def stop_in_the_second_run():
+        yield lambda: len(asked) > 3 or asked.append(0)
+
+    monkeypatch.setattr("fedgradnorm.cli.stop_on_signals", stop_in_the_second_run)
+    code, out, err = call("compare", "two.toml", "--jobs", "1")
+    assert code == StoppedError.exit_code
+    assert "stopped with 1 of 2 cells of the comparison to go; the same command goes on" in err
+    assert "other: not trained yet." in out
+    folder = Path("runs/studies/two")
+    assert "other: not trained yet." in (folder / "results.md").read_text()
+    assert "not trained yet" in (folder / "index.html").read_text()
+
+
+def test_more_jobs_than_cores_would_only_wait_for_one_another(config, call, monkeypatch):
+    config.with_name("two.toml").write_text(STUDY)
+    monkeypatch.setattr("fedgradnorm.cli.available_cores", lambda: 1)
+    code, out, _ = call("compare", "two.toml", "--jobs", "64")
+    assert code == 0
+    assert "--jobs 64: 1 at once, as many as there are cores" in out
 
 
 def test_compare_can_be_told_which_methods(config, call):

@@ -142,7 +142,9 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     dropped = {(row["round"], row["client"]): row["dropped"] for row in run.rows() if row["dropped"] is not None}
     assert dropped.keys() == {(2, "a"), (2, "b"), (3, "b"), (3, "c")}
     assert dropped[2, "a"].startswith("no report: its app raised an error")
-    assert "on purpose" in dropped[2, "a"]
+    assert "RuntimeError" in dropped[2, "a"]
+    assert "on purpose" not in dropped[2, "a"]
+    assert "RuntimeError: on purpose" in deployment.log("a")
     assert dropped[2, "b"] == "gradient: not finite"
     late = ("no report: no answer within 100 s", "no report: the message expired")
     assert dropped[3, "b"].startswith(late)

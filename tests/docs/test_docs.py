@@ -127,7 +127,7 @@ def test_the_documented_study_is_sound(tmp_path):
     study = load_study(tmp_path / "studies" / "documented.toml")
     chosen = {(variant.name, method.name): (0.1,) for variant in study.variants for method in study.methods}
     cells = final_cells(study, chosen)
-    assert (len(cells), cells[0].config.train.num_rounds, cells[0].config.federation.options["snapshots"]) == (10, 100, 200)
+    assert (len(cells), cells[0].config.train.num_rounds, cells[0].config.federation.options["snapshots"]) == (16, 100, 200)
     assert load_study(tmp_path / "studies" / "documented.toml", full=True).base["train"]["num_rounds"] == 300
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
 
 import fedgradnorm
 from fedgradnorm import ConfigError, Federation, FedGradNorm, RunError, StoppedError, train
@@ -352,6 +353,28 @@ def test_a_checkpoint_of_other_clients_is_refused(tmp_path):
     with pytest.raises(RunError, match="it belongs to other clients or another encoder than"):
         resume(folder, small_federation(("a", "b")))
     assert contents(folder) == before
+
+
+class Named(nn.Module):
+    """Two layers of one shape, which are registered in this order."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, inputs):
+        return self.second(torch.tanh(self.first(inputs)))
+
+
+def test_an_encoder_whose_layers_changed_places_is_refused(tmp_path):
+    with pytest.raises(StoppedError):
+        train(small_federation(encoder=partial(Named, "first", "second")), num_rounds=4, run_dir=tmp_path / "run", should_stop=after(2))
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunError, match=r"in another order, than when the run began: \('second.weight', \(6, 6\)\), was \('first.weight'"):
+        resume(tmp_path / "run", small_federation(encoder=partial(Named, "second", "first")))
+    assert contents(tmp_path / "run") == before
+    assert resume(tmp_path / "run", small_federation(encoder=partial(Named, "first", "second"))).state.round == 4
 
 
 def test_figures_after_the_checkpoint_are_cut_and_not_doubled(tmp_path, whole):

@@ -86,7 +86,9 @@ class Site:
 
     def engine(self, keep=3, **limits):
         layout = Layout.of(self.federation.make_encoder(self.seed))
-        return GridEngine(self.wire, roster_of(self.federation), layout, "experiment", Limits(**{**AT_ONCE, **limits}), keep)
+        engine = GridEngine(self.wire, roster_of(self.federation), layout, Limits(**{**AT_ONCE, **limits}), keep)
+        engine.experiment = "experiment"
+        return engine
 
     def train(self, run_dir=None, on_round=None, engine=None, start_round=None, should_stop=lambda: False, limits=None, **training):
         config = RunConfig(

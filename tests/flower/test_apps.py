@@ -1,17 +1,21 @@
 """The ready apps: a Federation from a configuration file, one client a node, as if every message came to a new process."""
 
+import fcntl
 import shutil
 
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedgradnorm import ConfigError, StoppedError
+from fedgradnorm import ConfigError, FedGradNormError, RunError, StoppedError
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
-from fedgradnorm.flower import client_app, server_app
+from fedgradnorm.flower import client_app, server_app, training
+from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.history import Run
 from fedgradnorm.run import run
+from tests.faults.test_resume import contents
+from tests.flower.lazy import opened
 from tests.flower.nodes import Wire, in_round, lost, raising
 from tests.helpers import timeless
 
@@ -28,6 +32,7 @@ eval_every = 2
 loss_targets = [0.9]
 """
 RADCOM = DIGITS.replace('{ name = "digits" }', '{ name = "radcom", snapshots = 6 }')
+LAZY = DIGITS.replace('"digits"', '"tests.flower.lazy:make"')
 
 
 class Place:
@@ -91,6 +96,22 @@ def test_the_server_says_how_to_train_and_the_seed_too(tmp_path, words):
             assert row[key] == expected[key], key
 
 
+FEDERATIONS = ["federation.sizes=dirichlet federation.alpha=0.2", "model.name=mlp model.hidden=[8]", "model.norm_layer=1"]
+
+
+@pytest.mark.parametrize("words", FEDERATIONS)
+def test_the_clients_have_the_servers_federation_and_model(tmp_path, words):
+    place = Place(tmp_path, DIGITS.replace("[train]", 'model = { buffers = "averaged" }\n[train]'))
+    assert same(place.deployed(settings=words), place.simulated(*words.split()))
+
+
+def test_a_nodes_own_words_win_over_the_servers(tmp_path):
+    place = Place(tmp_path)
+    place.wire.contexts[3].node_config["settings"] = "federation.sizes.parity=20"
+    rows = Run(place.deployed(settings="federation.sizes={class=30,parity=40}")).rows()
+    assert [row["examples"] for row in rows if row["round"] == 3] == [30, 20, 336, 336]
+
+
 def test_started_again_it_goes_on(tmp_path):
     place, gone = Place(tmp_path), []
 
@@ -144,6 +165,59 @@ def test_a_wrong_setting_of_the_server_is_named(tmp_path, options, message):
         place.deployed(**options)
 
 
+UNFIT = {
+    "train.method=centralized": "train.method: centralized keeps all clients in lockstep, which is for the simulation alone",
+    'train.participants=[["nobody"]]': "there is no client 'nobody'",
+    "train.min_clients=9": "train.min_clients: expected at most the 4 clients, found 9",
+    "run.metric_targets={nope=0.5}": "run.metric_targets.nope: there is no task 'nope'",
+    "train.method=local model.buffers=averaged": "train.method: local exchanges nothing",
+}
+CHANGED = ("train.head_lr=0.7", r"changed: train.head_lr = 0.7 \(was 0.05\)", 0)
+
+
+@pytest.mark.parametrize(("words", "message", "start_round"), [CHANGED, *((*one, start) for one in UNFIT.items() for start in (0, 1))])
+def test_settings_that_do_not_fit_are_refused_before_a_node_is_asked_or_a_run_replaced(tmp_path, words, message, start_round):
+    place = Place(tmp_path)
+    place.deployed(settings="train.num_rounds=2")
+    before = contents(tmp_path / "run")
+    place.wire.nodes.clear()
+    with pytest.raises(FedGradNormError, match=message):
+        place.deployed(settings=words, **{"start-round": start_round})
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "/", "../..", "a/..", "~nobody-of-this-name/x", "a\0b"])
+def test_a_folder_that_cannot_be_a_runs_own_is_refused(tmp_path, folder, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = Place(tmp_path)
+    with pytest.raises(ConfigError, match="run.dir: expected a folder"):
+        place.deployed(**{"run-dir": folder})
+    assert not list((tmp_path / "here").iterdir())
+    assert not place.wire.messages
+
+
+def test_a_run_of_the_simulation_is_not_taken_over(tmp_path):
+    place = Place(tmp_path)
+    place.simulated().rename(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for words in ("", "train.num_rounds=5"):
+        with pytest.raises(RunError, match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1"):
+            place.deployed(settings=words)
+    assert contents(tmp_path / "run") == before
+    assert same(place.deployed(**{"start-round": 1}), place.simulated())
+
+
+def test_a_second_run_in_one_folder_asks_no_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOCK_TIMEOUT", 0.3)
+    place = Place(tmp_path)
+    with (tmp_path / ".run.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another run is writing to it"):
+            place.deployed()
+    assert not place.wire.messages
+
+
 @pytest.mark.parametrize(
     ("node_config", "why"),
     [
@@ -152,7 +226,7 @@ def test_a_wrong_setting_of_the_server_is_named(tmp_path, options, message):
         ({"partition-id": 4}, "node config: partition-id: expected 0 to 3, found 4"),
         ({}, "node config: expected a 'client-key'"),
         ({"partition-id": 1, "threads": 0}, "node config: threads: expected a whole number from 1, found 0"),
-        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.path"),
+        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.KEY=VALUE, found"),
         ({"partition-id": 1, "settings": "federation.x=1"}, "unknown key 'federation.x'"),
         ({"partition-id": 1, "state-dir": None}, "node config: expected a 'state-dir'"),
     ],
@@ -166,10 +240,53 @@ def test_a_wrong_setting_of_a_node_keeps_it_out_and_says_why(tmp_path, node_conf
     assert not (tmp_path / "run").exists()
 
 
+def test_a_node_loads_its_own_data_alone_and_none_to_say_who_it_is(tmp_path):
+    place, found = Place(tmp_path, LAZY), {}
+
+    def noting(app):
+        def answer(message, context):
+            opened()
+            reply = app(message, context)
+            found.setdefault((context.node_config["client-key"], control_of(message).kind), set()).add(tuple(opened()))
+            return reply
+
+        return answer
+
+    place.wire.nodes = {number: noting(app) for number, app in place.wire.nodes.items()}
+    place.deployed()
+    for client in ("a", "b", "c"):
+        assert found[client, "hello"] == {()}
+        assert found[client, "train"] == found[client, "evaluate"] == {(client,)}
+
+
+def test_a_server_loads_no_data(tmp_path):
+    place = Place(tmp_path, LAZY)
+    place.wire.nodes.clear()
+    opened()
+    with pytest.raises(StoppedError, match="0 clients are connected"):
+        place.deployed()
+    assert opened() == []
+
+
+def test_data_that_are_not_loaded_yet_are_counted_from_the_first_report_on(tmp_path):
+    place, words = Place(tmp_path, LAZY), "train.num_rounds={} train.participants=[['a'],['b'],['b'],['a']]"
+    place.deployed(settings=words.format(2))
+    rows = Run(place.deployed(settings=words.format(4))).rows()
+    assert [row["examples"] for row in rows] == [20, 0, 0, *(20, 25, 0) * 3]
+
+
 def test_a_head_that_is_lost_is_an_error_that_says_what_to_do(tmp_path):
     place = Place(tmp_path)
     place.deployed(settings="train.num_rounds=2")
     shutil.rmtree(tmp_path / "states" / "1")
     rows = [row for row in Run(place.deployed(settings="train.num_rounds=3")).rows() if row["client"] == place.clients[1]]
-    assert "there is no such file, found none" in rows[-1]["dropped"]
-    assert "restore it, or begin a new experiment" in rows[-1]["dropped"]
+    assert "needs its state of round 2, and there is no such file: restore it, or begin a new experiment" in rows[-1]["dropped"]
+
+
+def test_the_words_of_an_error_that_is_not_ours_stay_with_the_client(tmp_path):
+    place = Place(tmp_path, LAZY.replace('make" }', 'make", failing = "b" }'))
+    run = place.deployed(settings="train.num_rounds=1")
+    assert [row["dropped"] for row in Run(run).rows()][1] == (
+        "no report: its app raised an error: fedgradnorm.errors.FedGradNormError: ValueError: what it says is in the log of the node"
+    )
+    assert not any(b"Jane Doe" in one for one in place.wire.sent)

@@ -1,18 +1,21 @@
 """The clients behind a Grid: who takes part, what goes wrong, and what is undone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
+from fedgradnorm.history import Run
 from fedgradnorm.messages import Instruction
+from tests.faults.test_resume import contents
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
 from tests.helpers import batch_norm_encoder, small_federation, timeless
 
@@ -100,6 +103,18 @@ def with_endless_seconds(content):
     content["metrics"]["seconds"] = float("nan")
 
 
+def with_a_lifetime_of_seconds(content):
+    content["metrics"] = MetricRecord({**content["metrics"], "seconds": 1e308, "head-seconds": 1e308})
+
+
+def with_a_long_task(content):
+    content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "task": "x\n" * 10**6})
+
+
+def with_many_long_names(content):
+    content["arrays"] = ArrayRecord({f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)})
+
+
 def with_half_an_example(content):
     content["metrics"]["num-examples"] = 0.5
 
@@ -110,6 +125,10 @@ def with_nan_at_the_start(content):
 
 def with_strange_buffers(content):
     content["buffers"] = ArrayRecord({"x": Array(np.zeros(1))})
+
+
+def raising_at_length(_message, _answer):
+    raise RuntimeError("no\n" * 10**6)
 
 
 FAILURES = {
@@ -134,6 +153,10 @@ FAILURES = {
     "no arrays": (changed(without_arrays), "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']"),
     "no seconds": (changed(without_seconds), "no report: metrics.seconds: expected a number, found None"),
     "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, found nan"),
+    "a lifetime": (changed(with_a_lifetime_of_seconds), "no report: metrics.seconds: expected seconds, found 1e+308"),
+    "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
+    "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
+    "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
     "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number, found 0.5"),
     "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number above 0, found nan"),
     "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),
@@ -151,6 +174,8 @@ def test_a_client_that_fails_is_named_and_its_round_is_undone(twist, reason, rou
     found = dropped(result.rows, "b")
     assert found.keys() == {round}
     assert found[round].startswith(reason)
+    assert len(found[round]) < 400
+    assert "\n" not in found[round]
     assert not dropped(result.rows, "a")
     assert not dropped(result.rows, "c")
     assert site.heads(result) == as_if.heads(expected)
@@ -195,20 +220,74 @@ def test_a_failed_test_leaves_a_gap_and_the_reason_of_training_stands():
     assert not dropped(rows, "b")
 
 
-@pytest.mark.parametrize("metrics", ["{}", '{"accuracy": "high"}', '{"accuracy": null}', "[]", "{", '{"accuracy": 1' + 400 * "0" + "}"])
-def test_an_odd_evaluation_counts_for_nothing(metrics):
+@pytest.mark.parametrize("twist", [untouched, lambda message, _: Message(Error(3), reply_to=message)], ids=["hangs", "expired"])
+def test_a_client_that_was_too_late_is_not_waited_for_a_second_time_in_its_round(twist):
     site = Site(small_federation())
-    node = site.wire.nodes[3]
+    site.wire.twists[3] = in_round(2, twist)
+    rows = site.train(num_rounds=3, eval_every=1).rows
+    asked = [one for one in site.wire.messages if one.metadata.message_type == "evaluate" and one.metadata.dst_node_id == 3]
+    assert [one.metadata.group_id for one in asked] == ["1", "3"]
+    assert [row["test_loss"] is not None for row in rows if row["client"] == "b"] == [True, False, True]
+
+
+def evaluating(site, number, change):
+    """Let a node's evaluations be changed."""
+    node = site.wire.nodes[number]
 
     def answer(message, context):
         reply = node(message, context)
         if message.metadata.message_type == "evaluate":
-            reply.content["fedgradnorm"] = ConfigRecord({**reply.content["fedgradnorm"], "metrics": metrics})
+            change(reply.content)
         return reply
 
-    site.wire.nodes[3] = answer
-    rows = site.train(num_rounds=1).rows
+    site.wire.nodes[number] = answer
+
+
+def with_metrics(metrics):
+    def change(content):
+        content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "metrics": metrics})
+
+    return change
+
+
+def with_loss(loss):
+    def change(content):
+        content["metrics"]["loss"] = loss
+
+    return change
+
+
+ODD_METRICS = {
+    "none": "{}",
+    "text": '{"accuracy": "high"}',
+    "null": '{"accuracy": null}',
+    "list": "[]",
+    "torn": "{",
+    "endless": '{"accuracy": 1' + 400 * "0" + "}",
+    "too large": '{"accuracy": 1.7e308}',
+    "a name that is no text": '{"accuracy": 0.5, "\\ud800": 1}',
+    "a long name": '{"accuracy": 0.5, "' + 300 * "x" + '": 1}',
+    "many": '{"accuracy": 0.5, ' + ", ".join(f'"{number}": 1' for number in range(20_000)) + "}",
+}
+
+
+@pytest.mark.parametrize("metrics", ODD_METRICS.values(), ids=ODD_METRICS)
+def test_an_odd_evaluation_counts_for_nothing(metrics, tmp_path):
+    site = Site(small_federation())
+    evaluating(site, 3, with_metrics(metrics))
+    rows = site.train(tmp_path / "run", num_rounds=1).rows
     assert [row["client"] for row in rows if row["test_loss"] is None] == ["b"]
+    assert Run(tmp_path / "run").rows() == rows
+
+
+@pytest.mark.parametrize("loss", [1.7e308, -1.7e308, float("inf"), float("nan")])
+def test_a_loss_without_bounds_is_a_gap(loss, tmp_path):
+    site = Site(small_federation())
+    for number in (2, 3):
+        evaluating(site, number, with_loss(loss))
+    rows = site.train(tmp_path / "run", num_rounds=2).rows
+    assert {row["client"] for row in rows if row["test_loss"] is None} == {"a", "b"}
+    assert Run(tmp_path / "run").summary()["rounds"] == 2
 
 
 def test_a_reply_to_no_message_is_left_alone():
@@ -334,6 +413,19 @@ def test_two_nodes_with_one_key_stay_out_until_one_is_gone():
     assert [row["loss"] is not None for row in rows if row["client"] == "b"] == [False, False, True, True]
 
 
+def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silent():
+    site = Site(small_federation())
+    site.join(9, "b")
+    engine, answer = site.engine(), site.wire._answer
+    engine.wait()
+    site.wire._answer = lambda message: None if message.metadata.dst_node_id == 9 else answer(message)
+    engine.wait()
+    assert engine.clients == ["a", "c"]
+    site.leave(9)
+    engine.wait()
+    assert engine.clients == ["a", "b", "c"]
+
+
 def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
     site, clock = Site(small_federation()), [0.0]
     monkeypatch.setattr("fedgradnorm.flower.engine.time.monotonic", lambda: clock[0])
@@ -354,11 +446,25 @@ def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
     assert engine.clients == ["a", "b", "c"]
 
 
+def test_a_message_lives_as_long_as_its_answer_is_waited_for():
+    site = Site(small_federation())
+    site.train(num_rounds=1, limits={"round_timeout": 700.0, "greeting_timeout": 50.0})
+    lives = {(one.content["fedgradnorm"]["kind"], one.metadata.ttl) for one in site.wire.messages if "kind" in one.content["fedgradnorm"]}
+    assert lives == {("hello", 50.0), ("train", 700.0), ("evaluate", 700.0)}
+
+
 def silent_app(message, _):
     return Message(RecordDict(), reply_to=message)
 
 
-@pytest.mark.parametrize(("app", "why"), [(raising, "its app raised an error"), (silent_app, "expected a record 'fedgradnorm'")])
+APPS = [
+    (raising, "its app raised an error"),
+    (silent_app, "expected a record 'fedgradnorm'"),
+    (lambda *_: None, "its app raised an error: TypeError: expected the app to answer with a Message, found NoneType"),
+]
+
+
+@pytest.mark.parametrize(("app", "why"), APPS)
 def test_a_node_that_is_none_of_ours_stays_out(app, why):
     site = Site(small_federation())
     site.wire.join(9, app)
@@ -386,6 +492,35 @@ def test_a_run_that_lost_its_nodes_goes_on_when_they_are_back(tmp_path):
     site.join(11, "b")
     result, expected = site.train(tmp_path / "run", num_rounds=4, limits=limits), well.train(num_rounds=4)
     assert plain(result) == plain(expected)
+
+
+ONE_OF_THREE = {"num_rounds": 6, "fraction_train": 0.34}
+
+
+def test_a_repeat_waits_until_a_client_that_was_drawn_is_back():
+    site, well = Site(small_federation()), Site(small_federation())
+    ids, looks = site.wire.get_node_ids, []
+
+    def act(rows):
+        if rows[0]["round"] == 1:
+            site.leave(3)
+
+    def seen():
+        looks.append(3 not in site.wire.nodes)
+        if sum(looks) == 20:
+            site.join(3, "b")
+        return ids()
+
+    site.wire.get_node_ids = seen
+    result = site.train(on_round=act, limits={"node_timeout": 60}, **ONE_OF_THREE)
+    assert result.state.encoder.tolist() == well.train(**ONE_OF_THREE).state.encoder.tolist()
+    assert {row["retries"] for row in result.rows} == {0, 1}
+
+
+def test_a_repeat_waits_no_longer_than_for_nodes():
+    site = Site(small_federation())
+    with pytest.raises(StoppedError, match="0 of the clients b are connected after 0 s, expected at least 1; connected: a, c"):
+        site.train(on_round=at(1, lambda: site.leave(3)), **ONE_OF_THREE)
 
 
 def test_clients_without_test_data_are_not_asked():
@@ -430,6 +565,17 @@ def test_after_a_resume_clients_still_have_what_older_checkpoints_ask_for(tmp_pa
     assert site.heads(result) == whole.heads(expected)
 
 
+@pytest.mark.parametrize("torn", ['{"round": 3, "client": "a", "ta', "{}", "\x00\x00", '{"round": 3}\n{"rou'])
+def test_a_torn_last_line_is_cut_when_a_run_goes_on(tmp_path, torn):
+    site, whole = Site(small_federation()), Site(small_federation())
+    with pytest.raises(StoppedError):
+        site.train(tmp_path / "run", num_rounds=5, should_stop=after(2))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert plain(site.train(tmp_path / "run", num_rounds=5)) == plain(whole.train(num_rounds=5))
+    assert len(Run(tmp_path / "run").rows()) == 15
+
+
 def test_other_settings_than_those_of_the_run_are_refused(tmp_path):
     site = Site(small_federation())
     site.train(tmp_path / "run", num_rounds=2)
@@ -445,6 +591,28 @@ def test_damaged_checkpoints_are_not_begun_over_unasked(tmp_path):
     with pytest.raises(RunError, match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew"):
         site.train(tmp_path / "run", num_rounds=3)
     assert len(site.train(tmp_path / "run", num_rounds=3, start_round=1).rows) == 9
+
+
+@pytest.mark.parametrize("left", ["all", "rows"])
+def test_results_without_a_checkpoint_are_not_begun_over_unasked(tmp_path, left):
+    site, run = Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=3)
+    shutil.rmtree(run / "checkpoints")
+    if left == "rows":
+        (run / "summary.json").unlink()
+    before = contents(run)
+    with pytest.raises(RunError, match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew"):
+        site.train(run, num_rounds=3)
+    assert contents(run) == before
+    assert len(site.train(run, num_rounds=3, start_round=1).rows) == 9
+
+
+def test_a_run_that_was_killed_in_its_first_round_begins_anew(tmp_path):
+    site, run = Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=1)
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    assert len(site.train(run, num_rounds=2).rows) == 6
 
 
 @pytest.mark.parametrize("start_round", [0, 2, 4])

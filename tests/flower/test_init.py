@@ -1,5 +1,7 @@
 import importlib.util
+import json
 import os
+import shlex
 import ssl
 import stat
 import subprocess
@@ -10,11 +12,12 @@ import zipfile
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from flwr.cli.build import build_fab_from_disk  # the format of an app bundle is Flower's own
+from flwr.cli.build import build_fab_from_disk  # the formats of an app bundle and of a node's configuration are Flower's own
+from flwr.common.config import parse_config_args
 
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import load_config
-from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.errors import FedGradNormError, RunError
 from fedgradnorm.flower.init import write_deployment
 
 DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
@@ -58,6 +61,58 @@ def test_private_keys_are_for_their_owner_alone_and_no_key_is_made_twice(folder)
     assert all(path.read_bytes() == before for path, before in content.items())
 
 
+def refused(folder):
+    done = subprocess.run([sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr
+
+
+def test_a_new_certificate_is_for_the_same_key_or_for_a_new_one(folder):
+    keys(folder)
+    before = (folder / "server/server.key").read_bytes()
+    (folder / "server/server.crt").unlink()
+    assert keys(folder) == ["server/server.crt"]
+    assert (folder / "server/server.key").read_bytes() == before
+    for name in ("server.crt", "server.key"):
+        (folder / "server" / name).unlink()
+    assert keys(folder) == ["server/server.key", "server/server.crt"]
+    assert (folder / "server/server.key").read_bytes() != before
+    assert handshake(ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt")), folder, "fed.example.org")
+    (folder / "server/server.key").unlink()
+    assert refused(folder) == "server/server.key is gone: remove server/server.crt too, for both to be made anew\n"
+
+
+def test_a_ca_whose_key_is_in_a_safe_is_not_made_anew(folder):
+    keys(folder)
+    (folder / "ca").rename(folder / "safe")
+    (folder / "nodes/late").mkdir()
+    assert keys(folder) == ["nodes/late/ca.crt", "nodes/late/client.key", "nodes/late/client.key.pub"]
+    (folder / "server/server.crt").unlink()
+    assert "ca/ca.key is not here: put it back" in refused(folder)
+    (folder / "ca").mkdir()
+    (folder / "ca/ca.key").write_bytes((folder / "server/server.key").read_bytes())
+    assert refused(folder) == "ca/ca.key is not the key of server/ca.crt\n"
+    (folder / "ca/ca.key").write_bytes((folder / "safe/ca.key").read_bytes())
+    assert keys(folder) == ["server/server.crt"]
+
+
+def test_a_lost_public_key_is_that_of_the_private_one(folder):
+    keys(folder)
+    before = (folder / "nodes/loop/client.key.pub").read_bytes()
+    (folder / "nodes/loop/client.key.pub").unlink()
+    assert keys(folder) == ["nodes/loop/client.key.pub"]
+    assert (folder / "nodes/loop/client.key.pub").read_bytes() == before
+
+
+def test_a_client_may_have_any_name(tmp_path):
+    names = ["server", "superlink", "register", "CLIENT", "ca"]
+    write_deployment(tmp_path / "here", None, ["federation.name=tests.flower.lazy:make", f"federation.names={json.dumps(names)}"])
+    keys(tmp_path / "here")
+    for name in names:
+        files = {path.name for path in (tmp_path / "here/nodes" / name).iterdir()}
+        assert files == {"node.env", "supernode.sh", "client.key", "client.key.pub", "ca.crt"}
+
+
 def test_a_public_key_that_a_site_made_itself_stays(folder):
     (folder / "nodes/loop/client.key.pub").write_text("ecdsa-sha2-nistp384 AAAA\n")
     keys(folder)
@@ -72,7 +127,7 @@ def test_the_servers_certificate_is_the_cas_and_has_every_name(folder):
     server.verify_directly_issued_by(ca)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1", "::1"]
     context = ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt"))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python does from 3.13 on
     assert handshake(context, folder, "fed.example.org")
@@ -149,12 +204,61 @@ def test_nothing_calls_home_and_nothing_is_left_to_fill_in(folder):
 
 @pytest.mark.parametrize(
     ("host", "bind", "threads"),
-    [("localhost", "127.0.0.1", "1"), ("127.0.0.1", "127.0.0.1", "1"), ("10.1.2.3", "0.0.0.0", "")],  # noqa: S104
+    [
+        ("localhost", "127.0.0.1", "1"),
+        ("127.0.0.1", "127.0.0.1", "1"),
+        ("::1", "::1", "1"),
+        ("10.1.2.3", "0.0.0.0", ""),  # noqa: S104
+        ("fed.example.org", "0.0.0.0", ""),  # noqa: S104
+        ("2001:db8::1", "::", ""),
+    ],
 )
 def test_a_server_for_this_machine_alone_listens_to_nobody_else(tmp_path, host, bind, threads):
     write_deployment(tmp_path / "here", None, DIGITS, [host])
     assert f"HOST={bind}\n" in (tmp_path / "here/server/superlink.env").read_text()
-    assert f"THREADS={threads}\n" in (tmp_path / "here/nodes/loop/node.env").read_text()
+    env = (tmp_path / "here/nodes/loop/node.env").read_text()
+    assert f"THREADS={threads}\n" in env
+    assert f"SUPERLINK={f'[{host}]' if ':' in host else host}:8000\n" in env
+
+
+@pytest.mark.parametrize("name", ['it\'s "mine"', "a\\b", "ä\t#"])
+def test_paths_are_quoted_where_they_are_written(tmp_path, name):
+    write_deployment(tmp_path / name, None, [*DIGITS, f"run.dir={json.dumps(name)}"])
+    app, flwr = (tomllib.loads((tmp_path / name / path).read_text()) for path in ("app/pyproject.toml", "server/flwr/config.toml"))
+    assert app["tool"]["flwr"]["app"]["config"]["run-dir"] == name
+    assert flwr["superlink"]["deployment"]["root-certificates"] == str(tmp_path / name / "server/ca.crt")
+    (line,) = [line for line in (tmp_path / name / "README.md").read_text().splitlines() if "fedgradnorm report" in line]
+    assert shlex.split(line)[-1] == f"server/{name}"
+
+
+def started_node(folder, **env):
+    """What flower-supernode is called with by a node's script."""
+    path = folder / "nodes/loop/node.env"
+    path.write_text("".join([path.read_text(), *(f"{key}={shlex.quote(value)}\n" for key, value in env.items())]))
+    stub = folder / "bin/flower-supernode"
+    stub.parent.mkdir()
+    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    return subprocess.run([folder / "nodes/loop/supernode.sh"], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_nodes_settings_reach_flower_as_they_are(folder):
+    moved = folder.rename(folder.with_name('it is "mine"'))
+    done = started_node(moved, SETTINGS='federation.tasks=["class","loop"] federation.alpha=0.2', THREADS="2")
+    words = done.stdout.splitlines()
+    assert parse_config_args([words[words.index("--node-config") + 1]]) == {
+        "client-key": "loop",
+        "state-dir": str(moved / "nodes/loop/state"),
+        "threads": 2,
+        "settings": 'federation.tasks=["class","loop"] federation.alpha=0.2',
+    }
+
+
+def test_a_nodes_settings_that_flower_cannot_be_given_are_refused(folder):
+    done = started_node(folder, SETTINGS="federation.path='/data'")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "node.env: STATE_DIR and SETTINGS: expected no ' in them, found" in done.stderr
 
 
 def test_the_compose_file_mounts_each_clients_folder_alone(folder):
@@ -185,12 +289,18 @@ def test_nothing_is_overwritten(tmp_path):
     [
         ({"hosts": ["fed.example.org:80"]}, "--host: expected a name or an address, without a port"),
         ({"hosts": ['x"; rm -rf /']}, "--host: expected a name"),
+        ({"hosts": ["1::2::3"]}, "--host: expected a name or an address, without a port, found '1::2::3'"),
         ({"port": 0}, "--port: expected a number from 1 to 65535"),
         ({"overrides": ["federation.name=digit"]}, "did you mean 'digits'"),
         ({"overrides": ["faults.drop=0.5"]}, "faults: on purpose"),
+        ({"overrides": ["train.method=centralized"]}, "train.method: centralized keeps all clients in lockstep"),
+        ({"overrides": ["train.min_clients=9"]}, "train.min_clients: expected at most the 3 clients"),
+        ({"overrides": ['train.participants=[["nobody"]]']}, "there is no client 'nobody'"),
+        ({"overrides": ["run.metric_targets={nope=0.5}"]}, "run.metric_targets.nope: there is no task"),
+        ({"overrides": ["run.dir=."]}, "run.dir: expected a folder of its own"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(FedGradNormError, match=message):
         write_deployment(tmp_path / "here", **options)
     assert list(tmp_path.iterdir()) == []

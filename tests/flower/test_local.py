@@ -1,16 +1,18 @@
 """The engine `flower-local` gives what `reference` gives, bit for bit."""
 
 import pytest
+import torch
+from torch import nn
 
-from fedgradnorm import ConfigError, StoppedError, train
+from fedgradnorm import ConfigError, FederationError, StoppedError, train
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
 from fedgradnorm.history import Run
 from fedgradnorm.run import resume, run
 from tests.faults.test_kill import outcome
 from tests.faults.test_resume import QUICK as SMALL
-from tests.faults.test_resume import after
-from tests.helpers import small_federation, timeless
+from tests.faults.test_resume import after, contents
+from tests.helpers import small_encoder, small_federation, timeless
 
 RADCOM = ["federation.name=radcom", "federation.snapshots=6", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
 DIGITS = ["federation.name=digits", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
@@ -92,6 +94,46 @@ def test_its_run_folder_is_that_of_any_run(tmp_path):
 def test_threads_out_of_range_are_refused(threads):
     with pytest.raises(ConfigError, match="threads: expected a number from 1 to 1024"):
         FlowerLocalEngine(small_federation(), 0, threads)
+
+
+def test_a_method_in_lockstep_is_refused_before_a_run_is_replaced(tmp_path):
+    done(*SMALL, f"run.dir={tmp_path / 'run'}")
+    before = contents(tmp_path / "run")
+    words = [*SMALL, "engine.name=flower-local", "train.method=centralized", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="train.method: centralized keeps all clients in lockstep, which is for the simulation alone"):
+        run(load_config(None, words), overwrite=True)
+    assert contents(tmp_path / "run") == before
+
+
+class Half(nn.Module):
+    """An encoder whose parameters are of a type that NumPy does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_encoder().bfloat16()
+
+    def forward(self, inputs):
+        return self.inner(inputs.bfloat16()).float()
+
+
+class Counting(nn.Module):
+    """An encoder with such a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_encoder()
+        self.register_buffer("count", torch.zeros(1, dtype=torch.bfloat16))
+
+    def forward(self, inputs):
+        return self.inner(inputs)
+
+
+@pytest.mark.parametrize("encoder", [Half, Counting])
+def test_numbers_that_no_message_can_hold_are_refused_at_once(encoder, tmp_path):
+    federation = small_federation(encoder=encoder, buffers="averaged")
+    with pytest.raises(FederationError, match="encoder: expected numbers of a type that a message can hold.*bfloat16"):
+        train(federation, engine="flower-local", num_rounds=1, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_name_of_an_experiment_is_refused_where_clients_are_here(tmp_path):

@@ -1,5 +1,6 @@
 """The mod: what it does to a user's own app, held against the same training written out."""
 
+import re
 from functools import partial
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import nn
 
-from fedgradnorm import ConfigError, Equal
-from fedgradnorm.errors import MessageError
+from fedgradnorm import ConfigError, Equal, StoppedError
+from fedgradnorm.errors import FedGradNormError, MessageError
 from fedgradnorm.flower import FedGradNorm, FedGradNormMod
 from fedgradnorm.flower.messages import Control
 from fedgradnorm.flower.states import MemoryStates, StateFiles
@@ -93,7 +94,7 @@ def test_the_norm_layer_can_be_named(norm_layer, names):
 
 def test_the_first_heads_differ_and_are_those_that_are_tested_before_training():
     own, seen = Own(), {}
-    own.wire.twists = {10 + part: untouched for part in range(3)}
+    own.wire.twists = {10 + part: raising for part in range(3)}
     result = own.start(2, min_clients=0)
     tests = [result.evaluate_metrics_clientapp[round]["test_loss"] for round in (1, 2)]
     assert tests[0] == tests[1]
@@ -179,14 +180,56 @@ def test_a_head_that_the_model_does_not_have_is_named():
         FedGradNormMod(Net, head=())
 
 
-NOT_SHARED = {"head.weight": "in the client's head", **dict.fromkeys(("norm.running_mean", "x"), "no parameter of its model")}
+SAME_HEAD = "both sides have to be told the same head"
+NOT_SHARED = {
+    "head.weight": f"in the client's head: {SAME_HEAD}",
+    "x": f"no parameter of its model: {SAME_HEAD}",
+    "norm.running_mean": "a buffer of its model: buffers stay with the client: expected FedGradNorm(head=[..., 'norm.running_mean'])",
+}
 
 
 @pytest.mark.parametrize(("name", "what"), NOT_SHARED.items())
 def test_arrays_that_are_not_the_encoders_are_refused(name, what):
     arrays = ArrayRecord({"body.weight": initial()["body.weight"], name: Array(torch.zeros(3).numpy())})
     message = error_of(in_memory(), training(arrays))
-    assert message == f"array '{name}': the server sent it, and it is {what}: both sides have to be told the same head"
+    assert message == f"array '{name}': the server sent it, and it is {what}"
+
+
+class Positions(Net):
+    """With a buffer of floating-point numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3))
+
+
+def test_a_buffer_that_the_strategy_is_told_of_stays_with_the_client():
+    own = Own(parts=(0,), model=Positions, net=lambda _: Positions())
+    arrays = ArrayRecord(Positions().state_dict())
+    with pytest.raises(StoppedError, match=re.escape("expected FedGradNorm(head=[..., 'scale'])")):
+        own.start(1, arrays=arrays)
+    own.start(1, arrays=arrays, strategy=FedGradNorm(head=["head", "scale"], min_nodes=1, node_timeout=0))
+    assert "scale" in own.stores["client-0"].load(1).head
+
+
+class Tied(Net):
+    """A parameter with two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(8, 6)
+        self.decoder.weight = self.body.weight
+
+
+@pytest.mark.parametrize("head", ["head", ["head", "decoder"], ["head", "body", "decoder"]])
+def test_tied_parameters_of_the_encoder_are_named(head):
+    own = Own(parts=(0,), head=head, norm_layer="norm", model=Tied, net=lambda _: Tied())
+    strategy = FedGradNorm(head=head, min_nodes=1, node_timeout=0)
+    if "body" in head:  # all of it stays with the client
+        own.start(1, arrays=ArrayRecord(Tied().state_dict()), strategy=strategy)
+        return
+    with pytest.raises(StoppedError, match="array 'decoder.weight': it is tied to 'body.weight', and the server sends one of them or both"):
+        own.start(1, arrays=ArrayRecord(Tied().state_dict()), strategy=strategy)
 
 
 def without_arrays(content):
@@ -275,9 +318,9 @@ def broken():
 
 
 def test_an_error_in_the_users_model_is_the_users_to_see():
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(FedGradNormError, match="^TypeError: what it says is in the log of the node$") as error:
         direct(in_memory(model=broken), training(), context_of())
-    assert error.traceback[-1].frame.code.path.name != "mod.py"
+    assert "type must be tuple of ints,but got str" in str(error.value.__cause__)  # the node logs it with its traceback
 
 
 @pytest.mark.parametrize("model", [Net, partial(Net, classes=2), lambda: Net(2), net_of, lambda context, classes=2: Net(classes)])

@@ -77,7 +77,7 @@ def test_experiments_and_clients_have_places_of_their_own(tmp_path):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")) == [
         f"{place}/round-00000001.safetensors" for place in ("x/a", "x/b", "y/a")
     ]
-    with pytest.raises(RunError, match="there is no such file, found none: client 'c' was trained up to round 1"):
+    with pytest.raises(RunError, match="client 'c' needs its state of round 1, and there is no such file: restore it.*; found none"):
         StateFiles(tmp_path, "x", "c").load(1)
 
 
@@ -118,11 +118,19 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     states = StateFiles(tmp_path, "x", "a")
     states.save(state(1), [0])
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"state .*round-00000002.safetensors: cannot be written: No space left"):
         states.save(state(2), [])
     monkeypatch.undo()
     assert [path.name for path in states.folder.iterdir()] == ["round-00000001.safetensors"]
     assert plain(states.load(1)) == plain(state(1))
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    states = StateFiles(tmp_path, "x", "a")
+    states.folder.mkdir(parents=True)
+    (states.folder / ".round-00000001.safetensors.writing").write_bytes(b"half")
+    states.save(state(2), [])
+    assert [path.name for path in states.folder.iterdir()] == ["round-00000002.safetensors"]
 
 
 def test_nobody_else_can_look_in(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedgradnorm import ConfigError, StoppedError
+from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
 from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.errors import RunError
 from fedgradnorm.flower import FedGradNorm
@@ -13,7 +13,8 @@ from fedgradnorm.history import Run
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from tests.flower.nodes import changed, dropped, in_round, lost, untouched
-from tests.flower.own_app import initial
+from tests.flower.own_app import Net, initial
+from tests.flower.test_engine import evaluating, with_loss
 from tests.flower.test_mod import SHARED, Own, spoil, values
 from tests.helpers import timeless
 
@@ -179,6 +180,29 @@ def test_the_clients_get_what_the_user_sends_along():
     assert found["evaluate"] == [(1, 0.5)] * 3 + [(2, 0.5)] * 3
 
 
+@pytest.mark.parametrize("loss", [1.7e308, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
+    own = Own()
+    for number, factor in ((10, 1), (11, -1)):
+        evaluating(own, number, with_loss(factor * loss))
+    found = loop(strategy(), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    (sound,) = [row["test_loss"] for row in Run(whole[1]).rows() if (row["round"], row["client"]) == (1, "client-2")]
+    assert found.evaluate_metrics_clientapp[1]["test_loss"] == pytest.approx(sound)
+
+
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+def test_replies_are_waited_for_as_long_as_the_strategy_says(loop):
+    own = Own()
+    loop(strategy(round_timeout=700.0), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    assert {one.metadata.ttl for one in own.wire.messages if one.metadata.group_id == "1" and not one.metadata.reply_to_message_id} == {
+        700.0
+    }
+    own.wire.messages.clear()
+    strategy(round_timeout=700.0).start(own.wire, initial(), num_rounds=1, timeout=50.0)
+    assert {one.metadata.ttl for one in own.wire.messages if not one.metadata.reply_to_message_id} == {50.0}
+
+
 def test_evaluation_every_so_many_rounds():
     result = Own().start(5, strategy=strategy(evaluate_every=2))
     assert sorted(result.evaluate_metrics_clientapp) == [1, 2, 4, 5]
@@ -207,6 +231,7 @@ def test_the_servers_own_evaluation():
         ({"evaluate_every": 0}, "strategy.eval_every"),
         ({"min_nodes": 0}, "min_nodes"),
         ({"node_timeout": -1.0}, "node_timeout"),
+        ({"round_timeout": 0.0}, "round_timeout"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -243,6 +268,27 @@ def test_a_run_that_was_stopped_goes_on(whole, tmp_path, start_round):
     assert rows_in(tmp_path / "run") == rows_in(folder)
 
 
+class First:
+    """A weighting that is no dataclass: what it was made with is in no settings."""
+
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def init(self, client_ids):
+        return WeightingState(dict.fromkeys(client_ids, 1.0))
+
+    def update(self, state, reports):
+        values = {report.client: self.factor if place == 0 else 1.0 for place, report in enumerate(reports)}
+        return Weights(values), WeightingState({**state.weights, **values})
+
+
+def test_a_run_goes_on_with_the_weighting_that_the_strategy_was_given(tmp_path):
+    own = Own()
+    for rounds in (1, 2):
+        own.start(rounds, strategy=strategy(weighting=First(5.0), run_dir=tmp_path / "run"))
+    assert [row["weight"] for row in Run(tmp_path / "run").rows()] == [5.0, 1.0, 1.0] * 2
+
+
 @pytest.mark.parametrize("gone", [1, 2])
 def test_a_run_goes_on_from_an_older_checkpoint(whole, tmp_path, gone):
     expected, folder, clients = whole
@@ -272,6 +318,35 @@ def test_a_finished_run_is_not_troubled_by_a_newcomer(tmp_path):
     own.wire.nodes[12] = late
     own.start(2, strategy=strategy(run_dir=tmp_path / "run"))
     assert set(Run(tmp_path / "run").summary()["clients"]) == {"client-0", "client-1"}
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_client_that_does_not_come_back_keeps_its_metric(tmp_path, rounds):
+    own = Own()
+    own.start(2, strategy=strategy(run_dir=tmp_path / "run"))
+    before = Run(tmp_path / "run").summary()["tasks"]["client-2"]["metric"]
+    own.wire.nodes.pop(12)
+    own.start(rounds, strategy=strategy(run_dir=tmp_path / "run", min_nodes=2))
+    found = Run(tmp_path / "run").summary()["tasks"]["client-2"]["metric"]
+    assert found == {**before, "last": before["last"] if rounds == 2 else None}
+
+
+class Moved(Net):
+    """The same layers in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = self._modules.pop("body")
+
+
+def test_a_model_whose_layers_changed_places_does_not_go_on(tmp_path):
+    own, moved = Own(parts=(0, 1)), Own(parts=(0, 1), model=Moved, net=lambda _: Moved())
+    moved.stores.update(own.stores)
+    own.start(2, strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"other parameters, or in another order, than when the run began: \('norm.weight', \(6,\)\), was"):
+        moved.start(3, arrays=ArrayRecord(Moved().state_dict()), strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_round_one_begins_anew(whole, tmp_path):

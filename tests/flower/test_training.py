@@ -55,6 +55,19 @@ def test_two_runs_do_not_write_to_one_folder(engine, tmp_path, monkeypatch):
     assert Run(tmp_path / "run").rows()
 
 
+@pytest.mark.parametrize("what", ["save_checkpoint", "write_atomically"])
+def test_a_folder_that_cannot_be_written_says_how_a_run_across_machines_is_gone_on_with(engine, tmp_path, monkeypatch, what):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    go(engine, tmp_path / "run")
+    monkeypatch.setattr(f"fedgradnorm.history.{what}", full)
+    with pytest.raises(RunError, match="cannot be written: No space left on device.*: start its Flower app again$"):
+        go(engine, tmp_path / "run", num_rounds=4)
+    monkeypatch.undo()
+    go(engine, tmp_path / "run", num_rounds=4)
+
+
 def test_rounds_are_logged_with_who_was_dropped(engine, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fedgradnorm")
     go(engine, tmp_path / "run")

@@ -114,6 +114,26 @@ class Imputing(nn.Linear):
         return super().forward(torch.where(missing, torch.randn(inputs.shape), inputs) if self.training and missing.any() else inputs)
 
 
+class Listed(nn.Module):
+    """Keeps its parameters in a list as well, and takes them from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.tensors = [self.linear.weight, self.linear.bias]
+
+    def forward(self, inputs):
+        return functional.linear(inputs, *self.tensors)
+
+
+class Halved(nn.Linear):
+    """Its gradients pass through a hook."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight.register_hook(lambda gradient: gradient * 0.5)
+
+
 class OwnConstants(nn.Module):
     """A head with random constants, other ones for every client, that are in no state dict."""
 
@@ -141,6 +161,29 @@ class Tokens(nn.Module):
 def holes(inputs, seed):
     kept = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(seed)) > 0.3
     return inputs * kept if seed % 2 else inputs
+
+
+def of_two_layouts():
+    """Images that lie in memory in two ways."""
+    task = Task("sign", partial(nn.Linear, out_features=2), functional.cross_entropy)
+    clients = []
+    for index in range(4):
+        inputs, targets = data(index, shape=(8, 8, 3))
+        images = inputs.permute(0, 3, 1, 2)
+        clients.append(Client(f"c{index}", task, (images if index else images.contiguous(), targets), (images, targets)))
+    return Federation(clients, lambda: nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(192, 4)))
+
+
+def by_count(outputs, targets):
+    """Weighs classes by how many there are in a batch, out of torch's sight."""
+    return functional.cross_entropy(outputs, targets, weight=torch.tensor([1 / max(targets.tolist().count(one), 1) for one in range(2)]))
+
+
+def of_other_counts():
+    """Each client's batches have as many of a class as one another, and not as another client's."""
+    task = Task("sign", partial(nn.Linear, out_features=2), by_count)
+    pairs = [(data(index)[0], (torch.arange(24) % (index + 2) == 0).long()) for index in range(6)]
+    return Federation([Client(f"c{index}", task, pair, pair) for index, pair in enumerate(pairs)], plain)
 
 
 def of_two_shapes():
@@ -186,6 +229,10 @@ def of_two_kinds_of_targets():
         pytest.param(lambda: federation(Tokens), id="tokens"),
         pytest.param(lambda: federation(partial(Tokens, max_norm=1.0)), id="an embedding that renormalises itself"),
         pytest.param(lambda: federation(partial(Tokens, sparse=True)), id="sparse gradients"),
+        pytest.param(lambda: federation(Listed), id="parameters in a list"),
+        pytest.param(lambda: federation(lambda: Halved(6, 4)), id="a hook on a parameter"),
+        pytest.param(of_two_layouts, id="inputs in two layouts"),
+        pytest.param(of_other_counts, id="a loss that counts in Python"),
         pytest.param(of_two_shapes, id="inputs of two shapes"),
         pytest.param(of_two_kinds_of_targets, id="targets of two kinds"),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from fedgradnorm.compare.figure import save_svg
 from studies.convergence import (
     DIMENSION,
     NOISE,
@@ -58,6 +59,13 @@ def test_both_conditions_of_the_fixed_point_hold():
     assert p.sum() == pytest.approx(len(p))
 
 
+def test_a_fixed_point_that_was_not_found_is_an_error():
+    problem = problem_of(0, NOISE)
+    lost = Problem(problem.scales, np.full_like(problem.points, np.nan))
+    with pytest.raises(RuntimeError, match="no fixed point found to measure against"):
+        fixed_point(lost, np.zeros(DIMENSION), gamma=0.9)
+
+
 def test_three_centres_at_the_same_distances_have_weights_of_one_over_the_scales():
     corners = np.zeros((3, 1, DIMENSION))
     corners[[0, 1, 2], 0, [0, 1, 2]] = 1.0
@@ -80,11 +88,14 @@ def test_a_fit_gives_back_the_rate_of_an_exponential():
     assert fit.floor < 1e-8
 
 
-def test_the_table_and_the_chart_say_what_was_found():
+def test_the_table_and_the_chart_say_what_was_found(tmp_path):
     found = [found_for(setting, range(1), 100) for setting in (EXACT, STEP)]
     assert found[0].rate is not None
     assert found[1].rate is None
     table, chart = table_of(found), chart_of(found)
     assert "does not converge" in table.splitlines()[3]
-    assert chart.count("<polyline") == 2
-    assert f">{EXACT.name}: to p* at an exponential rate; the others stop short of it<" in chart
+    (axes,) = chart.axes
+    assert [line.get_label() for line in axes.lines] == [EXACT.name, STEP.name]
+    assert axes.get_title() == f"{EXACT.name}: to p* at an exponential rate; the others stop short of it"
+    save_svg(chart, tmp_path / "chart.svg")
+    assert "<svg" in (tmp_path / "chart.svg").read_text()

@@ -13,8 +13,10 @@ from torch import nn
 from fedgradnorm import Client, RunError, Task, train
 from fedgradnorm.federations import digits
 from fedgradnorm.history import Run
+from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
 from fedgradnorm.report.charts import MOST_LINES
+from fedgradnorm.report.looks import looks_for
 
 HOSTILE = "</script><script>alert(1)</script>[bold]&"
 
@@ -238,3 +240,22 @@ def test_without_plotly_the_error_says_what_to_install(folder, tmp_path, monkeyp
     with pytest.raises(RunError, match=re.escape('pip install "fedgradnorm[report]"')):
         write_report(runs_in(folder, "equal"), tmp_path / "report.html")
     assert comparison_table(runs_in(folder, "equal")).row_count == len(TRAINED)
+
+
+def test_a_method_has_the_colour_that_it_has_in_a_study(folder, tmp_path):
+    for names in (("equal", "fedgradnorm"), ("fedgradnorm",), ("fedgradnorm", "equal")):
+        colours = {look.name: look.colour for look in looks_for(["fedgradnorm step", "equal", "my own"])}
+        page = page_of(runs_in(folder, *names), tmp_path)
+        for label, method in (("equal", "equal"), ("fedgradnorm", "fedgradnorm step")):
+            if label in names:
+                assert f'style="color:{colours[method]}"><i></i><span>{label}</span>' in page
+
+
+def test_looks_tell_all_methods_apart_and_are_the_same_in_every_company():
+    known = [name for name in BUILT_INS["weighting"] if name != "fedgradnorm"] + ["fedper", "fedprox", "local", "centralized"]
+    looks = looks_for(["own", *known, "fedgradnorm step", "fedgradnorm exact", *(f"method {number}" for number in range(40))])
+    assert len({(look.colour, look.dash, look.marker) for look in looks}) == len(looks)
+    alone = {name: looks_for([name])[0] for name in known}
+    assert all(look == alone[look.name] for look in looks if look.name in alone)
+    colours = [look.colour for look in looks_for(known[:7], colours_only=True)]
+    assert len(set(colours)) == 7

@@ -1,9 +1,7 @@
 """What one trained cell is worth: its figures by task and over the tasks, and its curves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import ge, le
 from pathlib import Path
 from statistics import fmean
 
@@ -12,7 +10,7 @@ from fedgradnorm.compare.statistics import final_value, skill, spread
 from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.history import Run
 from fedgradnorm.records import MetricSummary, Row
-from fedgradnorm.summary import LOSS_RATIO, rounds_to, task_curve
+from fedgradnorm.summary import LOSS_RATIO, SMOOTHED, rounds_to, task_curve
 
 __all__ = ["CURVES", "DIVERGED_RATIO", "Measured", "Target", "TaskMeasures", "diverged", "measure", "tuning_score"]
 
@@ -28,7 +26,7 @@ class Target:
 
     Attributes:
         reached: whether it did.
-        rounds: the first round that had reached it; all rounds where none had.
+        rounds: the round at which it was reached; see `rounds_to`. All rounds where it was not.
         seconds: the time up to the end of that round; None where it is not known.
     """
 
@@ -43,7 +41,7 @@ class TaskMeasures:
 
     Attributes:
         metric: the main test metric: name, direction, guess, first, best and last value; None without one.
-        final_ratio: F(K) / F(0), the mean over the last tenth of its rounds; None where its last report was dropped.
+        final_ratio: F(K) / F(0), the mean over the last tenth of its rounds; None where there is none at the end.
         weight: the weight, likewise a mean.
         targets: by name, such as ``loss ratio 0.6``.
         curves: by name, the values by round: inverse training rate, weight, metric.
@@ -111,9 +109,11 @@ def diverged(measured: Measured) -> str:
     """Why a run that went on to its last round has diverged all the same; empty where it has not."""
     for name, task in measured.tasks.items():
         if task.final_ratio is None:
-            return f"{name}: its last report was dropped"
+            return f"{name}: none of its last reports was sound"
         if task.final_ratio > DIVERGED_RATIO:
             return f"{name}: the training loss ends at {task.final_ratio:.3g} times the initial one"
+        if task.metric is not None and task.metric["last"] is None:
+            return f"{name}: the last test metric is not a number"
     return ""
 
 
@@ -147,17 +147,18 @@ def _task(
     ratios, weights = task_curve(rows, name, "inverse_training_rate"), task_curve(rows, name, "weight")
     metrics = task_curve(rows, name, "metric")
 
-    def target(curve: Mapping[int, float], is_reached: Callable[[float], bool]) -> Target:
-        found = rounds_to(curve, is_reached)
+    def target(found: int | None) -> Target:
         return Target(found is not None, float(found or rounds), clock[found or rounds])
 
-    found = {f"{LOSS_RATIO}{ratio:g}": target(ratios, partial(ge, ratio)) for ratio in sorted(targets.loss_ratios, reverse=True)}
+    found = {f"{LOSS_RATIO}{ratio:g}": target(rounds_to(ratios, ratio)) for ratio in sorted(targets.loss_ratios, reverse=True)}
     if metric is not None and name in targets.metrics:
         goal = targets.metrics[name]
-        found[f"{metric['name']} {goal:g}"] = target(metrics, partial(le if metric["higher_is_better"] else ge, goal))
+        reached = rounds_to(metrics, goal, higher_is_better=metric["higher_is_better"])
+        found[f"{metric['name']} {goal:g}"] = target(reached)
     curves = {"inverse_training_rate": ratios, "weight": weights, "metric": metrics}
-    heard = not any(row["participated"] for row in rows if row["task"] == name and row["round"] > max(ratios, default=0))
-    return TaskMeasures(metric, final_value(ratios) if heard else None, final_value(weights), found, curves)
+    end = [row for row in rows if row["task"] == name and row["participated"] and row["round"] > rounds - max(SMOOTHED, rounds // 10)]
+    lost = bool(end) and all(row["dropped"] is not None for row in end)
+    return TaskMeasures(metric, None if lost else final_value(ratios), final_value(weights), found, curves)
 
 
 def _spreads(curves: Sequence[Mapping[int, float]], rounds: int) -> dict[int, float]:

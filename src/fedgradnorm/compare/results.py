@@ -1,15 +1,18 @@
 """A study's figures: every measure of every method, by seed, with its paired difference against the baseline."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.cells import Ended
 from fedgradnorm.compare.grid import Cell, Point
 from fedgradnorm.compare.measures import Measured, Target
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval, delta_m, difference_of
+from fedgradnorm.config import RunConfig, overlaid, validated
 from fedgradnorm.records import MetricSummary
 
 __all__ = ["OVERALL", "CellResult", "Estimate", "Results", "TunedMethod", "estimates_of"]
@@ -61,11 +64,14 @@ class Estimate:
         target: for ``rounds`` and ``seconds``, to what, such as ``loss ratio 0.6``.
         unit: of the values.
         better: which direction is good; None where neither is.
-        values: by seed. A run that never reached the target, or has diverged, counts with all of its rounds.
+        values: by seed. In ``rounds`` a run that never reached the target, or has diverged, counts with all of its rounds; elsewhere a run
+            that has diverged has no value.
+        seeds: how many seeds the study has.
         reached: for a target, in how many seeds it was reached; else None.
         difference: against the baseline, over the seeds that both have; None for the baseline itself, where there is no such seed, and
             where neither method reached the target in any of them.
         censored: in how many of these pairs one or both did not reach the target, so that the difference is one of min(rounds, K).
+        lost: in how many seeds the method or the baseline ended without a value, as it diverged or failed: the others are survivors.
     """
 
     variant: str
@@ -76,9 +82,11 @@ class Estimate:
     unit: str
     better: Literal["less", "more"] | None
     values: Mapping[int, float]
+    seeds: int
     reached: int | None
     difference: Interval | None
     censored: int
+    lost: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,36 @@ class Results:
         found = (one for one in self.cells if (one.cell.variant, one.cell.method) == (variant, method))
         return {one.cell.seed: one.measured for one in found if one.measured is not None}
 
+    def absence(self, variant: str, method: str) -> str:
+        """Why a method has no figures, such as "diverged on all 8 seeds"; empty where it has some."""
+        if self.measured(variant, method):
+            return ""
+        tuned = next((one for one in self.tuned if (one.variant, one.method) == (variant, method)), None)
+        if tuned is not None and tuned.chosen is None:
+            missing = any(reason.startswith("missing") for reason in tuned.reasons.values())
+            return "not tuned yet" if missing else "diverged or failed with all step sizes"
+        found = (one.ended.state for one in self.cells if (one.cell.variant, one.cell.method) == (variant, method))
+        states = Counter("not trained yet" if state == "missing" else state for state in found)
+        if len(states) == 1:
+            return f"{next(iter(states))} on all {len(self.study.seeds)} seeds" if "not trained yet" not in states else "not trained yet"
+        return ", ".join(f"{state} on {count} of {states.total()} seeds" for state, count in states.items())
+
+    @cached_property
+    def configs(self) -> dict[str, RunConfig]:
+        """By method, its settings in the base."""
+        base = self.study.base
+        return {one.name: resolve_config(validated(RunConfig, overlaid(base, one.options), prefix="")) for one in self.study.methods}
+
+    @cached_property
+    def ours(self) -> tuple[str, ...]:
+        """The methods that weight as FedGradNorm, which studies here are about."""
+        return tuple(name for name, config in self.configs.items() if config.weighting.name == "fedgradnorm")
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """All methods in the order of tables and charts: FedGradNorm, the baseline, the others."""
+        return tuple(dict.fromkeys((*self.ours, self.study.baseline, *self.configs)))
+
     def targets(self, task: str) -> tuple[str, ...]:
         """The targets of a task."""
         return tuple(dict.fromkeys(one.target for one in self.estimates if one.task == task and one.target))
@@ -115,23 +153,21 @@ class Results:
 
 def estimates_of(study: Study, cells: Sequence[CellResult]) -> list[Estimate]:
     """Every measure of every method, by variant and method in the study's order."""
-    measured: dict[By, dict[int, Measured]] = {}
+    of: dict[By, dict[int, CellResult]] = {}
     for result in cells:
-        if result.measured is not None:
-            measured.setdefault((result.cell.variant, result.cell.method), {})[result.cell.seed] = result.measured
-    lost: dict[By, dict[int, int]] = {}
-    for result in cells:
-        if result.ended.state == "diverged":
-            lost.setdefault((result.cell.variant, result.cell.method), {})[result.cell.seed] = result.cell.config.train.num_rounds
+        of.setdefault((result.cell.variant, result.cell.method), {})[result.cell.seed] = result
     found: list[Estimate] = []
     for variant in study.variants:
         base = (variant.name, study.baseline)
-        single = {} if study.single is None else measured.get((variant.name, study.single), {})
+        single = {} if study.single is None else _measured(of.get((variant.name, study.single), {}))
         for method in study.methods:
             own = (variant.name, method.name)
-            compared = (measured.get(base, {}), lost.get(base, {})) if own != base else ({}, {})
-            found += _Comparison(*own, measured.get(own, {}), lost.get(own, {}), *compared, single).estimates()
+            found += _Comparison(*own, len(study.seeds), of.get(own, {}), of.get(base, {}) if own != base else {}, single).estimates()
     return found
+
+
+def _measured(cells: Mapping[int, CellResult]) -> dict[int, Measured]:
+    return {seed: one.measured for seed, one in cells.items() if one.measured is not None}
 
 
 Getter = Callable[[Measured], float | None]
@@ -139,18 +175,22 @@ Getter = Callable[[Measured], float | None]
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A method in a variant: its cells, those of the baseline (none for the baseline itself), and those of single-task training.
-
-    Of cells that have diverged there are the rounds, by seed.
-    """
+    """A method in a variant: its cells, those of the baseline (none for the baseline itself), and those of single-task training."""
 
     variant: str
     method: str
-    own: Mapping[int, Measured]
-    lost: Mapping[int, int]
-    baseline: Mapping[int, Measured]
-    baseline_lost: Mapping[int, int]
+    seeds: int
+    own_cells: Mapping[int, CellResult]
+    baseline_cells: Mapping[int, CellResult]
     single: Mapping[int, Measured]
+
+    @cached_property
+    def own(self) -> dict[int, Measured]:
+        return _measured(self.own_cells)
+
+    @cached_property
+    def baseline(self) -> dict[int, Measured]:
+        return _measured(self.baseline_cells)
 
     def estimates(self) -> Iterator[Estimate]:
         first = next(iter(self.own.values()), None)
@@ -190,10 +230,16 @@ class _Comparison:
     ) -> Estimate:
         values, others = ({seed: value for seed, value in some.items() if value is not None} for some in (own, base))
         difference = difference_of(values, others)
-        return Estimate(self.variant, self.method, task, measure, "", unit, better, values, None, difference, 0)
+        lost = self._lost(values, others) if difference is not None else 0
+        return Estimate(self.variant, self.method, task, measure, "", unit, better, values, self.seeds, None, difference, 0, lost)
+
+    def _lost(self, own: Mapping[int, float], base: Mapping[int, float]) -> int:
+        """In how many seeds either has ended, and has no value."""
+        pairs = ((self.own_cells, own), (self.baseline_cells, base))
+        return len({seed for cells, values in pairs for seed in cells.keys() - values.keys() if cells[seed].ended.state != "missing"})
 
     def _to_target(self, task: str, target: str, measure: Literal["rounds", "seconds"]) -> Estimate:
-        own, base = _targets(self.own, self.lost, task, target), _targets(self.baseline, self.baseline_lost, task, target)
+        own, base = _targets(self.own_cells, task, target), _targets(self.baseline_cells, task, target)
         values, others = (
             {seed: value for seed, one in some.items() if (value := getattr(one, measure)) is not None} for some in (own, base)
         )
@@ -201,12 +247,16 @@ class _Comparison:
         difference = difference_of(values, others) if any(pairs) else None
         reached = sum(one.reached for one in own.values())
         censored = sum(both < 2 for both in pairs)
-        return Estimate(self.variant, self.method, task, measure, target, measure, "less", values, reached, difference, censored)
+        lost = self._lost(values, others)
+        return Estimate(
+            self.variant, self.method, task, measure, target, measure, "less", values, self.seeds, reached, difference, censored, lost
+        )
 
 
-def _targets(cells: Mapping[int, Measured], lost: Mapping[int, int], task: str, target: str) -> dict[int, Target]:
+def _targets(cells: Mapping[int, CellResult], task: str, target: str) -> dict[int, Target]:
     """By seed; a run that has diverged has not reached its target, and took we do not know how long."""
-    reached = {seed: one.tasks[task].targets[target] for seed, one in cells.items()}
+    reached = {seed: one.tasks[task].targets[target] for seed, one in _measured(cells).items()}
+    lost = {seed: one.cell.config.train.num_rounds for seed, one in cells.items() if one.ended.state == "diverged"}
     return reached | {seed: Target(False, float(rounds), None) for seed, rounds in lost.items()}
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.compare.findings import answers, caveats, goal, headline_target, task_title, verdict
-from fedgradnorm.compare.results import OVERALL, Estimate, Results, TunedMethod
+from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import ABSENT
 
@@ -23,8 +23,8 @@ __all__ = [
     "OVERALL_MEASURES",
     "figure",
     "mean_text",
+    "overall_text",
     "overview",
-    "point_text",
     "speed_text",
     "terminal_table",
     "tuning_rows",
@@ -33,7 +33,7 @@ __all__ = [
 
 COLUMNS = (
     *("variant", "method", "task", "measure", "target", "unit", "better", "seeds", "reached", "mean"),
-    *("difference", "low", "high", "pairs", "below", "above", "censored"),
+    *("difference", "low", "high", "pairs", "below", "above", "censored", "lost"),
 )
 
 OVERALL_MEASURES = (
@@ -56,67 +56,79 @@ def write_tables(results: Results, folder: Path) -> None:
         raise RunError(f"study folder {folder}: cannot be written: {error.strerror or error}") from error
 
 
-def figure(value: float) -> str:
-    """A number to read: three digits that count, and no exponent where it can be helped."""
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+def figure(value: float, digits: int = 3) -> str:
+    """A number to read: so many digits that count, or all before the point, and no exponent where it can be helped."""
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{3 if abs(value) >= 10 else digits}g}"
 
 
 def mean_text(one: Estimate | None) -> str:
-    """The mean over the seeds; of a percentage or a spread with its sign and unit left out."""
+    """The mean over the seeds, in the measure's unit; with how many of them have a value where not all do, such as "0.42 (4 of 5)"."""
     if one is None or not one.values:
         return ABSENT
-    mean = fmean(one.values.values())
-    return figure(mean / 1e6 if one.unit == "bytes" else mean)
+    return _marked(_figure(one, fmean(one.values.values())), len(one.values), one.seeds)
 
 
 def speed_text(one: Estimate | None) -> str:
-    """Rounds or seconds to a target: the mean, with how many runs reached it where not all did, such as "52 (3 of 5)"."""
-    if one is None or not one.values:
+    """Rounds or seconds to a target: the mean, with how many runs reached it where not all did, such as "≥ 52 (3 of 5)"."""
+    if one is None or not one.values or one.reached is None:
         return ABSENT
-    if not one.reached:
-        return f"not in {max(one.values.values()):.0f}" if one.measure == "rounds" else "not reached"
-    text = figure(fmean(one.values.values()))
-    return text if one.reached == len(one.values) else f"≥ {text} ({one.reached} of {len(one.values)})"
+    text = _marked(_figure(one, fmean(one.values.values())), one.reached, one.seeds)
+    return text if one.reached == len(one.values) else f"≥ {text}"
 
 
 def difference_text(one: Estimate | None) -> str:
-    """A paired difference with its interval, such as "-21 (-30 to -12)"."""
+    """A paired difference with its interval, such as "-21 (-30 to -12)", and with the pairs where runs that ended badly have none."""
     if one is None or one.difference is None:
         return ABSENT
     found = one.difference
-    text = _signed(found.mean)
-    return text if found.low is None or found.high is None else f"{text} ({_signed(found.low)} to {_signed(found.high)})"
+    text = _figure(one, found.mean, signed=True)
+    if found.low is not None and found.high is not None:
+        text += f" ({_figure(one, found.low, signed=True)} to {_figure(one, found.high, signed=True)})"
+    return f"{text}, {found.pairs} of {one.seeds}" if one.lost else text
 
 
-def _signed(value: float) -> str:
-    """A difference with its sign; what is but rounding is 0."""
-    return "0" if abs(value) < 1e-9 else f"{value:+.3g}"
+def _marked(text: str, count: int, of: int) -> str:
+    return text if count == of else f"{text} ({count} of {of})"
+
+
+def _figure(one: Estimate, value: float, *, signed: bool = False) -> str:
+    """A value of an estimate: bytes in MB, a time in the unit that suits it. A difference has its sign; what is but rounding is 0."""
+    sign, digits = "+" if signed and value > 0 else "", 2 if signed else 3
+    if one.unit == "seconds":
+        size = abs(value)
+        scaled, unit = (1000 * value, "ms") if size < 1 else (value, "s") if size < 120 else (value / 60, "min")
+        return f"{sign}{figure(scaled, digits)} {unit}" if value else "0"
+    value = value / 1e6 if one.unit == "bytes" else value
+    return "0" if abs(value) < 1e-9 else f"{sign}{figure(value, digits)}"
+
+
+def overall_text(results: Results, variant: str, method: str, measure: str) -> str:
+    """What is measured over all tasks: the mean, and the difference against the baseline; why there is none where there is none."""
+    one = results.find(variant, method, OVERALL, measure)
+    texts = [results.absence(variant, method) or mean_text(one), ABSENT if measure == "sent" else difference_text(one)]
+    return "; ".join(texts) if texts[1] != ABSENT else texts[0]
 
 
 def overview(results: Results, variant: str) -> list[list[tuple[str, int]]]:
-    """By method and task: rounds to the headline target and the difference against the baseline, and whether that is better or worse."""
+    """By method and task: rounds to the headline target and the difference against the baseline, and whether that is better or worse.
+
+    Where a method has no figures, why.
+    """
     rows = []
-    for method in results.study.methods:
+    for method in results.methods:
+        if absence := results.absence(variant, method):
+            rows.append([(absence, 0) for _ in results.tasks])
+            continue
         cells = []
         for task in results.tasks:
             target = headline_target(results, variant, task)
-            one = results.find(variant, method.name, task, "rounds", target) if target else None
+            one = results.find(variant, method, task, "rounds", target) if target else None
             text = speed_text(one)
             if one is not None and one.difference is not None:
                 text += f"; {difference_text(one)}"
             cells.append((text, 0 if one is None else verdict(one)))
         rows.append(cells)
     return rows
-
-
-def point_text(results: Results, one: TunedMethod) -> str:
-    """The step sizes that were chosen."""
-    tuning = results.study.tuning
-    if tuning is None:
-        return "as set"
-    if one.chosen is None:
-        return "none: all diverged or failed"
-    return ", ".join(f"{' = '.join(axis.keys)} = {value:g}" for axis, value in zip(tuning.axes, one.chosen, strict=True))
 
 
 def tuning_rows(results: Results) -> list[list[str]]:
@@ -155,8 +167,8 @@ def terminal_table(results: Results) -> Table:
             Text(variant.name, style="bold"),
             *(Text(f"to {goal(target).split(' of')[0]}" if target else ABSENT, style="bold") for target in goals),
         )
-        for method, cells in zip(results.study.methods, overview(results, variant.name), strict=True):
-            table.add_row(Text(f"  {method.name}"), *(Text(text, style={1: "green", -1: "red", 0: ""}[side]) for text, side in cells))
+        for method, cells in zip(results.methods, overview(results, variant.name), strict=True):
+            table.add_row(Text(f"  {method}"), *(Text(text, style={1: "green", -1: "red", 0: ""}[side]) for text, side in cells))
     return table
 
 
@@ -180,6 +192,7 @@ def _record(one: Estimate) -> dict[str, Any]:
         "below": found.below if found else None,
         "above": found.above if found else None,
         "censored": one.censored,
+        "lost": one.lost,
     }
 
 
@@ -235,12 +248,11 @@ def _markdown(results: Results) -> str:
             for task in results.tasks
             for target in [headline_target(results, variant.name, task)]
         ]
-        rows = [[m.name, *(text for text, _ in cells)] for m, cells in zip(study.methods, overview(results, variant.name), strict=True)]
+        rows = [[name, *(text for text, _ in cells)] for name, cells in zip(results.methods, overview(results, variant.name), strict=True)]
         parts.append(f"Rounds to a target; difference against {study.baseline} with its 95 % interval:")
         parts.append(_table(["method", *titles], rows))
         overall = [
-            [m.name, *(mean_text(results.find(variant.name, m.name, OVERALL, measure)) for measure, _ in OVERALL_MEASURES)]
-            for m in study.methods
+            [name, *(overall_text(results, variant.name, name, measure) for measure, _ in OVERALL_MEASURES)] for name in results.methods
         ]
         parts.append(_table(["method", *(title for _, title in OVERALL_MEASURES)], overall))
     if study.tuning is not None:

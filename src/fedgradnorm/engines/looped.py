@@ -45,8 +45,8 @@ class ProgramSteps:
     """Steps by programs, and in plain torch what these do not have: a proximal term.
 
     A round's gradient is the mean of the steps' gradients, or how far the encoder has gone, over τ_ω β. The second saves a quarter of what
-    goes through memory, and differs by the rounding of the parameters alone; it is taken where the server's step is a plain one, no longer
-    than the clients'. The norm layer's gradient is always the mean: its length is all that the weights see.
+    goes through memory, and differs by the rounding of the parameters alone; it is taken where the gradient is for the server's step only,
+    which is a plain one, no longer than the clients'. The norm layer's gradient is always the mean: its length is all that the weights see.
 
     Attributes:
         programs: of the client's phases.
@@ -72,8 +72,8 @@ class ProgramSteps:
         if phase is None or mu:
             return self.plain.on_encoder(local, with_head=with_head, mu=mu)
         training, order, start = local.instruction.training, encoder_order(local), flatten(local.encoder)
-        plain_server = training.server_optimizer == "sgd" and training.server_lr <= 1
-        if plain_server and not with_head and len(order) * training.encoder_lr >= SMALLEST_STEP:
+        for_its_step = local.instruction.only_summed and training.server_optimizer == "sgd" and training.server_lr <= 1
+        if for_its_step and not with_head and len(order) * training.encoder_lr >= SMALLEST_STEP:
             gradient, loss = self._read_off(local, phase, order, start)
             if gradient is not None:
                 return gradient, loss

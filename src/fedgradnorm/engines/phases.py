@@ -107,15 +107,20 @@ class Phase:
         return all(same(one, found) for one, found in zip(expected, (losses, *sums), strict=True))
 
     def _plain(self, model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Tensor]:
-        """The losses of such steps by autograd, and the sums of the gradients."""
-        trained, fixed = self.of(model)
-        loss, losses, sums = self.loss(model, task), [], [torch.zeros_like(tensor) for tensor in trained]
+        """The losses of such steps by autograd on the model itself, whose values are left as they were, and the sums of the gradients."""
+        parameters = dict(model.named_parameters())
+        learned, losses = [parameters[name] for name in self.trained], []
+        starts, sums = [parameter.detach().clone() for parameter in learned], [torch.zeros_like(parameter) for parameter in learned]
         for inputs, targets in batches:
-            learned = [torch.add(tensor, total, alpha=-RATE).requires_grad_() for tensor, total in zip(trained, sums, strict=True)]
-            value = loss(learned, fixed, inputs, targets)
+            value = task.loss(model(inputs), targets)
             gradients = torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True)
-            sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
-            losses.append(value.detach())
+            losses.append(value.detach().reshape(()))
+            with torch.no_grad():
+                for parameter, start, total, gradient in zip(learned, starts, sums, gradients, strict=True):
+                    torch.add(start, total.add_(gradient), alpha=-RATE, out=parameter.data)
+        with torch.no_grad():
+            for parameter, start in zip(learned, starts, strict=True):
+                parameter.copy_(start)
         return [torch.stack(losses), *sums]
 
 

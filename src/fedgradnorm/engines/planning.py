@@ -16,7 +16,7 @@ from fedgradnorm.data import size, take
 from fedgradnorm.engines.looped import Programs
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.stacked import stack_of
-from fedgradnorm.engines.workspace import Workspace, holds_more_than_its_state, same
+from fedgradnorm.engines.workspace import Workspace, has_hooks, holds_more_than_its_state, same
 from fedgradnorm.federation import Client
 from fedgradnorm.parameters import buffers_of, flatten, trainable
 from fedgradnorm.randomness import seeded_torch
@@ -75,7 +75,7 @@ def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Pla
     once = _one_by_one(encoder, inputs)
     why = _why_not_stacked(client, workspace, training, flops) if once else "its encoder does not treat every example by itself"
     if why is not None:
-        own = holds_more_than_its_state(head) or any(_is_shared(module) for module in (encoder, head))
+        own = holds_more_than_its_state(head) or any(_is_bound(module) for module in (encoder, head))
         return Plan("looped", once, why, flops, traceable=not own and not _differ(buffers, head))
     steps = training.head_steps + training.encoder_steps
     held = inputs.nbytes * (steps + 2 * size(client.train_data) / len(inputs)) + 4 * flatten(encoder).nbytes
@@ -105,8 +105,8 @@ def _why_not_stacked(client: Client, workspace: Workspace, training: TrainConfig
         return "its model has buffers"
     if holds_more_than_its_state(head):
         return "its head has tensors that are no parameters"
-    if any(_is_shared(module) for module in (encoder, head)):
-        return "its model uses parameters in several places"
+    if any(_is_bound(module) for module in (encoder, head)):
+        return "its model uses parameters in several places, or has hooks on them"
     return None if _can_be_stacked(client, workspace, training) else "its model cannot be stacked"
 
 
@@ -182,9 +182,9 @@ def _parameters(*modules: nn.Module) -> Tensor:
     return torch.cat([torch.zeros(0), *values])
 
 
-def _is_shared(module: nn.Module) -> bool:
-    """Whether a parameter or a module has several names: ``functional_call`` cannot put these back."""
-    return len(list(module.named_parameters(remove_duplicate=False))) != len(list(module.parameters()))
+def _is_bound(module: nn.Module) -> bool:
+    """Whether a parameter has hooks, or it or a module several names: ``functional_call`` cannot put these back."""
+    return has_hooks(module) or len(list(module.named_parameters(remove_duplicate=False))) != len(list(module.parameters()))
 
 
 class _Bytes:

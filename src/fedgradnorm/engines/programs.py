@@ -7,7 +7,8 @@ without coming back to Python. The products that are weight gradients go straigh
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Loss", "Program"]
 
@@ -23,8 +25,25 @@ TIMES = aten.mul.Scalar
 PRODUCTS = {aten.mm.default: "addmm_", aten.bmm.default: "baddbmm_"}
 """Products, and what adds one to a tensor."""
 
+LEAKS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
+"""What takes a tensor's values out of torch, where a trace would take them for constants. On ``item`` it raises by itself."""
+
+TRACING = Lock()
+"""Tracing patches torch for all threads."""
+
 Loss: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor], Tensor]
 """Of trained and of fixed tensors, inputs and targets. Its value has shape ``()``, or ``(clients,)`` where each has one of its own."""
+
+
+class _KeptInside(TorchFunctionMode):
+    """Values stay in torch."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in LEAKS:
+            raise TypeError(f"{func.__name__}: what depends on values cannot be traced")
+        return func(*args, **(kwargs or {}))
 
 
 class Program:
@@ -55,10 +74,13 @@ class Program:
             return [value.detach(), *torch.autograd.grad(value.sum(), trained, allow_unused=True)]
 
         learned = [tensor.detach().requires_grad_() for tensor in trained]
-        module = make_fx(step)(learned, [tensor.detach() for tensor in fixed], inputs, targets)
+        with TRACING, _KeptInside():
+            module = make_fx(step)(learned, [tensor.detach() for tensor in fixed], inputs, targets)
         for node in module.graph.nodes:
             if _depends_on_values(node):
                 raise TypeError(f"{node.target} gives a shape that depends on values")
+            if node.target is aten.as_strided.default:
+                raise TypeError(f"{node.target} depends on how a tensor lies in memory")
         _simplify(module.graph)
         self._graph, self._num_trained = module.graph, len(trained)
         self._constants = [getattr(module, str(node.target)).detach() for node in module.graph.nodes if node.op == "get_attr"]
@@ -305,7 +327,10 @@ def _operation(node: Node) -> str:
         return f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
     if isinstance(node.target, OpOverload):
         words = [*map(_literal, node.args), *(f"{name}={_literal(value)}" for name, value in node.kwargs.items())]
-        return f"{_name(node)} = torch.ops.{node.target._schema.name.replace('::', '.')}({', '.join(words)})"
+        # A batch may lie in memory in another way than the one that was traced.
+        view = node.target is aten.view.default and not any(_is_mutable(one) for one in node.graph.nodes)
+        name = "aten::reshape" if view else node.target._schema.name
+        return f"{_name(node)} = torch.ops.{name.replace('::', '.')}({', '.join(words)})"
     raise TypeError(f"{node.target}: no operation of torch")
 
 

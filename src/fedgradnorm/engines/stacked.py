@@ -20,7 +20,7 @@ from fedgradnorm.data import size, take, tensors
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.workspace import Workspace
 from fedgradnorm.federation import Client
-from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
 from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_of
 
@@ -67,6 +67,7 @@ class Trained(NamedTuple):
     velocity: Mapping[str, Tensor]
     gradients: Tensor
     norms: Sequence[float]
+    lengths: Sequence[float]
     losses: Sequence[float]
     initial_losses: Sequence[float]
     seconds: float
@@ -118,9 +119,9 @@ def stacked_update(members: Sequence[Member], order: tuple[Tensor, Tensor], work
     with record_function("encoder steps"):
         model = both(workspace.encoder, workspace.head(first.client))
         gradients, losses = _train_encoders(model, first.instruction, heads, stack.encoder, inputs[of_encoders], targets[of_encoders])
-    norms = norm_over(gradients, workspace.norm_layer).tolist()
+    norms, lengths = norm_over(gradients, workspace.norm_layer).tolist(), torch.linalg.vector_norm(gradients, dim=1).tolist()
     seconds = (perf_counter() - start) / count
-    return Trained(heads, velocity, gradients, norms, exact_losses or losses, initial_losses, seconds, head_seconds)
+    return Trained(heads, velocity, gradients, norms, lengths, exact_losses or losses, initial_losses, seconds, head_seconds)
 
 
 def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, ClientState]]:
@@ -141,6 +142,8 @@ def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, 
             round=member.instruction.round,
             head_seconds=trained.head_seconds,
         )
+        if trained.lengths[index] <= LARGEST:  # else the report finds out why
+            vars(report)["length"] = trained.lengths[index]  # the server will ask for it, and has one thread
         found.append((report, ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round)))
     return found
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -98,6 +98,7 @@ class VectorizedEngine:
         self._planned_for: tuple[int, MethodConfig] | None = None
         self._plans: dict[object, Plan] = {}
         self._plan_of: dict[str, Plan] = {}
+        self._kind_of: dict[str, tuple[object, ...]] = {}
         self._programs_of: dict[tuple[object, ...], Programs] = {}
         self._stacks: dict[tuple[object, ...], Stack] = {}
 
@@ -147,7 +148,7 @@ class VectorizedEngine:
         at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
         test = partial(self._test, encoder, buffers)
         evaluations: dict[str, Evaluation] = {}
-        for done in chain(self._each(test, in_turn, workers=1), self._each(test, at_once, self.threads)):
+        for done in chain(self._each(test, 1, 1, in_turn), self._each(test, self.threads, 1, at_once)):
             evaluations |= done
         return {client.id: evaluations[client.id] for client in clients}
 
@@ -158,7 +159,7 @@ class VectorizedEngine:
         alike: dict[tuple[object, ...], list[Instruction]] = {}
         for instruction in instructions:
             if self._plan_of[instruction.client].way == "stacked":
-                alike.setdefault((id(instruction.encoder), *self._kind(self._client(instruction.client), training)), []).append(instruction)
+                alike.setdefault((id(instruction.encoder), *self._kind_of[instruction.client]), []).append(instruction)
         jobs, stacked = [], set[str]()
         for some in alike.values():
             client, num_bytes = self._client(some[0].client), max(self._plan_of[instruction.client].num_bytes for instruction in some)
@@ -173,7 +174,7 @@ class VectorizedEngine:
 
     def _programs(self, client: Client, training: TrainConfig) -> Programs:
         """The programs of a client that is trained by itself, though perhaps others like it are in stacks."""
-        plan, kind = self._plan_of[client.id], self._kind(client, training)
+        plan, kind = self._plan_of[client.id], self._kind_of[client.id]
         if not plan.traceable:
             return WITHOUT_PROGRAMS
         if kind not in self._programs_of:
@@ -184,7 +185,7 @@ class VectorizedEngine:
         return self._programs_of[kind]
 
     def _stack(self, client: Client, training: TrainConfig, width: int) -> Stack:
-        key = (*self._kind(client, training), width)
+        key = (*self._kind_of[client.id], width)
         if key not in self._stacks:
             with self._workspace() as workspace, kernel_threads(1):
                 self._stacks[key] = stack_of(client, workspace, batch_of(client, training, self.device), width)
@@ -199,6 +200,7 @@ class VectorizedEngine:
         with kernel_threads(1):
             self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs)
             self._workspaces, self._plans, self._programs_of, self._stacks = SimpleQueue(), {}, {}, {}
+            self._kind_of = {client.id: self._kind(client, training) for client in clients}
             self._plan_of = {client.id: self._plan(client, training) for client in clients}
         self._planned_for = training.batch_size, training.method
 
@@ -208,7 +210,7 @@ class VectorizedEngine:
         return self._clients[id]
 
     def _plan(self, client: Client, training: TrainConfig) -> Plan:
-        key = self._kind(client, training)
+        key = self._kind_of[client.id]
         if key not in self._plans:
             with self._workspace() as workspace:
                 self._plans[key] = plan = plan_for(client, workspace, training)
@@ -244,16 +246,16 @@ class VectorizedEngine:
     ) -> Iterator[tuple[Report, ClientState]]:
         """What comes of these jobs. What of a stack's work is Python for the most part is done here, and not by threads that would wait."""
         members = [self._members(job) for job in jobs]
-        orders = [stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True)]
 
-        def train(place: int) -> Trained | tuple[Report, ClientState]:
-            job, order = jobs[place], orders[place]
+        def train(job: Job, some: Sequence[Member], order: tuple[Tensor, Tensor] | None) -> Trained | tuple[Report, ClientState]:
             with self._workspace() as workspace:
                 if job.stack is None or order is None:
                     return self._trained_alone(job, workspace)
-                return stacked_update(members[place], order, workspace, job.stack)
+                return stacked_update(some, order, workspace, job.stack)
 
-        for some, done in zip(members, self._each(train, range(len(jobs)), workers, kernels), strict=True):
+        # One after another, so that the first stacks are trained while the batches of the others are drawn.
+        orders = (stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True))
+        for some, done in zip(members, self._each(train, workers, kernels, jobs, members, orders), strict=True):
             for report, state in outcomes(some, done) if isinstance(done, Trained) else [done]:
                 yield store.keep(*at_home(report, state))
 
@@ -307,14 +309,14 @@ class VectorizedEngine:
         self._workspaces.put(workspace)
 
     @staticmethod
-    def _each(work: Callable[[Task], Done], tasks: Sequence[Task], workers: int, kernels: int = 1) -> Iterator[Done]:
-        """What the work makes of each task, in their order, as soon as it is there."""
+    def _each(work: Callable[..., Done], workers: int, kernels: int, tasks: Sequence[object], *more: Iterable[object]) -> Iterator[Done]:
+        """What the work makes of each task and what goes with it, in their order, as soon as it is there."""
         with kernel_threads(kernels):
             if min(workers, len(tasks)) <= 1:
-                yield from map(work, tasks)
+                yield from map(work, tasks, *more)
             else:
                 with ThreadPoolExecutor(min(workers, len(tasks)), thread_name_prefix="fedgradnorm") as pool:
-                    yield from pool.map(work, tasks)
+                    yield from pool.map(work, tasks, *more)
 
 
 class _GradientStore:

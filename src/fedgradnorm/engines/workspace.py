@@ -45,7 +45,7 @@ class Workspace:
 
     def __init__(self, federation: Federation, seed: int, device: torch.device, arranged: bool = False) -> None:
         self.federation, self.seed, self.device = federation, seed, device
-        self.encoder = copy.deepcopy(federation.make_encoder(seed)).to(device)  # a factory may give the same module again
+        self.encoder = _copy(federation.make_encoder(seed)).to(device)
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
         if arranged:
             arrange(self.encoder)
@@ -56,10 +56,23 @@ class Workspace:
         kind = head_kind(client)
         if kind in self._heads:
             return self._heads[kind]
-        head = copy.deepcopy(self.federation.make_head(client, self.seed)).to(self.device)
+        head = _copy(self.federation.make_head(client, self.seed)).to(self.device)
         if not holds_more_than_its_state(head):
             self._heads[kind] = head
         return head
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether gradients of parameters pass through hooks of theirs."""
+    return any(parameter._backward_hooks for parameter in module.parameters())
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A module of its own, for a factory may give the same one again; the module itself where a copy is none, or has no hooks."""
+    try:
+        return module if has_hooks(module) else copy.deepcopy(module)
+    except RuntimeError:  # torch.nn.utils.weight_norm makes such ones
+        return module
 
 
 def holds_more_than_its_state(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The client's side of a Federation on Flower: one client a node, its own data alone, its head in its own files."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate, initial_state, load_model, local_update
-from fedgradnorm.config import load_config
+from fedgradnorm.config import load_config, parse_override
 from fedgradnorm.data import size
-from fedgradnorm.errors import ConfigError, FederationError, MessageError, require
+from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, require
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
     Control,
@@ -31,10 +31,12 @@ from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["WRONG_CLIENT", "Node", "client_app", "client_key", "state_dir"]
+__all__ = ["SHARED", "WRONG_CLIENT", "Node", "client_app", "client_key", "private_errors", "state_dir", "table_of"]
 
 WRONG_CLIENT = "came to client"
 """What a client says to a message for another one, by which the server knows it."""
+SHARED, LOCAL = ("federation", "model"), ("federation",)
+"""The tables of the settings that server and clients have in common, and those in which a client may differ."""
 CLIENT_KEY, STATE_DIR, SETTINGS, THREADS = "client-key", "state-dir", "settings", "threads"
 
 
@@ -63,8 +65,10 @@ class Node:
         """
         control = control_of(message)
         if control.kind == "hello":
-            examples, tests = size(self.client.train_data), self.client.test_data is not None
-            return greeting_reply(Greeting(client=self.client.id, task=self.client.task.name, num_examples=examples, tests=tests), message)
+            client, tests = self.client, self.client.test is not None
+            return greeting_reply(
+                Greeting(client=client.id, task=client.task.name, num_examples=_known_examples(client), tests=tests), message
+            )
         if control.client != self.client.id:
             raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'")
         return self._train(message, control) if control.kind == "train" else self._evaluate(message, control)
@@ -94,6 +98,12 @@ class Node:
             raise MessageError(f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}")
 
 
+def _known_examples(client: Client) -> int:
+    """How many training examples a client has; 0 where they would have to be loaded, which may take longer than a greeting waits."""
+    loaded = "train_data" in client.__dict__ or isinstance(client.train, tuple) or not callable(client.train)
+    return size(client.train_data) if loaded else 0
+
+
 def client_app(config: str | Path) -> ClientApp:
     """A ClientApp that runs one client of the federation that a configuration file describes.
 
@@ -101,7 +111,8 @@ def client_app(config: str | Path) -> ClientApp:
 
     - ``client-key``: the client's id; or ``partition-id``, its place in the federation.
     - ``state-dir``: the folder for its head and its F(0). It has to outlive the process.
-    - ``settings``: words like ``federation.path=/data/MTFL.zip`` that win over the file at this site alone, separated by spaces.
+    - ``settings``: words like ``federation.path=/data/MTFL.zip`` that win over the file, and over the server's words, at this site alone,
+      separated by spaces.
     - ``threads``: kernel threads while it works; by default as many as torch would use.
 
     Args:
@@ -113,8 +124,13 @@ def client_app(config: str | Path) -> ClientApp:
         threads = context.node_config.get(THREADS)
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
-        with kernel_threads(threads) if threads is not None else nullcontext():
-            settings, control = resolve_config(load_config(Path(config), _local_settings(context))), control_of(message)
+        with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
+            control = control_of(message)
+            words = [
+                *words_on(SHARED, control.settings, "message"),
+                *words_on(LOCAL, str(context.node_config.get(SETTINGS, "")), "node config"),
+            ]
+            settings = resolve_config(load_config(Path(config), words))
             if control.training:  # the server says how to train, and the seed too
                 settings = settings.model_copy(update={"train": training_of(control)})
             federation = build_federation(settings)
@@ -127,6 +143,17 @@ def client_app(config: str | Path) -> ClientApp:
     app.train()(handle)
     app.evaluate()(handle)
     return app
+
+
+@contextmanager
+def private_errors() -> Iterator[None]:
+    """Let an error that is not of this package say no more than its type: its words would go to the server, and may quote data."""
+    try:
+        yield
+    except FedGradNormError:
+        raise
+    except Exception as error:
+        raise FedGradNormError(f"{type(error).__name__}: what it says is in the log of the node") from error
 
 
 def client_key(context: Context, known: list[str] | None = None) -> str:
@@ -162,9 +189,15 @@ def state_dir(context: Context) -> Path:
     return Path(folder).expanduser()
 
 
-def _local_settings(context: Context) -> list[str]:
-    words = str(context.node_config.get(SETTINGS, "")).split()
-    for word in words:
-        if not word.startswith("federation."):
-            raise ConfigError(f"node config: {SETTINGS}: expected words like federation.path=..., found '{word}': all else is the server's")
-    return words
+def words_on(tables: Collection[str], words: str, source: str) -> list[str]:
+    """Settings as single words. Raises ConfigError for one on another table."""
+    for word in words.split():
+        if table_of(word) not in tables:
+            expected = " or ".join(f"{table}.KEY=VALUE" for table in tables)
+            raise ConfigError(f"{source}: {SETTINGS}: expected words like {expected}, found '{word}': all else is the server's")
+    return words.split()
+
+
+def table_of(word: str) -> str:
+    """The table of a setting such as ``federation.alpha=0.2``. Raises ConfigError where it is no setting."""
+    return parse_override(word)[0].partition(".")[0]

@@ -4,8 +4,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -26,6 +27,7 @@ from fedgradnorm.flower.messages import (
     Layout,
     arrays_of,
     greeting_of,
+    one_line,
     read_evaluation,
     read_report,
 )
@@ -38,11 +40,12 @@ __all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
 
 log = logging.getLogger(__name__)
 
+EXPIRED = 3
 CODES = {
     0: "an unknown error",
     1: "its app could not be loaded",
     2: "its app raised an error",
-    3: "the message expired before it was answered",
+    EXPIRED: "the message expired before it was answered",
     4: "the reply expired",
     5: "its node is gone",
     6: "a mod refused",
@@ -95,26 +98,33 @@ class GridEngine:
         grid: Flower's.
         roster: the clients; it decides who is one.
         layout: of the encoder.
-        experiment: the name under which the clients keep their states.
         limits: for how long to wait, and for whom.
         keep: so many earlier states stay with the clients, besides the last, for a run that is resumed.
-        config: for users' own apps, what goes along with messages for training and for evaluation.
         federated: whether the clients run a Federation, and need the settings of training.
+        settings: the server's words on that federation and its model, for the clients to follow.
+
+    Attributes:
+        experiment: the name under which the clients keep their states. It has to be set before anything is sent.
+        config: for users' own apps, what goes along with messages for training and for evaluation.
+        failures: by client, why there was no report when it was last instructed.
     """
+
+    lockstep = False
+    """No method whose server steps after each of the clients' steps: that would be a message for every step."""
 
     def __init__(
         self,
         grid: Grid,
         roster: Roster,
         layout: Layout,
-        experiment: str,
         limits: Limits = Limits(),
         keep: int = 3,
-        config: Mapping[str, ConfigRecord] | None = None,
         federated: bool = True,
+        settings: str = "",
     ) -> None:
-        self.grid, self.roster, self.layout, self.experiment = grid, roster, layout, experiment
-        self.limits, self.keep, self.config, self.federated = limits, keep, config or {}, federated
+        self.grid, self.roster, self.layout, self.limits, self.keep = grid, roster, layout, limits, keep
+        self.federated, self.settings = federated, settings
+        self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
@@ -123,6 +133,8 @@ class GridEngine:
         self._ask_at: dict[int, float] = {}
         self._silent: Counter[int] = Counter()
         self._untested: set[str] = set()
+        self._claims: dict[int, str] = {}
+        self._late: set[int] = set()
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._training = 0, ""
@@ -141,34 +153,37 @@ class GridEngine:
         """Let the clients go on from these rounds."""
         self._states = dict(states)
 
-    def wait(self, min_nodes: int | None = None) -> None:
-        """Wait until enough clients are connected: as many as given, or as the limits say.
+    def wait(self, least: int | None = None, among: Collection[str] | None = None) -> None:
+        """Wait until enough clients are connected: as many as given, or as the limits say; any, or some of those named.
 
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        least, end = min_nodes or self.limits.min_nodes, time.monotonic() + self.limits.node_timeout
+        least, end = self.limits.min_nodes if least is None else least, time.monotonic() + self.limits.node_timeout
         while True:
             self._greet()
-            if len(self._nodes) >= least:
+            found = len(self._nodes if among is None else self._nodes.keys() & among)
+            if found >= least:
                 return
             if time.monotonic() >= end:
+                whom = "clients" if among is None else f"of the clients {', '.join(sorted(among))}"
                 refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
                 raise StoppedError(
-                    f"{len(self._nodes)} clients are connected after {self.limits.node_timeout:g} s, expected at least "
-                    f"{least}; connected: {', '.join(self.clients) or 'none'}{refused}"
+                    f"{found} {whom} are connected after {self.limits.node_timeout:g} s, expected at least {least}; "
+                    f"connected: {', '.join(self.clients) or 'none'}{refused}"
                 )
             time.sleep(self.limits.poll)
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train. Who is not connected, fails or is late has no report, and a reason in ``failures``."""
         self.wait()
+        if instructions and instructions[0].attempt:  # there were too few before, and at once there would be again
+            self.wait(min(instructions[0].training.min_clients, len(instructions)), {one.client for one in instructions})
         return self.reports(self._send(self.messages_for(instructions)))
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
-        self.failures = {}
-        require(all(one.step is None for one in instructions), "train.method", "one whose clients are not in lockstep", "one with steps")
+        self.failures, self._late = {}, set()
         for instruction in instructions:
             self._remember(instruction)
         if instructions and self.federated:
@@ -180,17 +195,9 @@ class GridEngine:
             if id not in self._nodes:
                 self.failures[id] = self._refused(id) or "not connected"
                 continue
-            control = Control(
-                kind="train",
-                experiment=self.experiment,
-                client=id,
-                round=instruction.round,
-                attempt=instruction.attempt,
-                base=state.round,
-                keep=tuple(sorted({*self._bases.get(id, ()), state.round})),
-                training=self._training,
-            )
-            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("train", instruction.round)})
+            keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
+            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
+            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)})
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
             self.messages[id] = self._message(content, "train", self._nodes[id], str(instruction.round))
@@ -206,9 +213,10 @@ class GridEngine:
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
             except MessageError as error:
-                self.failures[id] = str(error)
+                self.failures[id] = one_line(error)
                 continue
             reports.append(report)
+            self.roster.learn(id, report.num_examples)
             self._took(id, report)
         return reports
 
@@ -218,14 +226,14 @@ class GridEngine:
         return self.evaluations(self._send(self.tests_for(encoder, buffers)))
 
     def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
-        """The messages that ask the connected clients to test, by key."""
+        """The messages that ask the connected clients to test, by key: less those that were too late in this round, and may hang."""
         arrays, self.messages = self.layout.arrays(encoder), {}
         for id, node in self._nodes.items():
-            if id in self._untested:
+            if id in self._untested or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = Control(kind="evaluate", experiment=self.experiment, client=id, round=self._round, base=base, training=self._training)
-            content = RecordDict({ARRAYS: arrays, CONTROL: control.record(), CONFIG: self._config("evaluate", self._round)})
+            control = self._control("evaluate", client=id, round=self._round, base=base)
+            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)})
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
             self.messages[id] = self._message(content, "evaluate", node, str(self._round))
@@ -244,7 +252,7 @@ class GridEngine:
                     raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
                 evaluations[id] = evaluation
             except MessageError as error:
-                log.warning("client %s: no evaluation: %s", id, error)
+                log.warning("client %s: no evaluation: %s", id, one_line(error))
         self.failures = failures
         return evaluations
 
@@ -270,15 +278,16 @@ class GridEngine:
         self._online = online
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
+        self._claims = {node: client for node, client in self._claims.items() if node in online}
         known = set(self._nodes.values())
         now = time.monotonic()
         new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
         if not new:
             return
-        hello = Control(kind="hello", experiment=self.experiment)
-        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: hello.record(), CONFIG: self._config("train", 0)})
-        asked = {str(node): self._message(content, "train", node, "hello") for node in new}
-        answers = self._ask(asked, "node", min(self.limits.round_timeout, self.limits.greeting_timeout))
+        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: self._control("hello"), CONFIG: self._config("train", 0)})
+        timeout = min(self.limits.round_timeout, self.limits.greeting_timeout)
+        asked = {str(node): self._message(content, "train", node, "hello", timeout) for node in new}
+        answers = self._sound(asked, self._send(asked, timeout), "node", timeout)
         greetings: dict[int, Greeting] = {}
         for node in new:
             try:
@@ -289,9 +298,11 @@ class GridEngine:
                     self._silent[node] += 1
                     self._refuse(node, self.failures.pop(str(node)))
             except MessageError as error:
-                self._refuse(node, str(error))
+                self._claims.pop(node, None)
+                self._refuse(node, one_line(error))
             self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(0, self._silent[node] - 1)
-        claims = Counter(greeting.client for greeting in greetings.values())
+        self._claims |= {node: greeting.client for node, greeting in greetings.items()}
+        claims = Counter(self._claims.values())  # one that says nothing this time has not given up its claim
         for node, greeting in greetings.items():
             if greeting.client in self._nodes:
                 why: str | None = f"client key '{greeting.client}' belongs to a node that is connected"
@@ -317,11 +328,6 @@ class GridEngine:
         """Why nobody stands for a client, if a node that was refused says so."""
         return next((why for why in self._strangers.values() if f"'{client}'" in why), None)
 
-    def _ask(self, messages: Mapping[str, Message], whom: str = "client", timeout: float | None = None) -> dict[str, Message]:
-        """Send messages, and give the sound replies by the same names; for the others there is a failure."""
-        timeout = timeout or self.limits.round_timeout
-        return self._sound(messages, self._send(messages, timeout), whom, timeout)
-
     def _send(self, messages: Mapping[str, Message], timeout: float | None = None) -> Iterable[Message]:
         sent = list(messages.values())
         return self.grid.send_and_receive(sent, timeout=timeout or self.limits.round_timeout) if sent else []
@@ -337,25 +343,35 @@ class GridEngine:
             if name is None:
                 log.warning("a reply to no message of this round is left alone")
             elif reply.has_error():
-                said = " ".join((reply.error.reason or "").split())[-300:]
+                said = one_line(reply.error.reason or "")
                 self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 log.warning("%s %s: %s", whom, name, self.failures[name])
-                if WRONG_CLIENT in said:
-                    self._ask_at.pop(self._nodes.pop(name, -1), None)  # its node was restarted as another one: ask who it is
+                if reply.error.code == EXPIRED:
+                    self._late.add(messages[name].metadata.dst_node_id)
+                if WRONG_CLIENT in said:  # its node was restarted as another one: ask who it is
+                    node = self._nodes.pop(name, -1)
+                    self._ask_at.pop(node, None)
+                    self._claims.pop(node, None)
             else:
                 sound[name] = reply
         for name in asked.values():
+            self._late.add(messages[name].metadata.dst_node_id)
             self.failures[name] = f"no answer within {timeout:g} s"
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
 
+    def _control(self, kind: str, **fields: Any) -> ConfigRecord:
+        control = Control(kind=kind, experiment=self.experiment, training=self._training, settings=self.settings, **fields)
+        return control.record()
+
     def _config(self, kind: str, round: int) -> ConfigRecord:
         return ConfigRecord({**self.config.get(kind, {}), "server-round": round})
 
-    def _message(self, content: RecordDict, kind: str, node: int, group: str) -> Message:
+    def _message(self, content: RecordDict, kind: str, node: int, group: str, ttl: float | None = None) -> Message:
+        ttl = ttl or self.limits.round_timeout
         if isinstance(self.grid, LocalGrid):
-            return self.grid.create_message(content, kind, node, group)
-        return Message(content, node, kind, group_id=group, ttl=self.limits.round_timeout)
+            return self.grid.create_message(content, kind, node, group, ttl)
+        return Message(content, node, kind, group_id=group, ttl=ttl)
 
 
 class FlowerLocalEngine(GridEngine):
@@ -383,7 +399,8 @@ class FlowerLocalEngine(GridEngine):
             return answer
 
         grid = LocalGrid({number: answering(node) for number, node in enumerate(nodes, start=2)})
-        super().__init__(grid, roster_of(federation), nodes[0].layout, "local")
+        super().__init__(grid, roster_of(federation), nodes[0].layout)
+        self.experiment = "local"
         self._initial = {node.client.id: node.initial for node in nodes}
         self._states = dict(self._initial)
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
@@ -13,10 +14,12 @@ from fedgradnorm import __version__
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import RunConfig, load_config
 from fedgradnorm.errors import ConfigError, RunError, require
+from fedgradnorm.flower.roster import roster_of
+from fedgradnorm.flower.training import check_deployable, run_folder
 
 __all__ = ["write_deployment"]
 
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:]+")
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 FIRST_NODE_PORT = 9094
 PLACE = re.compile(r"@\{([a-z_]+)\}")
 CLIENT = "CLIENT"
@@ -46,7 +49,8 @@ def write_deployment(
         The ids of the federation's clients.
 
     Raises:
-        ConfigError: settings that are wrong, or a name that is none.
+        ConfigError: settings that are wrong or cannot be trained across machines, or a name that is none.
+        FederationError: a federation that cannot be.
         RunError: the folder is there and not empty, or cannot be written.
 
     >>> from tempfile import TemporaryDirectory
@@ -56,12 +60,15 @@ def write_deployment(
     """
     require(bool(hosts), "--host", "a name or an address", hosts)
     for host in hosts:
-        require(NAME.fullmatch(host) is not None, "--host", "a name or an address, without a port", host)
+        require(NAME.fullmatch(host) is not None or _is_address(host), "--host", "a name or an address, without a port", host)
     require(0 < port < 2**16, "--port", "a number from 1 to 65535", port)
     settings = resolve_config(load_config(config, overrides))
     if any(settings.faults.model_dump().values()):
         raise ConfigError("faults: on purpose they are for the simulation alone: remove the table [faults]")
-    clients = build_federation(settings).client_ids
+    roster = roster_of(build_federation(settings))
+    run_folder(settings)
+    check_deployable(settings, roster)
+    clients = roster.client_ids
     folder = folder.expanduser().resolve()
     aside = folder.with_name(f".{folder.name}.writing")
     try:
@@ -85,16 +92,18 @@ def write_deployment(
 def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int) -> Iterator[tuple[Path, str]]:
     """Every file's path in the folder, and its text."""
     name = re.sub(r"[^a-z0-9]+", "-", settings.federation.name.lower()).strip("-")
-    local = _is_local(hosts[0])
+    bind = _bind(hosts[0])
+    local, run_dir = _is_loopback(bind), settings.run.dir or f"runs/{name}"
     values = {
         "name": f"fedgradnorm-{name}",
         "version": __version__,
-        "run_dir": settings.run.dir or f"runs/{name}",
+        "run_dir": _escaped(run_dir),
+        "report": shlex.quote(str(Path("server", run_dir))),
         "clients": ", ".join(clients),
-        "folder": str(folder),
+        "certificate": _escaped(str(folder / "server" / "ca.crt")),
         "host": f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0],
         "names": " ".join(hosts),
-        "bind": "127.0.0.1" if local else "0.0.0.0",  # noqa: S104  # nodes are elsewhere
+        "bind": bind,
         "port": str(port),
         "threads": "1" if local else "",
         "services": "\n".join(SERVICE.format(client=client) for client in clients),
@@ -122,8 +131,26 @@ def _toml(settings: RunConfig) -> str:
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
 
 
-def _is_local(host: str) -> bool:
+def _escaped(text: str) -> str:
+    """A text as TOML writes it between quotes."""
+    return tomli_w.dumps({"text": text}).strip().removeprefix('text = "').removesuffix('"')
+
+
+def _bind(host: str) -> str:
+    """What a server listens on that nodes reach under this name: every network, unless all nodes are on its own machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return "127.0.0.1" if host == "localhost" else "0.0.0.0"  # noqa: S104  # nodes are elsewhere
+    return host if address.is_loopback else "::" if address.version == 6 else "0.0.0.0"  # noqa: S104
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return not getattr(ipaddress.ip_address(host), "scope_id", None)
+    except ValueError:
+        return False
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback

@@ -76,6 +76,8 @@ class LocalGrid(Grid):
             return Message(Error(5, "the node is gone"), reply_to=message)
         try:
             reply = self.nodes[node](message, self.contexts[node])
+            if not isinstance(reply, Message):
+                raise TypeError(f"expected the app to answer with a Message, found {type(reply).__name__}")
         except Exception as error:  # noqa: BLE001  # as a SuperNode does
             reason = "".join(traceback.format_exception_only(error)).strip()
             return Message(Error(RAISED, reason), reply_to=message)

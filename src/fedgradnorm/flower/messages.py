@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import Evaluation
 from fedgradnorm.config import TrainConfig, validated
-from fedgradnorm.errors import ConfigError, MessageError
+from fedgradnorm.errors import ConfigError, FederationError, MessageError
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -38,6 +38,7 @@ __all__ = [
     "evaluation_reply",
     "greeting_of",
     "greeting_reply",
+    "one_line",
     "read_evaluation",
     "read_instruction",
     "read_report",
@@ -48,6 +49,8 @@ __all__ = [
 
 Checked = TypeVar("Checked", bound=BaseModel)
 ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
+LONGEST, LARGEST = 1e9, 1e100
+"""No client works for more seconds, and no finite figure of a test is larger: beyond them, sums and means could overflow."""
 
 
 class Control(BaseModel):
@@ -62,6 +65,7 @@ class Control(BaseModel):
         base: the round whose state the client begins with: its last one that the server has taken. 0: its initial state.
         keep: the rounds whose states the server may come back to; with 0 among them, all.
         training: how to train, as JSON; empty for a user's own app, and before the first round.
+        settings: the server's words on the federation and the model, such as ``federation.alpha=0.2``, which win over the client's file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -73,6 +77,7 @@ class Control(BaseModel):
     base: int = Field(0, ge=0)
     keep: tuple[int, ...] = Field((0,), strict=False)
     training: str = ""
+    settings: str = ""
 
     def record(self) -> ConfigRecord:
         """As a record."""
@@ -102,10 +107,10 @@ class Greeting(BaseModel):
 
 class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    client: str
-    task: str
+    client: str = Field(max_length=100)
+    task: str = Field(max_length=200)
     round: int
-    metrics: str = "{}"
+    metrics: str = Field("{}", max_length=100_000)
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,12 @@ class Layout:
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as arrays."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+    """Tensors as arrays. Raises FederationError for a type of numbers that NumPy does not have, such as bfloat16."""
+    try:
+        return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+    except TypeError as error:
+        types = sorted({str(tensor.dtype) for tensor in tensors.values()})
+        raise FederationError(f"encoder: expected numbers of a type that a message can hold, such as float32, found {types}") from error
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
@@ -153,7 +162,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     try:
         return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
     except Exception as error:  # NumPy meets bytes of any kind here
-        raise MessageError(f"arrays: expected arrays of numbers; {' '.join(str(error).split())[:300]}") from error
+        raise MessageError(f"arrays: expected arrays of numbers; {one_line(error)}") from error
 
 
 def encoder_of(records: RecordDict) -> ArrayRecord:
@@ -226,7 +235,7 @@ def read_report(reply: Message, layout: Layout) -> Report:
     who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
     numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds")}
     for name in ("seconds", "head-seconds"):
-        if not 0 <= numbers[name] < math.inf:
+        if not 0 <= numbers[name] <= LONGEST:
             raise MessageError(f"metrics.{name}: expected seconds, found {numbers[name]}")
     return Report(
         client=who.client,
@@ -253,11 +262,23 @@ def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation,
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
     who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply)
-    try:
-        metrics = {name: float(value) for name, value in _json(who.metrics, "metrics").items()}
-    except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError(f"metrics: expected numbers by name, found {who.metrics[:100]!r}") from error
-    return who.client, Evaluation(_number(numbers, "loss"), metrics, _count(numbers))
+    metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
+    if not all(name.isprintable() and len(name) <= 200 for name in metrics):
+        raise MessageError(f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}")
+    return who.client, Evaluation(_figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers))
+
+
+def one_line(text: object) -> str:
+    """The beginning of a text of someone else, as a line for logs and records."""
+    return " ".join(str(text).split())[:300]
+
+
+def _figure(name: str, value: Any) -> float:
+    """A figure of a test; what is no finite number is a gap in a curve, as it is for clients in this process."""
+    gap = isinstance(value, float) and not math.isfinite(value)
+    if not gap and (not isinstance(value, int | float) or abs(value) > LARGEST):
+        raise MessageError(f"{name}: expected a number of at most {LARGEST:g}, found {value!r:.100}")
+    return float(value)
 
 
 def _checked(model: type[Checked], message: Message, record: str) -> Checked:

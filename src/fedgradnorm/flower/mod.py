@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgradnorm.client import ClientState, Evaluation
 from fedgradnorm.errors import ConfigError, MessageError, nearest
-from fedgradnorm.flower.client import WRONG_CLIENT, client_key, state_dir
+from fedgradnorm.flower.client import WRONG_CLIENT, client_key, private_errors, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -84,6 +84,10 @@ class FedGradNormMod:
 
     def __call__(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         """Answer a message with the app's help."""
+        with private_errors():
+            return self._answer(message, context, app)
+
+    def _answer(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         control, client = control_of(message), client_key(context)
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
@@ -133,7 +137,8 @@ class FedGradNormMod:
         """What of the model's state the server did not send, as initialised."""
         with seeded_torch(self.seed, 0, client, "head"):
             model = self._make(context)
-        parameters = dict(model.named_parameters())
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self._check_tied(model, sent)
         for pattern in self.head:
             if not any(matches(name, [pattern]) for name in parameters):
                 layers = {name.rpartition(".")[0] for name in parameters} - {""}
@@ -141,8 +146,23 @@ class FedGradNormMod:
         for name in sorted(sent):
             if matches(name, self.head) or name not in parameters:
                 what = "in the client's head" if matches(name, self.head) else "no parameter of its model"
-                raise MessageError(f"array '{name}': the server sent it, and it is {what}: both sides have to be told the same head")
+                how = "both sides have to be told the same head"
+                if name in buffers:
+                    what, how = "a buffer of its model", f"buffers stay with the client: expected FedGradNorm(head=[..., '{name}'])"
+                raise MessageError(f"array '{name}': the server sent it, and it is {what}: {how}")
         return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in sent}
+
+    @staticmethod
+    def _check_tied(model: nn.Module, sent: Collection[str]) -> None:
+        """Raise MessageError for a parameter with two names of which one is sent: the client's values would replace the server's."""
+        names: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            other = names.setdefault(id(parameter), name)
+            if other != name and (name in sent or other in sent):
+                raise MessageError(
+                    f"array '{name}': it is tied to '{other}', and the server sends one of them or both: expected parameters of their own "
+                    "in the encoder: untie them, or name both in the head on both sides"
+                )
 
     def _make(self, context: Context) -> nn.Module:
         try:

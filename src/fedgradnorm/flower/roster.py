@@ -1,69 +1,92 @@
 """The clients of a run across machines, as far as a server knows them: their keys, their tasks, how many examples they have."""
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedgradnorm.federation import Client, Federation
-from fedgradnorm.flower.messages import Greeting
+from fedgradnorm.errors import FederationError, nearest
+from fedgradnorm.federation import Client, Federation, Members
+from fedgradnorm.flower.messages import Greeting, arrays_of
+from fedgradnorm.parameters import buffers_of, trainable
+from fedgradnorm.records import MembersRecord
 from fedgradnorm.task import Metric, Task
 
-__all__ = ["Remote", "Roster", "module_of", "roster_of"]
+__all__ = ["Roster", "module_of", "roster_of"]
 
 
-class Remote:
-    """Data of which nothing but their number is here."""
+class Roster(Members):
+    """Clients that are elsewhere. Of them it checks nothing but key and task: data and heads are not here.
 
-    def __init__(self, num_examples: int = 0) -> None:
-        self.num_examples = num_examples
-
-    def __len__(self) -> int:
-        return self.num_examples
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        raise LookupError("a client's data are with the client alone")
-
-
-class Roster(Federation):
-    """A federation whose clients are elsewhere. Of them it checks nothing but key and task: data and heads are not here.
-
-    Without clients at first, it takes in whoever comes; else nobody who is not among them.
+    Args:
+        encoder: makes the encoder.
+        buffers: what becomes of its buffers.
+        clients: their keys and tasks. Without any it is open, and takes in whoever comes; else nobody who is not among them.
     """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "clients", tuple(self.clients))
-        self.__dict__["open"] = not self.clients
+    def __init__(
+        self, encoder: Callable[[], nn.Module], buffers: Literal["local", "averaged"] = "local", clients: Iterable[tuple[str, Task]] = ()
+    ) -> None:
+        self.encoder, self.buffers = encoder, buffers
+        self._clients = {id: _remote(id, task) for id, task in clients}
+        self._examples: dict[str, int] = {}
+        self.open = not self._clients
 
-    def expect(self, client: str, task: str, metric: str = "", higher_is_better: bool = True) -> None:
-        """One client more, or a known one with this metric."""
+    @property
+    def clients(self) -> Sequence[Client]:  # type: ignore[override]
+        """The clients, in the order in which they came."""
+        return tuple(self._clients.values())
+
+    def client(self, id: str) -> Client:
+        """The client with this key. Raises FederationError where there is none."""
+        try:
+            return self._clients[id]
+        except KeyError:
+            raise FederationError(f"there is no client '{id}'; {nearest(id, self._clients)}") from None
+
+    def num_examples(self, id: str) -> int:
+        """How many training examples a client has said that it has; 0 before."""
+        return self._examples.get(id, 0)
+
+    def learn(self, id: str, num_examples: int) -> None:
+        """Note how many training examples a client has, where it says so."""
+        self._examples[id] = num_examples or self._examples.get(id, 0)
+
+    def recall(self, members: MembersRecord) -> None:
+        """Know again the clients of a run that is gone on with, so that one that does not come back keeps its lines and its metric."""
+        for id, one in members["clients"].items():
+            if self.open:
+                self._expect(id, one["task"], one["metric"], one["higher_is_better"])
+            self.learn(id, one["examples"])
+
+    def _expect(self, id: str, task: str, metric: str, higher_is_better: bool) -> None:
         metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
-        known = {one.id: one for one in self.clients} | {client: _remote(client, Task(task, nn.Identity, _nowhere, metrics))}
-        object.__setattr__(self, "clients", tuple(known.values()))
-        self.__dict__.pop("_by_id", None)
+        self._clients[id] = _remote(id, Task(task, nn.Identity, _nowhere, metrics))
 
     def admit(self, greeting: Greeting) -> str | None:
         """Take a client in; a reason where that is not to be."""
-        id, is_open = greeting.client, self.__dict__["open"]
-        tasks = {client.id: client.task for client in self.clients}
-        if id not in tasks and not is_open:
+        id, task = greeting.client, greeting.task
+        known = self._clients.get(id)
+        if known is None and not self.open:
             return f"there is no client '{id}' in the federation"
-        if id in tasks and tasks[id].name != greeting.task:
-            return f"client '{id}' has task '{tasks[id].name}', and the node says '{greeting.task}'"
-        if is_open:
-            for other, task in tasks.items():
-                metric = task.main_metric
+        if known is not None and known.task.name != task:
+            return f"client '{id}' has task '{known.task.name}', and the node says '{task}'"
+        if self.open:
+            for other in self._clients.values():
+                metric = other.task.main_metric
                 same = metric is None or (metric.name, metric.higher_is_better) == (greeting.metric, greeting.higher_is_better)
-                if other != id and task.name == greeting.task and greeting.metric and not same:
-                    return f"client '{id}' measures task '{greeting.task}' in another way than client '{other}'"
-            self.expect(id, greeting.task, greeting.metric, greeting.higher_is_better)
-        self.client(id).__dict__["train_data"] = Remote(greeting.num_examples)
+                if other.id != id and other.task.name == task and greeting.metric and not same:
+                    return f"client '{id}' measures task '{task}' in another way than client '{other.id}'"
+            self._expect(id, task, greeting.metric, greeting.higher_is_better)
+        self.learn(id, greeting.num_examples)
         return None
 
 
 def roster_of(federation: Federation) -> Roster:
-    """The clients of a federation without their data."""
-    clients = [_remote(client.id, client.task) for client in federation.clients]
-    return Roster(clients, federation.encoder, federation.norm_layer, federation.buffers, federation.example)
+    """The clients of a federation without their data. Raises FederationError for an encoder that no message can hold."""
+    encoder = federation.make_encoder(seed=0)
+    arrays_of({**dict(trainable(encoder)), **(buffers_of(encoder) if federation.buffers == "averaged" else {})})
+    return Roster(federation.encoder, federation.buffers, [(client.id, client.task) for client in federation.clients])
 
 
 def module_of(tensors: dict[str, Tensor]) -> nn.Module:
@@ -81,10 +104,8 @@ def module_of(tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _remote(id: str, task: Task) -> Client:
-    client = Client(id, task, Remote())
-    client.__dict__["train_data"] = Remote()  # none are known before it has said how many: that is no error here
-    return client
+    return Client(id, task, _nowhere)
 
 
 def _nowhere(*_: Tensor) -> Any:
-    raise LookupError("a client's loss is with the client alone")
+    raise LookupError("a client's data and losses are with the client alone")

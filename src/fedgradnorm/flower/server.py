@@ -10,10 +10,11 @@ from fedgradnorm import registry
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import load_config
 from fedgradnorm.errors import ConfigError
+from fedgradnorm.flower.client import SHARED, table_of
 from fedgradnorm.flower.engine import GridEngine, Limits
 from fedgradnorm.flower.messages import Layout
 from fedgradnorm.flower.roster import roster_of
-from fedgradnorm.flower.training import new_experiment, train_on_grid
+from fedgradnorm.flower.training import train_on_grid
 
 __all__ = ["server_app"]
 
@@ -27,7 +28,8 @@ def server_app(config: str | Path) -> ServerApp:
     (``[tool.flwr.app.config]``, or ``flwr run --run-config``) may have:
 
     - ``run-dir``: the run's folder, in place of the file's ``run.dir``.
-    - ``settings``: words like ``train.num_rounds=5`` that win over the file, separated by spaces. The server tells clients how to train.
+    - ``settings``: words like ``train.num_rounds=5`` that win over the file, separated by spaces. The server tells the clients
+      what they say on training, the federation and the model.
     - ``min-nodes``: clients to wait for before a round; by default, and for 0, all of the federation at the start, and one from then on.
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
     - ``start-round``: 1 begins anew; by default, and for 0, a run that is there goes on.
@@ -40,7 +42,8 @@ def server_app(config: str | Path) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         options = context.run_config
-        settings = resolve_config(load_config(Path(config), str(options.get("settings", "")).split()))
+        words = str(options.get("settings", "")).split()
+        settings = resolve_config(load_config(Path(config), words))
         if "run-dir" in options:
             settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(options["run-dir"])})})
         if settings.run.dir is None:
@@ -51,10 +54,12 @@ def server_app(config: str | Path) -> ServerApp:
             node_timeout=_number(context, "node-timeout", 600),
             round_timeout=_number(context, "round-timeout", 3600),
         )
-        engine = GridEngine(grid, roster, Layout.of(roster.make_encoder(settings.train.seed)), new_experiment(), limits, settings.run.keep)
-        start_round = _number(context, "start-round", 0) or None
-        engine.wait(_number(context, "min-nodes", 0) or len(roster.clients))
-        train_on_grid(settings, engine, registry.build("weighting", settings.weighting), start_round)
+        shared = " ".join(word for word in words if table_of(word) in SHARED)
+        layout = Layout.of(roster.make_encoder(settings.train.seed))
+        engine = GridEngine(grid, roster, layout, limits, settings.run.keep, settings=shared)
+        weighting, start_round = registry.build("weighting", settings.weighting), _number(context, "start-round", 0) or None
+        first = _number(context, "min-nodes", 0) or len(roster.clients)
+        train_on_grid(settings, engine, weighting, start_round, min_nodes=first)
         log.info("run: %s", settings.run.dir)
 
     return app

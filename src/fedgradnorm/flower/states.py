@@ -99,24 +99,27 @@ class StateFiles:
         except FileNotFoundError:
             found = sorted(entry.name for entry in self.folder.glob("round-*")) if self.folder.is_dir() else []
             raise RunError(
-                f"state {path}: there is no such file, found {found or 'none'}: client '{self.client}' was trained up to round {round} "
-                "and needs its head to go on; restore it, or begin a new experiment"
+                f"client '{self.client}' needs its state of round {round}, and there is no such file: restore it, or begin a new experiment"
+                f": {path}; found {found or 'none'}"
             ) from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise RunError(f"state {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
 
     def save(self, state: ClientState, keep: Collection[int]) -> None:
-        """Keep a state. Raises OSError where it cannot be written; the others are as they were."""
+        """Keep a state. Raises RunError where it cannot be written; the others are as they were."""
         tensors = {f"{part}/{name}": value.contiguous().clone() for part in PARTS for name, value in _part(state, part).items()}
         if state.encoder is not None:
             tensors[ENCODER] = state.encoder
         numbers = {"client": self.client, "round": state.round, "initial_loss": state.initial_loss}
-        for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))
-        kept = [int(match[1]) for path in self.folder.iterdir() if (match := FILE.fullmatch(path.name))]
-        for round in superfluous(kept, state.round, keep):
-            self._path(round).unlink(missing_ok=True)
+        try:
+            for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))
+            kept = [int(match[1]) for path in self.folder.iterdir() if (match := FILE.fullmatch(path.name))]
+            for path in [*map(self._path, superfluous(kept, state.round, keep)), *self.folder.glob(".*.writing")]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"state {self._path(state.round)}: cannot be written: {error.strerror or error}") from error
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round:08}.safetensors"

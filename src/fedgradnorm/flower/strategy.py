@@ -1,6 +1,7 @@
 """FedGradNorm as a Flower strategy: the functions of the simulation, its checkpoints and its run folder."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -62,6 +63,7 @@ class FedGradNorm(Strategy):
         min_nodes: clients that have to be connected before a round.
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
+        round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
         evaluate_every: the clients test after the first and the last round, and after every so many.
         seed: of the draws of clients.
 
@@ -81,6 +83,7 @@ class FedGradNorm(Strategy):
         min_nodes: int = 2,
         min_clients: int = 1,
         node_timeout: float = 600.0,
+        round_timeout: float = 3600.0,
         evaluate_every: int = 1,
         seed: int = 0,
     ) -> None:
@@ -88,7 +91,7 @@ class FedGradNorm(Strategy):
         self.weighting, self._weighting = weighting_of(weighting)
         self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
         self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
-        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout)
+        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout, round_timeout=round_timeout)
         self.run_dir = None if run_dir is None else str(run_dir)
         self._training: dict[str, Any] = {
             "encoder_steps": 1,
@@ -113,7 +116,7 @@ class FedGradNorm(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
@@ -126,7 +129,7 @@ class FedGradNorm(Strategy):
             grid: Flower's.
             initial_arrays: the model, with or without a head.
             num_rounds: rounds in all, with those of a run that is gone on with.
-            timeout: seconds to wait for the replies of a round.
+            timeout: seconds to wait for the replies of a round; None: ``round_timeout``.
             train_config: goes along with messages for training, with ``server-round``.
             evaluate_config: goes along with messages for evaluation.
             evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
@@ -144,7 +147,6 @@ class FedGradNorm(Strategy):
         self.summary()
         engine = self._engine_for(grid, initial_arrays, timeout)
         engine.config = {"train": train_config or ConfigRecord(), "evaluate": evaluate_config or ConfigRecord()}
-        engine.wait()
         result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
 
         def note_state(state: ServerState) -> None:
@@ -174,6 +176,7 @@ class FedGradNorm(Strategy):
         """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
         if self._engine is None or self._engine.grid is not grid or server_round == 1:
             self._engine, self._state = self._engine_for(grid, arrays), None
+            self._engine.experiment = new_experiment()
         engine = self._engine
         engine.config = {**engine.config, "train": config}
         engine.wait()
@@ -205,8 +208,8 @@ class FedGradNorm(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
         """The mean of the clients' test losses."""
         engine, _ = self._begun()
-        evaluations = engine.evaluations(replies).values()
-        return MetricRecord({"test_loss": fmean(one.loss for one in evaluations)}) if evaluations else None
+        losses = [one.loss for one in engine.evaluations(replies).values() if math.isfinite(one.loss)]
+        return MetricRecord({"test_loss": fmean(losses)}) if losses else None
 
     def _begun(self) -> tuple[GridEngine, ServerState]:
         if self._engine is None or self._state is None:
@@ -222,11 +225,11 @@ class FedGradNorm(Strategy):
         require(len(types) == 1, "initial_arrays", "an encoder of one type of numbers", types)
         return shared
 
-    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float = 3600) -> GridEngine:
+    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float | None = None) -> GridEngine:
         shared = self._shared(arrays)
-        limits = replace(self.limits, round_timeout=timeout)
-        roster = Roster([], lambda: module_of(shared))
-        return GridEngine(grid, roster, Layout.of(module_of(shared)), new_experiment(), limits, federated=False)
+        limits = self.limits if timeout is None else replace(self.limits, round_timeout=timeout)
+        roster = Roster(lambda: module_of(shared))
+        return GridEngine(grid, roster, Layout.of(module_of(shared)), limits, federated=False)
 
     def _settings(self, num_rounds: int) -> RunConfig:
         return RunConfig(

@@ -2,23 +2,34 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from fedgradnorm.checkpoint import load_newest
+from fedgradnorm.checkpoint import Checkpoint, load_newest
 from fedgradnorm.config import RunConfig
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import ConfigError, RunError
-from fedgradnorm.federation import Federation
+from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.flower.roster import Roster
 from fedgradnorm.history import CHECKPOINTS, Run
 from fedgradnorm.records import Row
-from fedgradnorm.run import OnRound, OnState, Result, begin, changes, resume, with_faults
+from fedgradnorm.run import (
+    OnRound,
+    OnState,
+    Result,
+    ShouldStop,
+    begin,
+    changes,
+    check_settings,
+    go_on,
+    refuse_lockstep,
+    with_faults,
+)
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["new_experiment", "train_on_grid"]
+__all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]
 
 try:
     import fcntl
@@ -26,6 +37,8 @@ except ImportError:  # no POSIX system
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+
+ANEW = "start_round = 1 begins anew"
 
 LOCK_TIMEOUT = 60.0
 """Seconds that a run waits for another one in its folder to end, such as one whose SuperLink was killed."""
@@ -42,24 +55,30 @@ def train_on_grid(
     weighting: Weighting,
     start_round: int | None = None,
     on_round: OnRound | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: ShouldStop = lambda: False,
     on_state: OnState | None = None,
+    min_nodes: int | None = None,
 ) -> Result:
     """Train the clients of an engine's roster: from the first round on, or from the checkpoint in the run's folder.
+
+    Whatever can be wrong without the clients' data is raised before a node is asked or a folder is touched.
 
     Args:
         config: the resolved settings; ``run.dir`` says where the run is written, with a checkpoint for every round.
         engine: how to reach the clients.
         weighting: their weights.
         start_round: 1 begins, and replaces a run that is there; one more than its checkpoint has goes on; None goes on where there is a
-            checkpoint, and begins where there is none.
+            checkpoint, and begins where there is no run.
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there, with a checkpoint.
         on_state: called before ``on_round`` with the server's state.
+        min_nodes: clients that have to be connected before the first of these rounds; None: as before every round.
 
     Raises:
-        ConfigError: a ``start_round`` that is neither, or settings that are not those of the run that it goes on with.
-        RunError: checkpoints that are all damaged, a folder to which another run is writing, or one that cannot be written.
+        ConfigError: settings that cannot be trained across machines or are not those of the run that it goes on with, or a ``start_round``
+            that does not fit.
+        RunError: checkpoints that are all damaged or gone, a folder with another kind of run or to which another run is writing, or one
+            that cannot be written.
         StoppedError: too few clients, too few sound reports, or ``should_stop``; what is done is in the run's folder.
     """
     _show_log()
@@ -69,9 +88,49 @@ def train_on_grid(
         if on_round is not None:
             on_round(rows)
 
-    folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
+    folder = run_folder(config)
+    check_deployable(config, engine.roster)
     with _alone_in(folder):
-        return _train(config, engine, weighting, folder, start_round, note, should_stop, on_state)
+        done, checkpoint = (0, None) if folder is None else _done(folder, start_round)
+        begins = done == 0 or start_round == 1
+
+        def made(settings: RunConfig) -> Engine:
+            engine.experiment = str(settings.run.experiment)
+            if begins or done < settings.train.num_rounds or not engine.roster.clients:
+                engine.wait(min_nodes)
+            return with_faults(engine, settings)
+
+        if folder is None or begins:
+            # every round has a checkpoint, for clients keep only their last states
+            run = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})
+            config = config.model_copy(update={"run": run})
+            return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state)
+        opened = Run(folder)
+        _check_unchanged(opened, config)
+        if checkpoint is not None and checkpoint.members is not None:
+            engine.roster.recall(checkpoint.members)
+        return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state)
+
+
+def run_folder(config: RunConfig) -> Path | None:
+    """The run's folder; None where none is written. Raises ConfigError for one that cannot be a run's own."""
+    if config.run.dir is None:
+        return None
+    try:
+        folder = Path(config.run.dir).expanduser()
+        current = Path.cwd()
+        own = folder.resolve() not in (current, *current.parents)
+    except (OSError, RuntimeError, ValueError) as error:  # a home of nobody, or what no path can hold
+        raise ConfigError(f"run.dir: expected a folder for the run, found {config.run.dir!r}; {error}") from error
+    require(own, "run.dir", "a folder of its own for the run", config.run.dir)
+    return folder
+
+
+def check_deployable(config: RunConfig, roster: Roster) -> None:
+    """Raise ConfigError or FederationError for settings that cannot be trained across machines."""
+    refuse_lockstep(config)
+    if not roster.open:
+        check_settings(config, roster)
 
 
 def round_line(rows: Sequence[Row], num_rounds: int) -> str:
@@ -82,53 +141,33 @@ def round_line(rows: Sequence[Row], num_rounds: int) -> str:
     return "  ".join(parts) + (f"  dropped: {'; '.join(dropped)}" if dropped else "")
 
 
-def _train(
-    config: RunConfig,
-    engine: GridEngine,
-    weighting: Weighting,
-    folder: Path | None,
-    start_round: int | None,
-    on_round: OnRound,
-    should_stop: Callable[[], bool],
-    on_state: OnState | None,
-) -> Result:
-    done = 0
-    if folder is not None and (folder / "config.toml").is_file():
+def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None]:
+    """How many rounds of a run in this folder are done, and the checkpoint of the last one.
+
+    Raises ConfigError for a ``start_round`` that does not fit, and RunError where a run would be replaced unasked, or is none of ours.
+    """
+    done, checkpoint = 0, None
+    if (folder / "config.toml").is_file():
         checkpoint, _, faults = load_newest(folder / CHECKPOINTS)
         done = 0 if checkpoint is None else checkpoint.server.round
-        if faults and not done and start_round != 1:
-            raise RunError(f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: start_round = 1 begins anew")
+        if start_round != 1:
+            opened = Run(folder)
+            if opened.config.run.experiment is None:
+                raise RunError(f"{folder}: its clients are not on other machines: `fedgradnorm resume` goes on with it; {ANEW}")
+            if faults and not done:
+                raise RunError(f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: {ANEW}")
+            if not done and opened.has_results():
+                raise RunError(f"{folder}: there are results of a run, and no checkpoint is left to go on from: {ANEW}")
     if start_round not in (None, 1, done + 1):
         expected = f"1 or {done + 1}" if done else "1"
         raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}, found {start_round}")
+    return done, checkpoint
 
-    def made(settings: RunConfig, _: Federation) -> Engine:
-        engine.experiment = settings.run.experiment or new_experiment()
-        return with_faults(engine, settings)
 
-    if folder is not None and done and start_round != 1:
-        opened = Run(folder)
-        changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
-        if changed:
-            raise ConfigError(
-                f"{folder}: a run goes on with the settings that it began with (start_round = 1 begins anew); changed: {changed}"
-            )
-        for row in opened.rows():
-            if row["client"] not in engine.roster.client_ids:
-                engine.roster.expect(row["client"], row["task"])
-        return resume(
-            folder,
-            engine.roster,
-            num_rounds=config.train.num_rounds,
-            on_round=on_round,
-            should_stop=should_stop,
-            on_message=log.info,
-            make_engine=made,
-            on_state=on_state,
-        )
-    settings = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})  # clients keep only their last states
-    config = config.model_copy(update={"run": settings})
-    return begin(config, engine.roster, weighting, folder is not None, on_round, should_stop, make_engine=made, on_state=on_state)
+def _check_unchanged(opened: Run, config: RunConfig) -> None:
+    changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
+    if changed:
+        raise ConfigError(f"{opened.folder}: a run goes on with the settings that it began with ({ANEW}); changed: {changed}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.text import Text
 from fedgradnorm.errors import RunError
 from fedgradnorm.history import Run
 from fedgradnorm.report.loading import labels_of, sound
-from fedgradnorm.summary import LOSS_RATIO
+from fedgradnorm.summary import LOSS_RATIO, SMOOTHED
 
 __all__ = [
     "ABSENT",
@@ -169,8 +169,8 @@ def explanation(single: bool) -> str:
     bold = "" if single else " Bold: the best run of a task."
     return (
         "guess, first, best, last: the metric on test data, ↑ more or ↓ less is better; guess: of a constant answer (majority class or "
-        "mean); (at): the round of the best. loss: in training, as a share of the initial loss; ≤: the first round with at most that, "
-        f"{ABSENT} if none.{bold}"
+        "mean); (at): the round of the best. loss: in training, as a share of the initial loss; ≤: the first round at which the mean of "
+        f"the last {SMOOTHED} rounds is at most that, {ABSENT} if none.{bold}"
     )
 
 

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.history import Run
 from fedgradnorm.records import Row, Summary
+from fedgradnorm.report.looks import looks_for
 
 __all__ = ["Loaded", "labels_of", "load", "sound"]
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""The Okabe-Ito palette, less its yellow, which is hard to see on white."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,22 @@ class Loaded:
 
 def load(runs: Sequence[Run]) -> list[Loaded]:
     """Read the files of every run, and give it its name and colour. Raises RunError where one is missing or damaged."""
+    methods = [_method_of(run) for run in runs]
+    looks = looks_for(
+        [label if methods.count(name) > 1 else name for label, name in zip(labels_of(runs), methods, strict=True)], colours_only=True
+    )
     return [
-        Loaded(label, COLOURS[number % len(COLOURS)], run, _some_rows(run), run.summary())
-        for number, (label, run) in enumerate(zip(labels_of(runs), runs, strict=True))
+        Loaded(label, look.colour, run, _some_rows(run), run.summary())
+        for label, look, run in zip(labels_of(runs), looks, runs, strict=True)
     ]
+
+
+def _method_of(run: Run) -> str:
+    """The name under which a study would have the run's method, so that it has the same colour."""
+    config = run.config
+    if config.train.method.name != MethodConfig().name:
+        return config.train.method.name
+    return " ".join(filter(None, (config.weighting.name, config.weighting.options.get("solver"))))
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:

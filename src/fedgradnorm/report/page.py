@@ -36,7 +36,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     """Write one HTML page on one run, or on several overlaid. It holds all that it needs, and loads nothing.
 
     Args:
-        runs: the finished runs, in the order of their colours, which repeat after seven.
+        runs: the finished runs, in the order of the page. A method has the colour that it has in a study; colours repeat after seven.
         output: the file to write; its folder is made.
 
     Returns:

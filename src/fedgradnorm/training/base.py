@@ -19,10 +19,12 @@ class Method(ABC):
     Attributes:
         own_encoder: whether every client goes on from an encoder of its own. The server's then stays as initialised.
         lockstep: whether the server takes its step after each step of the clients' encoders, and not once a round.
+        weighting: the name of the weighting that belongs to the method, for settings that name none; None for the default one.
     """
 
     own_encoder: ClassVar[bool] = False
     lockstep: ClassVar[bool] = False
+    weighting: ClassVar[str | None] = None
 
     @abstractmethod
     def train_head(self, local: LocalRound) -> None:

@@ -1,6 +1,7 @@
 """FedAvg, as far as it goes where tasks differ."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedgradnorm.training.base import Joint
 
@@ -11,8 +12,8 @@ __all__ = ["FedAvg"]
 class FedAvg(Joint):
     """The whole model in the same steps, the encoders averaged by numbers of examples (McMahan et al., AISTATS 2017, arXiv 1602.05629).
 
-    The client takes τ_ω = encoder_steps steps on head and encoder jointly. With ``weighting.name = "examples"``, p_i ∝ the number n_i of
-    its training examples, the server's step (server_lr = 1) then ends at Σ n_i ω_i / Σ n_i. Any other weighting is possible.
+    The client takes τ_ω = encoder_steps steps on head and encoder jointly. With the weighting ``examples``, p_i ∝ the number n_i of its
+    training examples, the server's step (server_lr = 1) then ends at Σ n_i ω_i / Σ n_i. Settings that name no weighting get this one.
 
     FedAvg averages the whole model. Here tasks differ, and so do their heads: they stay with the clients. What is left is at a client the
     same as `FedPer`; the two differ in the weighting that belongs to them.
@@ -20,3 +21,5 @@ class FedAvg(Joint):
     >>> FedAvg()
     FedAvg()
     """
+
+    weighting: ClassVar[str | None] = "examples"

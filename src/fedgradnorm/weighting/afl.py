@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class AFL:
     >>> method.update(method.init(["a", "b"]), [report("a", 1.0), report("b", 3.0)])[0].values  # λ = (½ - ¼, ½ + ¼)
     {'a': 0.5, 'b': 1.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     weight_lr: float = 0.1
     loss: LossKind = "absolute"

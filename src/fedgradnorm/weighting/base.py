@@ -41,6 +41,9 @@ class Weighting(Protocol):
     """A method that weights the clients: a frozen dataclass of its options with these two methods.
 
     Both are pure: the state is handed in and handed back, never kept.
+
+    A method that looks at the numbers of the reports alone, and not at their gradients, says so by a class attribute
+    ``reads_gradients: ClassVar[bool] = False``; without it an engine works out each gradient to the last digit.
     """
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import softmax
@@ -40,6 +41,8 @@ class DWA:
     >>> {client: round(weight, 3) for client, weight in weights.values.items()}  # e² to e¹
     {'a': 1.462, 'b': 0.538}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     temperature: float = 2.0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
@@ -16,6 +17,8 @@ class Equal:
     >>> Equal().init(["a", "b"]).weights
     {'a': 1.0, 'b': 1.0}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""

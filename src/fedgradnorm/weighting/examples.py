@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
@@ -20,6 +21,8 @@ class Examples:
     >>> Examples().update(Examples().init(["a", "b"]), [report("a", 10), report("b", 30)])[0].values
     {'a': 0.5, 'b': 1.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone: the numbers are not known before the first reports."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -18,9 +18,10 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class FedGradNorm:
-    r"""GradNorm at the server (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022; GradNorm: Chen et al., ICML 2018).
+    r"""Weighted gradient norms follow how much the tasks still have to learn: GradNorm at the server (Mortaheb et al., SPAWC 2022).
 
-    With n_i the gradient norm of client i over the norm layer, F̃_i its inverse training rate and S the participants::
+    GradNorm is of Chen et al., ICML 2018. With n_i the gradient norm of client i over the norm layer, F̃_i its inverse training rate and
+    S the participants::
 
         G_i = p_i n_i     Ḡ = mean over S of G_i     r_i = F̃_i / mean over S of F̃_j     target_i = Ḡ r_i^γ
 
@@ -53,6 +54,8 @@ class FedGradNorm:
     >>> weights.values
     {'a': 1.5, 'b': 0.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     gamma: float = 0.9
     solver: Literal["step", "exact"] = "step"

@@ -25,12 +25,12 @@ class FedHCA2:
         g_0 + h u        a_i = 1/n + h a_i(CAGrad) / (1 + c²)
 
     What is left out, and why: encoders of one's own, since there is one; that h_i is learned, by ⟨g_i(k + 1), u(k)⟩ through those own
-    encoders (h is an option, and starts there at 1); the mean over clients with the same task and data, which the mean over all contains;
-    and the cross attention of the decoders, since heads never leave their clients.
+    encoders (h is an option; the authors' train.py starts it at 0.1, its --enc_alpha_init); the mean over clients with the same task and
+    data, which the mean over all contains; and the cross attention of the decoders, since heads never leave their clients.
 
     Args:
         c: CAGrad's c, from 0 to 100; 0.4 in the authors' code.
-        hyper_weight: h from 0 to 1, as there.
+        hyper_weight: h from 0 to 1; 0.1 is where the authors' code begins to learn it.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
     Raises:
@@ -40,12 +40,12 @@ class FedHCA2:
     >>> def report(client, *gradient):
     ...     return Report(client, client, torch.tensor(gradient), loss=1.0, initial_loss=1.0, grad_norm=1.0, num_examples=9)
     >>> weights, _ = FedHCA2(c=0.5).update(FedHCA2().init(["a", "b"]), [report("a", 1.0, 0.0), report("b", 0.0, 1.0)])
-    >>> weights.values, round(weights.scale, 2)  # no conflict: 1 + (1 + c) / (1 + c²)
-    ({'a': 1.0, 'b': 1.0}, 2.2)
+    >>> weights.values, round(weights.scale, 2)  # no conflict: 1 + h (1 + c) / (1 + c²)
+    ({'a': 1.0, 'b': 1.0}, 1.12)
     """
 
     c: float = 0.4
-    hyper_weight: float = 1.0
+    hyper_weight: float = 0.1
     group_by: GroupBy = "client"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedgradnorm.errors import ConfigError, nearest, require
 from fedgradnorm.messages import Report
@@ -33,6 +34,8 @@ class Fixed:
     >>> method.update(method.init(["a", "b"]), [report("a", "pose"), report("b", "smile")])[0].values
     {'a': 0.5, 'b': 1.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     clients: dict[str, float] | None = None
     tasks: dict[str, float] | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ class GLS:
     >>> weights.values, weights.scale  # 2 over 8/5
     ({'a': 1.6, 'b': 0.4}, 1.25)
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from scipy.special import softmax
 
@@ -35,6 +36,8 @@ class RLW:
     >>> round(sum(weights.values.values()), 9), state.memory
     (2.0, {'round': 1})
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     seed: int = 0
 

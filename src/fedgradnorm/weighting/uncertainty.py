@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -49,6 +50,8 @@ class Uncertainty:
     >>> {client: round(weight, 3) for client, weight in weights.values.items()}  # 1 / F_i
     {'a': 1.5, 'b': 0.5}
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     weight_lr: float = 0.1
     weight_steps: int = 1

@@ -1,6 +1,8 @@
 """A small study, and studies whose figures are made up."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.cells import Ended
@@ -57,14 +59,19 @@ def measured(rounds: float | None, *, task: str = "smile", of: int = 50, last: f
     return Measured(of, {task: figures}, 0.25, 0.125, (task, 50.0), 2_000_000, 0)
 
 
-def made_up(by_method: dict[str, list[Measured | Ended]], single: str | None = None, variant: str = "") -> Results:
+def made_up(
+    by_method: dict[str, list[Measured | Ended]],
+    single: str | None = None,
+    variant: str = "",
+    weightings: Mapping[str, str] = MappingProxyType({}),
+) -> Results:
     """Results with these cells, by method and seed; an `Ended` in place of figures is a run that did not end well."""
     study = Study(
         title="A made-up study",
         question="Who is faster?",
         seeds=range(max(map(len, by_method.values()))),
         single=single,
-        methods=[{"name": name, "weighting": {"name": "equal"}} for name in by_method],
+        methods=[{"name": name, "weighting": {"name": weightings.get(name, "equal")}} for name in by_method],
         variants=[{"name": variant}],
     )
     cells = []

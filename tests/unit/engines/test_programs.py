@@ -1,5 +1,7 @@
 """Programs take the steps that autograd and torch's SGD take, or say that they cannot be had."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,17 @@ def test_a_gradient_that_is_a_trained_tensor_is_taken_before_that_changes():
     assert (one.item(), other.item()) == (2 - 0.5 * 3, 3 - 0.5 * 2)
 
 
+def test_programs_may_be_made_in_many_threads_at_once():
+    model, batches = model_and_batches("perceptron")
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: program_of(model, functional.cross_entropy, batches[0]), range(12)))
+    ends = []
+    for program, trained, fixed in made:
+        program.run(trained, fixed, *zip(*batches, strict=True), [RATE] * len(trained))
+        ends.append(torch.cat([one.reshape(-1) for one in trained]))
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
 def test_every_run_gives_the_same_bits():
     model, batches = model_and_batches("perceptron")
     program, trained, fixed = program_of(model.float(), functional.cross_entropy, (batches[0][0].float(), batches[0][1]))
@@ -185,7 +198,21 @@ def masked(outputs, targets):
     return outputs[targets > 0].square().mean()
 
 
-@pytest.mark.parametrize("loss", [branching, masked])
+def listed(outputs, targets):
+    return outputs.sum() * len(set(targets.tolist()))
+
+
+def counted(outputs, targets):
+    """Weighs classes by how many there are in a batch, out of torch's sight."""
+    weight = torch.from_numpy(1 / np.bincount(targets.numpy(), minlength=3).clip(1)).to(outputs.dtype)
+    return functional.cross_entropy(outputs, targets, weight=weight)
+
+
+def strided(outputs, targets):
+    return outputs.as_strided((len(targets),), (1,)).sum()
+
+
+@pytest.mark.parametrize("loss", [branching, masked, listed, counted, strided])
 def test_what_depends_on_values_cannot_be_had(loss):
     model, batches = model_and_batches("perceptron")
     with pytest.raises((RuntimeError, TypeError)):
@@ -201,13 +228,17 @@ def test_what_changes_what_it_was_given_cannot_be_had():
         Program(counting, [torch.zeros(2)], [torch.zeros(())], torch.eye(2), torch.zeros(2))
 
 
-def counted(outputs, targets):
-    """Weighs classes by how many there are in a batch, out of torch's sight."""
-    weight = torch.from_numpy(1 / np.bincount(targets.numpy(), minlength=3).clip(1)).to(outputs.dtype)
-    return functional.cross_entropy(outputs, targets, weight=weight)
+class Meter:
+    """A loss that counts its calls, which a trace does not see."""
+
+    calls = 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return functional.cross_entropy(outputs, targets) * self.calls
 
 
-@pytest.mark.parametrize(("loss", "right"), [(functional.cross_entropy, True), (counted, False)])
+@pytest.mark.parametrize(("loss", "right"), [(functional.cross_entropy, True), (Meter(), False)])
 @pytest.mark.parametrize("parts", [(ENCODER,), (HEAD,), (ENCODER, HEAD)])
 def test_a_phase_finds_out_whether_something_was_wrongly_taken_for_a_constant(loss, right, parts):
     torch.manual_seed(0)

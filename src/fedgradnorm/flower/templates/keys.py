@@ -4,8 +4,8 @@
 
 What is there already is left as it is, so a client that is added later only gets what it lacks. A site that does not want its private
 key made elsewhere makes it itself (``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``) and sends its ``client.key.pub``, to be put into
-``nodes/CLIENT/``. For a new server certificate (other names in server/superlink.env, or one that runs out) remove server/server.crt and
-server/server.key first.
+``nodes/CLIENT/``. For a new server certificate (other names in server/superlink.env, or one that runs out) remove server/server.crt
+first, and server/server.key too for another key. It needs ca/ca.key; new nodes need nothing of ca/.
 
 Of what is written, ca/ca.key stays here or goes to a safe: no machine that runs anything needs it. server/ goes to the SuperLink's
 machine, and nodes/CLIENT/ to that client's.
@@ -13,6 +13,7 @@ machine, and nodes/CLIENT/ to that client's.
 
 import ipaddress
 import os
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,35 +33,62 @@ PEM = serialization.Encoding.PEM
 
 def main() -> None:
     """Make what is missing, and say what."""
-    ca = FOLDER / "ca"
-    ca.mkdir(exist_ok=True, mode=0o700)
-    if not (ca / "ca.key").exists():
-        key = ec.generate_private_key(ec.SECP384R1())
-        write(ca / "ca.crt", ca_certificate(key).public_bytes(PEM))
-        write_private(ca / "ca.key", pem(key))
-    ca_key = serialization.load_pem_private_key((ca / "ca.key").read_bytes(), None)
-    certificate = x509.load_pem_x509_certificate((ca / "ca.crt").read_bytes())
-    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)  # noqa: S101  # as made above
-    if not (FOLDER / "server" / "server.crt").exists():
-        key = ec.generate_private_key(ec.SECP384R1())
-        write_private(FOLDER / "server" / "server.key", pem(key))
-        signed = server_certificate(names(FOLDER / "server" / "superlink.env"), key.public_key(), certificate, ca_key)
-        write(FOLDER / "server" / "server.crt", signed.public_bytes(PEM))
-    for folder in (FOLDER / "server", *sorted((FOLDER / "nodes").iterdir())):
+    ca, server = FOLDER / "ca", FOLDER / "server"
+    own = server / "ca.crt" if (server / "ca.crt").exists() else ca / "ca.crt"  # the CA may be in its safe
+    if not own.exists():
+        ca.mkdir(exist_ok=True, mode=0o700)
+        if not (ca / "ca.key").exists():
+            write_private(ca / "ca.key", pem(new_key()))
+        write(own, ca_certificate(private_key(ca / "ca.key")).public_bytes(PEM))
+    certificate = x509.load_pem_x509_certificate(own.read_bytes())
+    if (server / "server.crt").exists():
+        expect((server / "server.key").exists(), "server/server.key is gone: remove server/server.crt too, for both to be made anew")
+    else:
+        expect((ca / "ca.key").exists(), "ca/ca.key is not here: put it back from where it is kept, to sign the server's certificate")
+        ca_key = private_key(ca / "ca.key")
+        expect(ca_key.public_key() == certificate.public_key(), f"ca/ca.key is not the key of {own.relative_to(FOLDER)}")
+        if not (server / "server.key").exists():
+            write_private(server / "server.key", pem(new_key()))
+        public = private_key(server / "server.key").public_key()
+        signed = server_certificate(names(server / "superlink.env"), public, certificate, ca_key)
+        write(server / "server.crt", signed.public_bytes(PEM))
+    nodes = sorted(path for path in (FOLDER / "nodes").iterdir() if path.is_dir())
+    for folder in (server, *nodes):
         if not (folder / "ca.crt").exists():
             write(folder / "ca.crt", certificate.public_bytes(PEM))
-        if folder.name != "server" and not (folder / "client.key.pub").exists():
-            key = ec.generate_private_key(ec.SECP384R1())
-            private = key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-            write_private(folder / "client.key", private)
-            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-            write(folder / "client.key.pub", public + b"\n")
+    for folder in nodes:
+        if not (folder / "client.key.pub").exists():
+            if not (folder / "client.key").exists():
+                private = new_key().private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+                write_private(folder / "client.key", private)
+            key = serialization.load_ssh_private_key((folder / "client.key").read_bytes(), None)
+            line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            write(folder / "client.key.pub", line + b"\n")
+
+
+def expect(condition: bool, otherwise: str) -> None:
+    """End with a message unless the condition holds: what is there is no set of keys that belong together."""
+    if not condition:
+        sys.exit(otherwise)
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A private key of the kind that Flower takes."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A private key as `pem` wrote it."""
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        sys.exit(f"{path.relative_to(FOLDER)}: expected a private key of an elliptic curve")
+    return key
 
 
 def names(env: Path) -> list[str]:
     """The server's names and addresses, and this machine's own ones."""
     (line,) = [line for line in env.read_text().splitlines() if line.startswith("NAMES=")]
-    return list(dict.fromkeys([*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1"]))
+    return list(dict.fromkeys([*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1", "::1"]))
 
 
 def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

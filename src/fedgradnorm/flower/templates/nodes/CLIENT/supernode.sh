@@ -9,9 +9,14 @@ set +a
 export FLWR_HOME="$PWD/supernode-home" FEDGRADNORM_CACHE="${FEDGRADNORM_CACHE:-$PWD/cache}"
 umask 077
 mkdir -p "$STATE_DIR"
-node="client-key=\"$CLIENT\" state-dir=\"$(cd "$STATE_DIR" && pwd)\""
+state_dir="$(cd "$STATE_DIR" && pwd)"
+if [[ "$state_dir$SETTINGS" == *\'* ]]; then
+    echo "node.env: STATE_DIR and SETTINGS: expected no ' in them, found $state_dir and $SETTINGS" >&2
+    exit 2
+fi
+node="client-key='$CLIENT' state-dir='$state_dir'"
 [ -z "$THREADS" ] || node+=" threads=$THREADS"
-[ -z "$SETTINGS" ] || node+=" settings=\"$SETTINGS\""
+[ -z "$SETTINGS" ] || node+=" settings='$SETTINGS'"
 exec flower-supernode \
     --superlink "$SUPERLINK" --root-certificates ca.crt --auth-supernode-private-key client.key \
     --host 127.0.0.1 --port "$PORT" \

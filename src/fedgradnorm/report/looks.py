@@ -1,0 +1,83 @@
+"""How a method is drawn: one colour, dash and marker by its name, in every page and figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedgradnorm.report.html import tag
+
+__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for", "swatch"]
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""The Okabe-Ito palette, which colour-blind readers can tell apart, less its yellow, which is hard to see on white."""
+
+DASHES = ((), (8, 4), (2, 3), (9, 3, 2, 3))
+"""Lengths of strokes and gaps in pixels; none is a solid line."""
+
+MARKERS = {
+    "circle": "M12.5 6a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+    "square": "M13 2h8v8h-8z",
+    "diamond": "M17 0.5l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
+    "triangle-up": "M17 1l5 9h-10z",
+    "triangle-down": "M17 11l5 -9h-10z",
+}
+"""By Plotly's name of a marker, its outline around (17, 6)."""
+
+KNOWN = (
+    *("equal", "fedgradnorm step", "fedgradnorm exact", "nash_mtl", "dwa", "local", "fedper"),
+    *("mgda", "rlw", "qffl", "gls", "cagrad", "uncertainty", "examples"),
+    *("afl", "pcgrad", "imtl_g", "fedmgda_plus", "fedhca2", "fedprox", "centralized"),
+    *("fixed", "fedavg"),
+)
+"""The methods whose look is always the same: seven colours to a row, each row with a dash and a marker of its own."""
+
+PLACES = {name: place for place, name in enumerate(KNOWN)} | {"fedgradnorm": KNOWN.index("fedgradnorm step")}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn.
+
+    Attributes:
+        name: the method.
+        colour: such as ``#0072B2``.
+        dash: lengths of strokes and gaps; empty is solid.
+        marker: one of `MARKERS`.
+    """
+
+    name: str
+    colour: str
+    dash: tuple[int, ...]
+    marker: str
+
+
+def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]:
+    """The looks of these methods: of a known one always the same, of another the first that none of them has.
+
+    Args:
+        names: the methods.
+        colours_only: whether they are told apart by colours alone, so that two known ones may not share theirs; seven can be.
+
+    >>> [look.colour for look in looks_for(["my own", "fedgradnorm", "equal"])]
+    ['#D55E00', '#0072B2', '#000000']
+    """
+    places = len(COLOURS) * (1 if colours_only else len(DASHES) * len(MARKERS))
+    taken: dict[int, int] = {}
+    for at, name in enumerate(names):
+        if name in PLACES:
+            taken.setdefault(PLACES[name] % places, at)
+    free = (place for place in range(places) if place not in set(taken))
+    found = {at: place for place, at in taken.items()}
+    return [_look(name, found[at] if at in found else next(free, at % places)) for at, name in enumerate(names)]
+
+
+def _look(name: str, place: int) -> Look:
+    row, column = divmod(place, len(COLOURS))
+    return Look(name, COLOURS[column], DASHES[row % len(DASHES)], list(MARKERS)[row % len(MARKERS)])
+
+
+def swatch(look: Look) -> str:
+    """A piece of the method's line with its marker, as HTML for a legend."""
+    dash = " ".join(map(str, look.dash))
+    line = tag("path", d="M0 6h34", stroke=look.colour, stroke_width="2.5", stroke_dasharray=dash)
+    marker = tag("path", d=MARKERS[look.marker], fill=look.colour)
+    return tag("svg", line, marker, width="34", height="12", aria_hidden="true")
