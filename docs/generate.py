@@ -56,6 +56,9 @@ federation.sizes.signal = 0.1
 train.num_rounds = 300
 ```
 
+Several studies can share their methods: `methods_file = "methods.toml"` names a file of `[[methods]]`, and `methods` then takes names
+beside tables, such as `methods = ["equal", "nash_mtl"]`; without it, all of the file's.
+
 Words on the command line win: `seeds=[0,1]` for the study, `train.num_rounds=5` for its base. A cell is a run's folder under the
 study's, named by its settings: called again, the command trains what is missing, and a changed setting is another cell. `--jobs` cells
 are trained at once, each in one thread, and no more than there are cores. A study that is stopped (Ctrl-C) writes its tables and page of

@@ -11,16 +11,23 @@ from fedgradnorm.compare.study import compare
 from fedgradnorm.compare.tables import write_tables
 
 STUDIES = Path(__file__).parents[2] / "studies"
-NAMES = sorted(path.stem for path in STUDIES.glob("*.toml"))
+NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "methods")
 REAL_DATA = {"mtfl", "radcom-hdf5"}
-WHOLE_FIELD = {"radcom", "radcom-hdf5", "mtfl", "imbalance", "loss-scale", "many-clients"}
+WHOLE_FIELD = {"radcom", "radcom-hdf5", "mtfl"}
+OTHERS = {"imbalance", "imbalance-digits", "loss-scale", "many-clients", "options", "options-digits", "participation"}
+WITHOUT_A_SHARED_ENCODER = {"local", "centralized", "centralized GradNorm"}
 FIELD = {
     *("equal", "fedgradnorm step", "fedgradnorm exact", "dwa", "uncertainty", "gls", "rlw", "qffl", "afl", "pcgrad", "cagrad", "mgda"),
-    *("fedmgda_plus", "nash_mtl", "imtl_g", "fedhca2", "fedper", "fedprox", "local", "centralized"),
+    *("fedmgda_plus", "nash_mtl", "imtl_g", "fedhca2", "fedper", "fedprox", *WITHOUT_A_SHARED_ENCODER),
+    *("fedgradnorm exact norm", "equal unit length", "exact unit length"),
 }
 TINY = ("seeds=[0]", "train.num_rounds=2", "train.eval_every=2", "train.head_steps=1", "train.encoder_steps=1")
 TUNING = ("tuning.seeds=[100]", "tuning.num_rounds=1", "tuning.axes=[{keys=['train.encoder_lr'],values=[0.05]}]")
-SMALL = {"options-digits": "seeds=[0]", "many-clients": "federation.clients_per_task=2", "participation": "federation.clients_per_task=3"}
+SMALL = {
+    **dict.fromkeys(("options-digits", "imbalance-digits"), "seeds=[0]"),
+    "many-clients": "federation.clients_per_task=2",
+    "participation": "federation.clients_per_task=3",
+}
 """In place of a few snapshots."""
 VARIANT = {"participation": 1}
 """Which variant, in place of the last: in two rounds with a fifth of the clients some task has none."""
@@ -30,10 +37,22 @@ VARIANT = {"participation": 1}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_is_fair(name, full):
     study = load_study(STUDIES / f"{name}.toml", full=full)
-    assert len(study.seeds) >= 5
+    assert len(study.seeds) >= 6
     assert study.tuning is not None
+    assert len(study.tuning.seeds) >= 2
     assert not set(study.seeds) & set(study.tuning.seeds)
     assert {"equal", "fedgradnorm step", "fedgradnorm exact"} <= {method.name for method in study.methods}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_length_of_the_servers_step_is_tuned_where_there_is_one(name):
+    study = load_study(STUDIES / f"{name}.toml")
+    clients, server = study.axes
+    assert set(clients.keys) == {"train.encoder_lr", "train.head_lr"}
+    assert server.keys == ("train.server_lr",)
+    assert server.values[0] == 1
+    assert set(server.not_for) == WITHOUT_A_SHARED_ENCODER & {method.name for method in study.methods}
+    assert not clients.not_for
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE_FIELD))
@@ -44,7 +63,7 @@ def test_the_main_studies_have_the_whole_field(name):
 
 
 def test_there_are_all_the_studies():
-    assert set(NAMES) == WHOLE_FIELD | {"options", "options-digits", "participation", "step-length"}
+    assert set(NAMES) == WHOLE_FIELD | OTHERS
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - REAL_DATA))

@@ -50,9 +50,12 @@ def identity(config: RunConfig) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def points_of(study: Study) -> list[Point]:
-    """Every combination of the axes' values; one empty point where nothing is tuned."""
-    return [()] if study.tuning is None else list(product(*(axis.values for axis in study.tuning.axes)))
+def points_of(study: Study, method: str | None = None) -> list[Point]:
+    """Every combination of the axes' values; one empty point where nothing is tuned.
+
+    Given a method's name, those that it is tuned on: of an axis that is not for it the first value only.
+    """
+    return list(product(*(axis.values[:1] if method in axis.not_for else axis.values for axis in study.axes)))
 
 
 def tuning_cells(study: Study) -> list[Cell]:
@@ -64,7 +67,7 @@ def tuning_cells(study: Study) -> list[Cell]:
         for seed in study.tuning.seeds
         for variant in study.variants
         for method in study.methods
-        for point in points_of(study)
+        for point in points_of(study, method.name)
     ]
 
 
@@ -87,10 +90,9 @@ def _cell(study: Study, variant: Variant, method: Method, point: Point, seed: in
     values: Mapping[str, Any] = study.base
     for settings in (variant.options, method.options):
         values = overlaid(values, settings)
-    if study.tuning is not None:
-        for axis, value in zip(study.tuning.axes, point, strict=True):
-            for key in axis.keys:
-                values = overlaid(values, _nested(key.split("."), value))
+    for axis, value in zip(study.axes, point, strict=True):
+        for key in axis.keys:
+            values = overlaid(values, _nested(key.split("."), value))
     own: dict[str, Any] = {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
     values = overlaid(values, {"train": own})
     where = " ".join(filter(None, (f"methods '{method.name}'", f"variants '{variant.name}'" if variant.name else "")))

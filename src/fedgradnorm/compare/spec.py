@@ -22,6 +22,7 @@ class Axis(Section):
 
     keys: tuple[str, ...] = Field(min_length=1, description="Dotted settings that get the same value, such as train.encoder_lr.")
     values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
+    not_for: tuple[str, ...] = Field((), description="Methods that have the first value only, as the settings change nothing for them.")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -64,6 +65,9 @@ class Study(Section):
     question: str = Field("", description="What is asked, in a sentence.")
     config: str | None = Field(None, description="A run's TOML file to begin with; relative to the study's file.")
     base: dict[str, Any] = Field({}, description="Settings of a run, laid over that file.")
+    methods_file: str | None = Field(
+        None, description="A TOML file of [[methods]], relative to the study's, whose names may stand in methods; without methods: all."
+    )
     seeds: tuple[Seed, ...] = Field(min_length=1, description="Seeds of the comparison; all methods have the same ones.")
     methods: tuple[Method, ...] = Field(min_length=1, description="What is compared, in the order of tables and charts.")
     variants: tuple[Variant, ...] = Field((Variant(name=""),), min_length=1, description="Under which settings; by default the base's.")
@@ -81,6 +85,9 @@ class Study(Section):
         for key, name in (("baseline", self.baseline), ("single", self.single)):
             if name is not None and name not in methods:
                 raise ValueError(f"expected {key} to name a method, but there is no method '{name}'; {nearest(name, methods)}")
+        for name in (name for axis in self.axes for name in axis.not_for):
+            if name not in methods:
+                raise ValueError(f"expected tuning.axes to be not for a method, but there is no method '{name}'; {nearest(name, methods)}")
         tuned = () if self.tuning is None else self.tuning.seeds
         for key, seeds in (("seeds", self.seeds), ("tuning.seeds", tuned)):
             if len(set(seeds)) < len(seeds):
@@ -105,7 +112,12 @@ class Study(Section):
     @property
     def tuned_keys(self) -> tuple[str, ...]:
         """The dotted settings that are tuned."""
-        return () if self.tuning is None else tuple(key for axis in self.tuning.axes for key in axis.keys)
+        return tuple(key for axis in self.axes for key in axis.keys)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of tuning; none where nothing is tuned."""
+        return () if self.tuning is None else self.tuning.axes
 
     @property
     def shows_variants(self) -> bool:
@@ -160,11 +172,32 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, full: bool = False)
     for word in overrides:
         key, value = parse_override(word)
         values = _laid_over(values, _nested(key, value))
+    values = _with_shared_methods(path, values)
     study = validated(Study, values, prefix="", place=f"in {path}")
     base = read_toml(path.parent / study.config) if study.config is not None else {}
     for kind in ("run", "versions"):
         base.pop(kind, None)  # a run's folder is none of a study's
     return study.model_copy(update={"base": overlaid(base, study.base)})
+
+
+def _with_shared_methods(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The study's values with the methods that it names read from their file."""
+    file, given = values.get("methods_file"), values.get("methods")
+    named = [one for one in given if isinstance(one, str)] if isinstance(given, Sequence) else []
+    if not isinstance(file, str):
+        if named:
+            raise ConfigError(f"methods: '{named[0]}' names a method of a file, but no methods_file is given in {path}")
+        return dict(values)
+    shared = read_toml(path.parent / file).get("methods")
+    if not isinstance(shared, list) or not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in shared):
+        raise ConfigError(f"methods_file: expected tables [[methods]], each with a name, in {path.parent / file}")
+    known = {one["name"]: one for one in shared}
+    for name in named:
+        if name not in known:
+            raise ConfigError(f"methods: there is no method '{name}' in {path.parent / file}; {nearest(name, known)}")
+    if given is None:
+        return {**values, "methods": shared}
+    return {**values, "methods": [known[one] if isinstance(one, str) else one for one in given] if isinstance(given, list) else given}
 
 
 def _laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

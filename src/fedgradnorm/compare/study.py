@@ -14,6 +14,9 @@ from fedgradnorm.errors import RunError, StoppedError
 
 __all__ = ["compare", "found_in"]
 
+NOT_TUNED = "– (not for this method)"
+"""Why a method has no score at a point that is on the grid for others."""
+
 
 def compare(
     study: Study,
@@ -154,9 +157,12 @@ def _chosen(
 ) -> TunedMethod:
     by_point: dict[Point, float | None] = {}
     why: dict[Point, str] = {}
+    own = set(points_of(study, method))
     for point in points_of(study):
         key = (variant, method, point)
-        if key in reasons:
+        if point not in own:
+            by_point[point], why[point] = None, NOT_TUNED
+        elif key in reasons:
             by_point[point], why[point] = None, reasons[key]
         else:
             by_point[point] = sum(scores[key]) / len(scores[key])
@@ -165,8 +171,8 @@ def _chosen(
         known = {}  # half a grid chooses nothing
     best = min(known, key=known.__getitem__) if known else None
     edges: list[str] = []
-    if best is not None and study.tuning is not None:
-        for axis, value in zip(study.tuning.axes, best, strict=True):
-            if len(axis.values) > 1 and value in (axis.values[0], axis.values[-1]):
+    if best is not None:
+        for axis, value in zip(study.axes, best, strict=True):
+            if len(axis.values) > 1 and method not in axis.not_for and value in (axis.values[0], axis.values[-1]):
                 edges.append(" = ".join([*axis.keys, f"{value:g}"]))
     return TunedMethod(variant, method, by_point, why, best, tuple(edges))

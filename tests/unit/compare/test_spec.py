@@ -30,6 +30,7 @@ def cells_of(study, point=()):
         ('weighting.name = "equal"', "train.encoder_lr = 1.0", "'equal' to leave train.encoder_lr alone, which is tuned"),
         ('weighting.name = "equal"', "train.seed = 1", "'equal' to leave train.seed alone, which the comparison sets"),
         ("values = [0.05, 0.1]", "values = [0.1, 0.05]", "expected values in ascending order"),
+        ("values = [0.05, 0.1]", 'values = [0.1], not_for = ["eqaul"]', "there is no method 'eqaul'; did you mean 'equal'"),
     ],
 )
 def test_a_mistake_is_named_with_what_is_near(tmp_path, old, new, message):
@@ -103,3 +104,65 @@ def test_a_study_begins_with_a_runs_file_beside_it(tmp_path):
     assert (cell.config.train.batch_size, cell.config.train.head_steps, cell.config.run.dir) == (6, 3, None)
     with pytest.raises(ConfigError, match="absent.toml: expected a readable TOML file"):
         loaded(tmp_path, 'title = "t"\nconfig = "absent.toml"\nseeds = [0]\n' + METHODS)
+
+
+SHARED = """
+title = "t"
+seeds = [0]
+methods_file = "shared.toml"
+"""
+
+
+def shared(folder, text, *words):
+    (folder / "shared.toml").write_text(METHODS)
+    return loaded(folder, SHARED + text, *words)
+
+
+def test_methods_are_taken_by_name_from_a_file_beside_others(tmp_path):
+    assert [method.name for method in shared(tmp_path, "").methods] == ["equal", "FedGradNorm"]
+    own = '{ name = "own", weighting = { name = "dwa" } }'
+    study = shared(tmp_path, f'methods = ["FedGradNorm", {own}, "equal"]')
+    assert [method.name for method in study.methods] == ["FedGradNorm", "own", "equal"]
+    assert study.methods[0].options == loaded(tmp_path).methods[1].options
+    assert [method.name for method in shared(tmp_path, "", 'methods=["equal"]').methods] == ["equal"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('methods = ["eqaul"]', "methods: there is no method 'eqaul' in .*shared.toml; did you mean 'equal'"),
+        ("methods = 3", "methods: expected"),
+        ("methods = [3]", "methods.0: expected"),
+    ],
+)
+def test_a_mistake_in_shared_methods_is_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        shared(tmp_path, text)
+
+
+def test_a_file_of_methods_is_there_and_holds_methods(tmp_path):
+    with pytest.raises(ConfigError, match="shared.toml: expected a readable TOML file"):
+        loaded(tmp_path, SHARED)
+    (tmp_path / "shared.toml").write_text('methods = ["equal"]')
+    with pytest.raises(ConfigError, match=r"methods_file: expected tables \[\[methods\]\], each with a name"):
+        loaded(tmp_path, SHARED)
+    with pytest.raises(ConfigError, match="'equal' names a method of a file, but no methods_file is given"):
+        loaded(tmp_path, 'title = "t"\nseeds = [0]\nmethods = ["equal"]')
+
+
+TWO_AXES = TINY.replace(
+    "values = [0.05, 0.1]}", 'values = [0.05, 0.1]}, {keys = ["train.server_lr"], values = [1, 2], not_for = ["equal"]}'
+)
+
+
+def test_an_axis_that_is_not_for_a_method_leaves_it_the_first_value(tmp_path):
+    study = loaded(tmp_path, TWO_AXES)
+    points = {name: [cell.point for cell in tuning_cells(study) if cell.method == name] for name in ("equal", "FedGradNorm")}
+    assert points["equal"] == points_of(study, "equal") == [(0.05, 1), (0.1, 1)]
+    assert points["FedGradNorm"] == points_of(study) == [(0.05, 1), (0.05, 2), (0.1, 1), (0.1, 2)]
+    results = compare(study.model_copy(update={"seeds": (0,)}), tmp_path / "out")
+    equal, other = results.tuned
+    assert [point for point, score in equal.scores.items() if score is None] == [(0.05, 2), (0.1, 2)]
+    assert equal.chosen in points["equal"]
+    assert not any("server_lr" in edge for edge in equal.edges)
+    assert None not in other.scores.values()
