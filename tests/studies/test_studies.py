@@ -21,7 +21,7 @@ FIELD = {
     *("fedmgda_plus", "nash_mtl", "imtl_g", "fedhca2", "fedper", "fedprox", *WITHOUT_A_SHARED_ENCODER),
     *("fedgradnorm exact norm", "equal unit length", "exact unit length"),
 }
-TINY = ("seeds=[0]", "train.num_rounds=2", "train.eval_every=2", "train.head_steps=1", "train.encoder_steps=1")
+TINY = ("engine.name='reference'", "seeds=[0]", "train.num_rounds=2", "train.eval_every=2", "train.head_steps=1", "train.encoder_steps=1")
 TUNING = ("tuning.seeds=[100]", "tuning.num_rounds=1", "tuning.axes=[{keys=['train.encoder_lr'],values=[0.05]}]")
 SMALL = {
     **dict.fromkeys(("options-digits", "imbalance-digits"), "seeds=[0]"),
