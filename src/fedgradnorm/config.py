@@ -335,6 +335,8 @@ def _message(
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
         if first["type"] == "too_short":
             expected = f"at least {first['ctx']['min_length']} in it"
+        elif first["type"] in ("byte_size", "byte_size_unit"):
+            expected = "a number of bytes, or a text such as '2GB'"
         found = _shown(first["input"])
         message = f"{full}: expected {expected}, found {found}"
     more = f" (and {len(others)} more)" if others else ""

@@ -118,6 +118,16 @@ def test_a_table_without_a_name_keeps_the_default_part():
         ("weighting", Component(name="fedgradnorm", gamma=-1), "weighting.gamma: expected a number from 0 to 10, found -1"),
         ("weighting", Component(name="fedgradnorm", gamma="high"), "weighting.gamma: expected a valid number"),
         ("weighting", Component(name="fedgradnorm", solver="newton"), "weighting.solver: expected 'step' or 'exact', found 'newton'"),
+        (
+            "engine",
+            Component(name="vectorized", memory_limit="3XB"),
+            "engine.memory_limit: expected a number of bytes, or a text such as '2GB'",
+        ),
+        (
+            "engine",
+            Component(name="vectorized", memory_limit=-3),
+            "engine.memory_limit: expected a number of bytes, or a text such as '2GB'",
+        ),
         ("federation", Component(name="digits", tasks="class"), "federation.tasks: expected"),
         ("federation", Component(name="digits", tasks=["clas"]), "federation.tasks: there is no task 'clas'; did you mean 'class'?"),
         ("federation", Component(name="digits", sizes={"clas": 3}), "federation.sizes.clas: no such client or task"),
