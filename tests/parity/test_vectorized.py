@@ -223,13 +223,13 @@ def trainings(draw):
     )
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(federations(torch.float64), trainings())
 def test_random_federations_in_double_precision(federation, training):
     check_same(federation, training, 1e-10)
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(federations(torch.float32), trainings())
 def test_random_federations_in_single_precision(federation, training):
     check_same(federation, training, 1e-5, metrics=False)
