@@ -338,7 +338,7 @@ def _message(
         elif first["type"] in ("byte_size", "byte_size_unit"):
             expected = "a number of bytes, or a text such as '2GB'"
         found = _shown(first["input"])
-        message = f"{full}: expected {expected}, found {found}"
+        message = f"{full}: expected {expected}, found {found}" if full else f"expected {expected}"  # of all keys together
     more = f" (and {len(others)} more)" if others else ""
     return " ".join(filter(None, (message, where))) + more
 
