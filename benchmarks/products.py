@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -64,10 +65,10 @@ def product_rounds(rounds: Iterator[None]) -> Iterator[None]:
     with Products() as recorder:
         next(rounds)
     calls = recorder.calls
-    torch.set_num_threads(1)
     bounds = [len(calls) * part // workers for part in range(workers + 1)]
     shares = [_ready(calls[start:end]) for start, end in pairwise(bounds)]
-    with ThreadPoolExecutor(workers) as pool:
+    alone = partial(torch.set_num_threads, 1)  # in every thread: convolutions go by its own number
+    with ThreadPoolExecutor(workers, initializer=alone) as pool:
         while True:
             list(pool.map(_replay, shares))
             yield

@@ -1,5 +1,6 @@
 """The data of one client: a pair of tensors (the fast path), or any map-style dataset, now or on first use."""
 
+import math
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "Dataset", "batch_order", "load", "size", "take", "tensors"]
+__all__ = ["Data", "Dataset", "batch_order", "load", "num_passes", "size", "take", "tensors"]
 
 
 @runtime_checkable
@@ -51,12 +52,24 @@ def take(data: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.as_tensor(x) for x, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
 
 
-def batch_order(num_examples: int, batch_size: int, num_batches: int, rng: np.random.Generator) -> np.ndarray:
+def num_passes(num_examples: int, batch_size: int, num_batches: int) -> int:
+    """How many passes over the examples so many batches take."""
+    return math.ceil(num_batches * min(batch_size, num_examples) / num_examples)
+
+
+def batch_order(numbers: np.ndarray, batch_size: int, num_batches: int) -> np.ndarray:
     """The examples of random batches, drawn without replacement: one shuffled pass over the data after another.
 
-    A batch holds ``batch_size`` examples, or all of them where there are fewer. Shape ``(num_batches, that)``.
+    A batch holds ``batch_size`` examples, or all of them where there are fewer.
+
+    Args:
+        numbers: random numbers, shape ``(..., passes, examples)``: each pass goes through the examples in the order of its numbers.
+        batch_size: examples a batch.
+        num_batches: how many.
+
+    Returns:
+        Indices of examples, shape ``(..., num_batches, examples a batch)``.
     """
-    drawn = num_batches * min(batch_size, num_examples)
-    passes = np.empty((-(-drawn // num_examples), num_examples), dtype=np.int64)
-    passes[:] = np.arange(num_examples)
-    return rng.permuted(passes, axis=1, out=passes).reshape(-1)[:drawn].reshape(num_batches, -1)
+    passes, examples = numbers.argsort(axis=-1, kind="stable"), min(batch_size, numbers.shape[-1])
+    drawn = passes.reshape(*numbers.shape[:-2], -1)[..., : num_batches * examples]
+    return drawn.reshape(*numbers.shape[:-2], num_batches, examples)

@@ -9,15 +9,14 @@ from torch import nn
 
 from fedgradnorm import FedGradNorm, train
 from fedgradnorm.federations import digits
-from fedgradnorm.randomness import generator
+from fedgradnorm.randomness import uniform
 
 ROUNDS, HEAD_STEPS, ENCODER_STEPS, HEAD_LR, ENCODER_LR, BATCH = 3, 4, 5, 0.1, 0.05, 16
 GAMMA, WEIGHT_LR = 0.7, 0.2
 
 
 def shuffled(num_examples, steps, *key):
-    rng = generator(*key)
-    order = np.concatenate([rng.permutation(num_examples) for _ in range(-(-steps * BATCH // num_examples))])
+    order = np.concatenate([np.argsort(numbers) for numbers in uniform((-(-steps * BATCH // num_examples), num_examples), *key)])
     return [torch.from_numpy(order[step * BATCH : (step + 1) * BATCH]) for step in range(steps)]
 
 

@@ -9,15 +9,16 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Metric, Task
 from fedgradnorm.client import ClientState, constant_guess, evaluate, initial_state, local_update, mean_loss
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import batch_order, take
+from fedgradnorm.data import batch_order, num_passes, take
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import buffers_of, flatten, norm_layer_slices, norm_over
-from fedgradnorm.randomness import generator
+from fedgradnorm.randomness import uniform
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation
 
 
-def batches(data, batch_size, num_batches, rng):
-    return [take(data, indices) for indices in batch_order(len(data[0]), batch_size, num_batches, rng)]
+def batches(data, batch_size, num_batches, *key):
+    numbers = uniform((num_passes(len(data[0]), batch_size, num_batches), len(data[0])), *key)
+    return [take(data, indices) for indices in batch_order(numbers, batch_size, num_batches)]
 
 
 TRAINING = TrainConfig(head_steps=3, encoder_steps=4, head_lr=0.3, encoder_lr=0.2, batch_size=8, seed=5)
@@ -62,12 +63,12 @@ def test_the_gradient_is_that_of_a_hand_written_autograd_of_the_same_batches(dty
         outputs = torch.relu(hidden @ w[2].T + w[3]) @ h[0].T + h[1]
         return (outputs.logsumexp(1) - outputs[torch.arange(len(targets)), targets]).mean()
 
-    for inputs, targets in batches(client.train_data, 8, 3, generator(5, 7, client.id, "head batches")):
+    for inputs, targets in batches(client.train_data, 8, 3, 5, 7, client.id, "head batches"):
         h = [value.requires_grad_() for value in h]
         gradients = torch.autograd.grad(loss_of(w, h, inputs, targets), h)
         h = [(value - 0.3 * gradient).detach() for value, gradient in zip(h, gradients, strict=True)]
     total, losses = [torch.zeros_like(value) for value in w], []
-    for inputs, targets in batches(client.train_data, 8, 4, generator(5, 7, client.id, "encoder batches")):
+    for inputs, targets in batches(client.train_data, 8, 4, 5, 7, client.id, "encoder batches"):
         w = [value.requires_grad_() for value in w]
         loss = loss_of(w, h, inputs, targets)
         gradients = torch.autograd.grad(loss, w)
@@ -159,7 +160,7 @@ def test_head_momentum_is_kept_from_round_to_round():
     head.load_state_dict(dict(state.head))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     for round in (7, 8):
-        (inputs, targets), *_ = batches(client.train_data, 8, 1, generator(5, round, client.id, "head batches"))
+        (inputs, targets), *_ = batches(client.train_data, 8, 1, 5, round, client.id, "head batches")
         optimizer.zero_grad()
         functional.cross_entropy(head(encoder(inputs).detach()), targets).backward()
         optimizer.step()

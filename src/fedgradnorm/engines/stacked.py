@@ -16,13 +16,13 @@ from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
 from fedgradnorm.client import ClientState, Evaluation, evaluation_of, loss_examples
-from fedgradnorm.data import size, take, tensors
+from fedgradnorm.data import batch_order, size, take, tensors
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.workspace import Workspace
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
-from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_of
+from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_numbers
 
 __all__ = ["Member", "Stack", "Trained", "outcomes", "stack_of", "stacked_evaluations", "stacked_order", "stacked_update"]
 
@@ -79,10 +79,16 @@ def stacked_order(members: Sequence[Member], width: int) -> tuple[Tensor, Tensor
 
     It is Python for the most part, so it is not for threads that would wait for one another.
     """
-    training, offsets = members[0].instruction.training, np.cumsum([0, *(size(member.data) for member in members[:-1])])[:, None, None]
-    found = []
+    training, sizes = members[0].instruction.training, np.array([size(member.data) for member in members])
+    offsets, found = (sizes.cumsum() - sizes)[:, None, None], []
     for purpose, steps in ((HEAD_BATCHES, training.head_steps), (ENCODER_BATCHES, training.encoder_steps)):
-        order = np.stack([order_of(member.client, member.instruction, purpose, steps) for member in members]) + offsets
+        order = np.empty((len(members), steps, min(training.batch_size, sizes[0])), dtype=np.int64)
+        for examples in np.unique(sizes):
+            alike = np.flatnonzero(sizes == examples)
+            some = (members[index] for index in alike.tolist())
+            numbers = np.stack([order_numbers(member.client, member.instruction, purpose, steps) for member in some])
+            order[alike] = batch_order(numbers, training.batch_size, steps)
+        order += offsets
         found.append(torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1))))
     return found[0], found[1]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgradnorm.data import batch_order, size, take
+from fedgradnorm.data import batch_order, num_passes, size, take
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, trainable
-from fedgradnorm.randomness import generator
+from fedgradnorm.randomness import uniform
 
 __all__ = [
     "ENCODER_BATCHES",
@@ -28,6 +28,7 @@ __all__ = [
     "encoder_order",
     "encoder_steps",
     "head_steps",
+    "order_numbers",
     "order_of",
 ]
 
@@ -180,6 +181,11 @@ def batches_of(client: Client, order: np.ndarray) -> Iterator[tuple[Tensor, Tens
 
 def order_of(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
     """The examples of a round's batches, shape ``(steps, batch)``."""
-    training = instruction.training
-    rng = generator(training.seed, instruction.round, client.id, purpose)
-    return batch_order(size(client.train_data), training.batch_size, steps, rng)
+    return batch_order(order_numbers(client, instruction, purpose, steps), instruction.training.batch_size, steps)
+
+
+def order_numbers(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
+    """The random numbers that `batch_order` orders a client's examples by, shape ``(passes, examples)``."""
+    training, examples = instruction.training, size(client.train_data)
+    shape = num_passes(examples, training.batch_size, steps), examples
+    return uniform(shape, training.seed, instruction.round, client.id, purpose)

@@ -12,7 +12,7 @@ from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
 from fedgradnorm.federations import digits
-from fedgradnorm.randomness import generator
+from fedgradnorm.randomness import uniform
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal
 
@@ -42,8 +42,9 @@ def federation_of(dtype, tasks=("class", "parity", "loop", "mass"), **options):
 
 def batches(client, round, settings):
     """The examples of the round's encoder steps."""
-    rng, examples, batch = generator(settings.seed, round, client.id, "encoder batches"), len(client.train_data[0]), settings.batch_size
-    order = np.concatenate([rng.permutation(examples) for _ in range(-(-STEPS * batch // examples))])
+    examples, batch = len(client.train_data[0]), settings.batch_size
+    numbers = uniform((-(-STEPS * batch // examples), examples), settings.seed, round, client.id, "encoder batches")
+    order = np.concatenate([np.argsort(one) for one in numbers])
     indices = [torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)]
     return [(client.train_data[0][index], client.train_data[1][index]) for index in indices]
 
