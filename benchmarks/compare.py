@@ -20,7 +20,7 @@ from benchmarks.speed import ROOT, spread, turn, words_of
 def main(
     revision: Annotated[str, typer.Argument(help="A revision of git.")],
     cases: Annotated[str, typer.Option(help="Which, separated by commas.")] = "W1 10,W2 10,W5 1000",
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds after two that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=3, help="Turns after two that warm up.")] = 7,
 ) -> None:
     """Print a table of ratios: above 1, the code is faster than the revision."""
     table = Table("case", "revision, seconds", "now, seconds", "revision / now")

@@ -20,7 +20,7 @@ console = Console(width=140)
 
 def main(
     cases: Annotated[str, typer.Option(help="Which, separated by commas.")] = "W1 10,W1 100,W2 10,W5 1000",
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds after two that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=3, help="Turns after two that warm up.")] = 7,
     output: Annotated[Path, typer.Option(help="Where to write.")] = ROOT / "runs" / "speed",
 ) -> None:
     """Measure, print, and write limits.md and limits.json."""

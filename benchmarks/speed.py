@@ -1,8 +1,8 @@
 """The speed of a round: against a bare loop, against other frameworks, and against what the machine can do.
 
-Run it with ``python -m benchmarks.speed --peers``. Every variant is a process of its own, and they take turns, round by round, so that all
-meet the same noise. Written to ``runs/speed``: the table (Markdown), all figures (JSON), and a plot (HTML). W3 needs FEDGRADNORM_MTFL, the
-path of MTFL.zip.
+Run it with ``python -m benchmarks.speed --peers``. Every variant is a process of its own, and they take turns of a second or a round, so
+that all meet the same noise. Written to ``runs/speed``: the table (Markdown), all figures (JSON), and a plot (HTML). W3 needs
+FEDGRADNORM_MTFL, the path of MTFL.zip.
 """
 
 import json
@@ -44,7 +44,7 @@ class Turn:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def take(self) -> dict[str, Any]:
-        """One round, or one answer."""
+        """One turn, or one answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\n")
@@ -74,7 +74,7 @@ class Measured:
     """A variant on a case.
 
     Attributes:
-        seconds: of each round after the warm-up.
+        seconds: of a round, turn by turn after the warm-up.
         ratios: of the bare loop's seconds to these, turn by turn; empty where they took no turns with it.
         peak_rss_mb: the largest memory of its process, or processes.
     """
@@ -229,7 +229,7 @@ def plot(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]],
 
 def main(
     cases: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CASES),
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds after two that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=3, help="Turns after two that warm up.")] = 7,
     peers: Annotated[bool, typer.Option("--peers", help="Other frameworks too; each gets its own environment, about 1 GB.")] = False,
     growth: Annotated[bool, typer.Option(help="Measure W5 with 10 to 10,000 clients.")] = True,
     output: Annotated[Path, typer.Option(help="Where to write.")] = ROOT / "runs" / "speed",

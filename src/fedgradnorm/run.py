@@ -1,9 +1,10 @@
 """The training loop over `run_round`, from Python (`train`) or from a configuration (`run`)."""
 
 import dataclasses
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -330,6 +331,16 @@ def with_faults(engine: Engine, config: RunConfig) -> Engine:
     return FaultyEngine(engine, config.faults) if any(config.faults.model_dump().values()) else engine
 
 
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Let the garbage collector pass over what is there already, torch's modules above all: small clients make it look every few rounds."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @dataclasses.dataclass
 class _Job:
     """A run on its way: its parts, and where it has got to."""
@@ -343,6 +354,7 @@ class _Job:
     rows: list[Row]
     on_state: OnState | None = None
 
+    @_unwatched()
     def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop, profiler: profile | None = None) -> Result:
         """Train the rounds that are left, and write what is to be written."""
         start, training, settings = perf_counter(), self.config.train, self.config.run
