@@ -20,12 +20,13 @@ DIGITS = (
     "federation.name=digits",
     'federation.tasks=["class", "parity", "loop"]',
     "train.num_rounds=5",
+    "train.eval_every=3",
     "train.head_steps=3",
     "train.encoder_steps=3",
 )
 RADCOM = (
     *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=-8", "federation.snr_max=4"),
-    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=5", "train.batch_size=16"),
+    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=5", "train.eval_every=5", "train.batch_size=16"),
 )
 
 
