@@ -32,6 +32,7 @@ QUICK = [
     "run.checkpoint_every=1",
 ]
 ALMOST_ALL = ["faults.drop=0.2", "faults.delay=0.2", "faults.nan=0.1", "faults.corrupt=0.2"]
+SCREENED = ["train.max_update_ratio=1.1", "train.min_clients=0"]
 
 
 def make(seed: int, encoder: str = "plain", buffers: Literal["local", "averaged"] = "local") -> Federation:
@@ -144,7 +145,7 @@ def whole(tmp_path_factory):
         ),
         pytest.param(["aggregation.name=median"], id="median"),
         pytest.param(["aggregation.name=clipped_mean"], id="clipped mean"),
-        pytest.param(["train.max_update_ratio=1.1"], id="max_update_ratio"),
+        pytest.param(SCREENED, id="max_update_ratio"),
         pytest.param([*ALMOST_ALL, "train.min_clients=0"], id="faults"),
         pytest.param([*ALMOST_ALL, "train.min_clients=2", "train.max_retries=50"], id="faults, retries"),
         pytest.param([*ALMOST_ALL, "train.min_clients=0", "train.max_update_ratio=3.0"], id="faults, max_update_ratio"),
@@ -165,9 +166,9 @@ def test_stopped_after_every_round_and_resumed_is_the_same_as_never_stopped(tmp_
 def test_these_settings_do_something(whole):
     plain_run = outcome(whole())
     methods = (["train.method=fedper", "train.head_momentum=0.9"], ["train.method.name=fedprox", "train.method.mu=2"])
-    for words in (*methods, ["federation.encoder=dropout"], ["train.max_update_ratio=1.1"], [*ALMOST_ALL, "train.min_clients=0"]):
+    for words in (*methods, ["federation.encoder=dropout"], SCREENED, [*ALMOST_ALL, "train.min_clients=0"]):
         assert outcome(whole(*words)) != plain_run
-    assert any(row["dropped"] for row in Run(whole("train.max_update_ratio=1.1")).rows())
+    assert any(row["dropped"] for row in Run(whole(*SCREENED)).rows())
     retried = Run(whole(*ALMOST_ALL, "train.min_clients=2", "train.max_retries=50")).rows()
     assert any(row["retries"] for row in retried)
 
