@@ -118,9 +118,18 @@ def _run_step(
             break
         engine.restore(before)
     else:
-        found = "; ".join(f"{client}: {reason}" for client, reason in dropped.items())
-        raise StoppedError(f"round {state.round + 1}: {len(reports)} sound reports, expected at least {training.min_clients}: {found}")
+        heard_of = f"{len(reports)} sound reports, expected at least {training.min_clients}"
+        raise StoppedError(f"round {state.round + 1}: {heard_of}: {_by_reason(dropped)}")
     return conclude(state, instructions, reports, dropped, weighting, aggregate, training)
+
+
+def _by_reason(dropped: Mapping[str, str]) -> str:
+    """Every reason once, after the first of its clients: a thousand of them often share one."""
+    clients: dict[str, list[str]] = {}
+    for client, reason in dropped.items():
+        clients.setdefault(reason, []).append(client)
+    named = {reason: ", ".join(them[:3]) + (f" and {len(them) - 3} more" if len(them) > 3 else "") for reason, them in clients.items()}
+    return "; ".join(f"{them}: {reason}" for reason, them in named.items())
 
 
 def conclude(

@@ -16,6 +16,7 @@ from tests.faults.test_kill import launcher, lines, outcome
 ROUNDS, EVERY, CLIENTS = 60, 5, 4
 CONFIG = f"""
 federation = {{ name = "digits" }}
+engine = {{ name = "reference" }}
 [train]
 num_rounds = {ROUNDS}
 head_steps = 1

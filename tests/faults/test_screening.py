@@ -355,3 +355,12 @@ def test_a_late_report_of_a_failed_attempt_does_not_spoil_the_next_one():
     reports, dropped = screen(engine.execute(instructions), instructions, {})
     assert dropped == {}
     assert len(reports) == 3
+
+
+def test_clients_with_the_same_reason_are_named_together():
+    federation = replace(small_federation(), clients=[replace(small_federation().clients[0], id=f"client-{i}") for i in range(6)])
+    engine = Scripted(federation, lambda one: replace(one, loss=-1.0) if one.client == "client-2" else None)
+    with pytest.raises(StoppedError) as caught:
+        run_round(initial_state(federation, Equal(), 0), federation, engine, Equal(), Mean(), TRAINING)
+    reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a number of at least 0, found -1.0"
+    assert sorted(str(caught.value).partition("at least 1: ")[2].split("; ")) == sorted(reasons.split("; "))

@@ -17,6 +17,7 @@ question = "Which is faster?"
 seeds = [0, 1, 2]
 [base]
 federation = {name = "digits", tasks = ["class", "parity"]}
+engine = {name = "reference"}
 train = {num_rounds = 4, head_steps = 2, encoder_steps = 2, batch_size = 8, eval_every = 2}
 [tuning]
 seeds = [7]

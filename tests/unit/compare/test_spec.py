@@ -81,7 +81,7 @@ def test_a_cells_name_tells_its_settings_apart_and_nothing_else(tmp_path):
     study = loaded(tmp_path)
     names = [cell.name for cell in cells_of(study, (0.1,))]
     assert [cell.name for cell in cells_of(loaded(tmp_path, TINY, "run.loss_targets=[0.5]", "title=Other"), (0.1,))] == names
-    for word in ("train.batch_size=9", "federation.test_fraction=0.3", "engine.name=reference", "faults.drop=0.1"):
+    for word in ("train.batch_size=9", "federation.test_fraction=0.3", "engine.name=vectorized", "faults.drop=0.1"):
         assert not set(names) & {cell.name for cell in cells_of(loaded(tmp_path, TINY, word), (0.1,))}
 
 
