@@ -196,7 +196,13 @@ def _by_method(results: Results, variant: str, task: str, measure: str) -> dict[
 def _by(found: Interval) -> str:
     """The size of a clear difference, and its interval."""
     low, high = sorted((abs(found.low or 0.0), abs(found.high or 0.0)))
-    return f"by {abs(found.mean):.3g} rounds; {low:.3g} to {high:.3g}"
+    return f"by {_rounds(found)}; {low:.3g} to {high:.3g}"
+
+
+def _rounds(found: Interval) -> str:
+    """The size of a difference."""
+    size = f"{abs(found.mean):.3g}"
+    return f"{size} round{'s' if size != '1' else ''}"
 
 
 def _brief(one: Estimate) -> str:
@@ -206,7 +212,7 @@ def _brief(one: Estimate) -> str:
         return "does not get there either"
     if not verdict(one):
         return f"no clear difference ({interval_text(found)})"
-    return f"{abs(found.mean):.3g} rounds {'fewer' if found.mean < 0 else 'more'} ({interval_text(found)})"
+    return f"{_rounds(found)} {'fewer' if found.mean < 0 else 'more'} ({interval_text(found)})"
 
 
 def answers(results: Results) -> list[str]:
