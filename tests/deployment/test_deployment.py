@@ -20,13 +20,19 @@ DIGITS = (
     "federation.name=digits",
     'federation.tasks=["class", "parity"]',
     "train.num_rounds=4",
-    "train.eval_every=2",
+    "train.eval_every=9",
     "train.head_steps=3",
     "train.encoder_steps=3",
 )
 RADCOM = (
-    *("federation.name=radcom", "federation.snapshots=5", "federation.snr_min=-8", "federation.snr_max=4"),
-    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=3", "train.eval_every=3", "train.batch_size=16"),
+    *(
+        "federation.name=radcom",
+        'federation.tasks=["modulation", "anomaly"]',
+        "federation.snapshots=5",
+        "federation.snr_min=-8",
+        "federation.snr_max=4",
+    ),
+    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=2", "train.eval_every=2", "train.batch_size=16"),
 )
 
 

@@ -169,7 +169,7 @@ keep = 2
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_path):
     config, whole, killed = tmp_path / "config.toml", tmp_path / "whole", tmp_path / "killed"
-    config.write_text(CONFIG)
+    config.write_text('engine = { name = "reference" }' + CONFIG)  # it starts sooner
     code, _, errors = launcher().call(tmp_path, "run", config, f"run.dir={whole}")
     assert code == 0, errors
 

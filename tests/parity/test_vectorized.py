@@ -133,11 +133,11 @@ def test_real_faces(mtfl_zip, batch_norm):
     """With small steps where batches are normalised: the reference itself ends 2e-3 from its double-precision self with larger ones."""
     federation = mtfl.make(0, path=str(mtfl_zip))
     small = [
-        Client(one.id, one.task, tuple(part[:100] for part in one.train_data), tuple(part[:50] for part in one.test_data))
+        Client(one.id, one.task, tuple(part[:50] for part in one.train_data), tuple(part[:20] for part in one.test_data))
         for one in federation.clients
     ]
     model = partial(cnn, federation.input_shape, batch_norm=batch_norm)
-    training = TrainConfig(head_steps=2, encoder_steps=2, batch_size=32, encoder_lr=0.001 if batch_norm else 0.05)
+    training = TrainConfig(head_steps=2, encoder_steps=2, batch_size=16, encoder_lr=0.001 if batch_norm else 0.05)
     check_same(Federation(small, model), training, 1e-5, metrics=False)
     check_same(doubled(Federation(small, model)), training, 1e-10)
 
