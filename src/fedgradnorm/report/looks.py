@@ -26,9 +26,10 @@ KNOWN = (
     *("equal", "fedgradnorm step", "fedgradnorm exact", "nash_mtl", "dwa", "local", "fedper"),
     *("mgda", "rlw", "qffl", "gls", "cagrad", "uncertainty", "examples"),
     *("afl", "pcgrad", "imtl_g", "fedmgda_plus", "fedhca2", "fedprox", "centralized"),
-    *("fixed", "fedavg"),
+    *("fixed", "fedavg", "fedgradnorm exact norm", "centralized GradNorm"),
+    *("equal unit length", "exact unit length", "fedgradnorm exact by task"),
 )
-"""The methods whose look is always the same: seven colours to a row, each row with a dash and a marker of its own."""
+"""The methods whose look is always the same, in studies too: by sevens they have all colours, and a dash and a marker of their own."""
 
 PLACES = {name: place for place, name in enumerate(KNOWN)} | {"fedgradnorm": KNOWN.index("fedgradnorm step")}
 
