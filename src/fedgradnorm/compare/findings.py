@@ -30,6 +30,9 @@ __all__ = [
 
 UNCLEAR, UNKNOWN = "not clearly different from", "not comparable with"
 
+MOST_NAMED = 4
+"""A title that would name more methods than these counts them."""
+
 
 def headline_target(results: Results, variant: str, task: str) -> str | None:
     """The target by which a task's speed is told, chosen by the baseline alone: of those that it reached most often, the least loss ratio.
@@ -128,7 +131,7 @@ def speed_title(results: Results, variant: str) -> str:
     for name in (name for name in results.ours if name in verdicts):
         faster, slower = (verdicts[name].count(side) or "none" for side in (1, -1))
         ours.append(f"{name} faster than {baseline} on {faster} of {tasks}, slower on {slower}")
-    if ours:
+    if 0 < len(ours) <= MOST_NAMED:
         return f"Rounds to a target: {'; '.join(ours)}"
     some = sum(1 in sides for sides in verdicts.values()) or "none"
     return f"Rounds to a target: {some} of {plural(len(verdicts), 'method')} faster than {baseline} on some task"

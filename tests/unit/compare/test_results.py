@@ -10,7 +10,7 @@ import pytest
 from fedgradnorm import RunError
 from fedgradnorm.compare.cells import Ended
 from fedgradnorm.compare.figure import write_figure
-from fedgradnorm.compare.findings import answers, answers_on, caveats, headline_target, task_title, verdict
+from fedgradnorm.compare.findings import answers, answers_on, caveats, headline_target, speed_title, task_title, verdict
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
 from fedgradnorm.compare.page import write_page
 from fedgradnorm.compare.results import OVERALL
@@ -135,6 +135,14 @@ def test_fedgradnorm_comes_first(tmp_path):
     page = write_page(results, tmp_path / "index.html").read_text()
     assert [look["name"] for look in data_in(page)["looks"]] == ["ours", "equal", "fast"]
     assert page.index("<li>ours is faster") < page.index("<summary>The 1 other method") < page.index("<li>fast is faster")
+
+
+def test_a_title_names_four_methods_and_counts_more():
+    for names in ("abcd", "abcde"):
+        results = made_up({**FASTER, **dict.fromkeys(names, FASTER["fast"])}, weightings=dict.fromkeys(names, "fedgradnorm"))
+        named = "; ".join(f"{name} faster than equal on 1 of 1 task, slower on none" for name in names)
+        counted = "6 of 6 methods faster than equal on some task"
+        assert speed_title(results, "") == f"Rounds to a target: {named if len(names) == 4 else counted}"
 
 
 def test_delta_m_is_paired_with_single_task_training():
