@@ -35,7 +35,7 @@ class Deployment:
         self.env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
         for name in [name for name in self.env if name.startswith(("FLWR_", "PYTEST_"))]:
             del self.env[name]
-        for client, port in zip(self.clients, node_ports, strict=False):  # one of them may be left
+        for client, port in zip(self.clients, node_ports[: len(self.clients)], strict=True):
             self.set(f"nodes/{client}/node.env", "PORT", str(port))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.do("keys.py")
