@@ -1,20 +1,22 @@
 """All randomness, drawn from (seed, round, client id, purpose) and from nothing else.
 
 So a run is the same on every engine, after a resume, and whichever clients took part in which order;
-and the global generators of NumPy and torch are left as they were.
+and the global generators of Python, NumPy and torch are left as they were.
 """
 
 import hashlib
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
-__all__ = ["derive_seed", "generator", "seeded_torch", "uniform"]
+__all__ = ["Generators", "derive_seed", "generator", "quick_generator", "seeded"]
 
 CPU = torch.device("cpu")
 GLOBAL_GENERATOR = threading.RLock()
@@ -36,10 +38,10 @@ def generator(seed: int, round: int, client: str, purpose: str) -> np.random.Gen
     return np.random.default_rng(derive_seed(seed, round, client, purpose))
 
 
-def uniform(shape: tuple[int, ...], seed: int, round: int, client: str, purpose: str) -> np.ndarray:
-    """Uniform random numbers from 0 to 1, for what thousands of clients draw in every round: seeded in a fifth of the time."""
+def quick_generator(seed: int, round: int, client: str, purpose: str) -> np.random.Generator:
+    """The same for what thousands of clients draw in every round: seeded in a fifth of the time, with other numbers."""
     words = _Words(_hash(32, seed, round, client, purpose))
-    return np.random.Generator(np.random.PCG64(words)).random(shape)  # type: ignore[arg-type]  # NumPy's types know SeedSequence only
+    return np.random.Generator(np.random.PCG64(words))  # type: ignore[arg-type]  # NumPy's types know SeedSequence only
 
 
 class _Words(ISeedSequence):
@@ -57,16 +59,48 @@ def _hash(size: int, *parts: int | str) -> bytes:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=size).digest()
 
 
-@contextmanager
-def seeded_torch(seed: int, round: int, client: str, purpose: str, device: torch.device = CPU) -> Iterator[None]:
-    """Seed torch's global generators inside the block, and put them back after: for what reads no other ones.
+class Generators(NamedTuple):
+    """The states of the global generators that a user's code may draw from. Two of them are equal if nothing was drawn in between."""
 
-    That is the initialisation of modules, and dropout. With a GPU as ``device`` its generator is seeded too. One thread at a time.
+    of_python: tuple[Any, ...]
+    of_numpy: tuple[Any, ...]
+    of_torch: bytes
+    of_cuda: bytes
+
+    @classmethod
+    def now(cls, device: torch.device = CPU) -> "Generators":
+        """The states of the generators of Python, NumPy and torch, and of the GPU where ``device`` is one."""
+        name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one is what users' code draws from
+        cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+        return cls(random.getstate(), (name, np.asarray(keys).tobytes(), *rest), torch.get_rng_state().numpy().tobytes(), cuda)
+
+    def put_back(self, device: torch.device = CPU) -> None:
+        """Set the generators to these states."""
+        name, keys, *rest = self.of_numpy
+        random.setstate(self.of_python)
+        np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
+        torch.set_rng_state(torch.frombuffer(bytearray(self.of_torch), dtype=torch.uint8))
+        if self.of_cuda:
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(self.of_cuda), dtype=torch.uint8), device)
+
+
+@contextmanager
+def seeded(seed: int, round: int, client: str, purpose: str, device: torch.device = CPU) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch inside the block, and put them back after it.
+
+    It belongs around whatever is the user's: data sets, models, losses, metrics, factories. With a GPU as ``device`` its generator is
+    seeded too. One thread at a time.
     """
-    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
-        derived = derive_seed(seed, round, client, purpose)
-        torch.default_generator.manual_seed(derived)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(derived)
-        yield
+    with GLOBAL_GENERATOR:
+        before = Generators.now(device)
+        digest = _hash(32, seed, round, client, purpose)
+        try:
+            random.seed(digest)
+            np.random.seed(np.frombuffer(digest, "<u4"))  # noqa: NPY002
+            torch.default_generator.manual_seed(derive_seed(seed, round, client, purpose))
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(derive_seed(seed, round, client, purpose))
+            yield
+        finally:
+            before.put_back(device)
