@@ -5,11 +5,11 @@ from torch import nn
 from fedgradnorm import ConfigError
 from fedgradnorm.models import cnn, mlp
 from fedgradnorm.parameters import flatten, load_flat
-from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.randomness import seeded
 
 
 def made(factory, *args, **options):
-    with seeded_torch(0, 0, "", "test"):
+    with seeded(0, 0, "", "test"):
         return factory(*args, **options)
 
 
