@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgradnorm.data import batch_order, num_passes, size, take
+from fedgradnorm.data import batch_order, distinct, draws_few, num_passes, size, take
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, trainable
-from fedgradnorm.randomness import uniform
+from fedgradnorm.randomness import quick_generator
 
 __all__ = [
     "ENCODER_BATCHES",
@@ -180,12 +180,20 @@ def batches_of(client: Client, order: np.ndarray) -> Iterator[tuple[Tensor, Tens
 
 
 def order_of(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
-    """The examples of a round's batches, shape ``(steps, batch)``."""
-    return batch_order(order_numbers(client, instruction, purpose, steps), instruction.training.batch_size, steps)
+    """The examples of a round's batches, shape ``(steps, batch)``.
+
+    Time and memory grow with the batches, and not with a data set that is much larger than they are.
+    """
+    training, examples = instruction.training, size(client.train_data)
+    batch = min(training.batch_size, examples)
+    if draws_few(examples, steps * batch):
+        rng = quick_generator(training.seed, instruction.round, client.id, purpose)
+        return distinct(rng, examples, steps * batch).reshape(steps, batch)
+    return batch_order(order_numbers(client, instruction, purpose, steps), training.batch_size, steps)
 
 
 def order_numbers(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:
-    """The random numbers that `batch_order` orders a client's examples by, shape ``(passes, examples)``."""
+    """The random numbers that `batch_order` orders a client's examples by, shape ``(passes, examples)``, where it has not too many."""
     training, examples = instruction.training, size(client.train_data)
     shape = num_passes(examples, training.batch_size, steps), examples
-    return uniform(shape, training.seed, instruction.round, client.id, purpose)
+    return quick_generator(training.seed, instruction.round, client.id, purpose).random(shape)

@@ -12,7 +12,7 @@ from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
 from fedgradnorm.federations import digits
-from fedgradnorm.randomness import uniform
+from fedgradnorm.randomness import quick_generator
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal
 
@@ -43,7 +43,14 @@ def federation_of(dtype, tasks=("class", "parity", "loop", "mass"), **options):
 def batches(client, round, settings):
     """The examples of the round's encoder steps."""
     examples, batch = len(client.train_data[0]), settings.batch_size
-    numbers = uniform((-(-STEPS * batch // examples), examples), settings.seed, round, client.id, "encoder batches")
+    if examples > max(4 * STEPS * batch, 1024):  # so few are drawn that the first different ones of random numbers are taken
+        rng, drawn = quick_generator(settings.seed, round, client.id, "encoder batches"), {}
+        while len(drawn) < STEPS * batch:
+            drawn |= dict.fromkeys(rng.integers(examples, size=STEPS * batch).tolist())
+        order = np.array(list(drawn)[: STEPS * batch])
+        indices = [torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)]
+        return [(client.train_data[0][index], client.train_data[1][index]) for index in indices]
+    numbers = quick_generator(settings.seed, round, client.id, "encoder batches").random((-(-STEPS * batch // examples), examples))
     order = np.concatenate([np.argsort(one) for one in numbers])
     indices = [torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)]
     return [(client.train_data[0][index], client.train_data[1][index]) for index in indices]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedgradnorm import ConfigError, evaluate_run, load_model, train
-from fedgradnorm.client import evaluate
 from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
 from fedgradnorm.history import Run
 from fedgradnorm.weighting import FedGradNorm
