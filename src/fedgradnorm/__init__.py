@@ -3,7 +3,17 @@
 Everything here follows FedGradNorm (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022); docs/algorithm.md says what is ours.
 """
 
-from fedgradnorm.errors import ConfigError, DataError, FederationError, FedGradNormError, RunError, StoppedError
+from fedgradnorm.errors import (
+    ClientError,
+    ConfigError,
+    DataError,
+    FederationError,
+    FedGradNormError,
+    FedGradNormWarning,
+    RunError,
+    StoppedError,
+    WeightingError,
+)
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.run import Result, resume, train
 from fedgradnorm.saved import evaluate_run, load_model
@@ -14,11 +24,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Client",
+    "ClientError",
     "ConfigError",
     "DataError",
     "Equal",
     "FedGradNorm",
     "FedGradNormError",
+    "FedGradNormWarning",
     "Federation",
     "FederationError",
     "Metric",
@@ -27,6 +39,7 @@ __all__ = [
     "StoppedError",
     "Task",
     "Weighting",
+    "WeightingError",
     "WeightingState",
     "Weights",
     "evaluate_run",

@@ -1,9 +1,28 @@
-"""The errors that a user can meet. Each message names what was wrong, where, and what was expected."""
+"""The errors and warnings that a user can meet. Each names what was wrong, where, and what was expected."""
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
-__all__ = ["ConfigError", "DataError", "FedGradNormError", "FederationError", "MessageError", "RunError", "StoppedError"]
+__all__ = [
+    "ClientError",
+    "ConfigError",
+    "DataError",
+    "FedGradNormError",
+    "FedGradNormWarning",
+    "FederationError",
+    "MessageError",
+    "RunError",
+    "StoppedError",
+    "WeightingError",
+    "described",
+    "warn",
+]
+
+PACKAGE = str(Path(__file__).parent)
 
 
 class FedGradNormError(Exception):
@@ -11,6 +30,13 @@ class FedGradNormError(Exception):
 
     exit_code = 2
     """What the command line ends with."""
+
+    result: Any = None
+    """The `Result` of the rounds that are done, where training has begun."""
+
+
+class FedGradNormWarning(UserWarning):
+    """A run goes on, with something that its user has to know."""
 
 
 class ConfigError(FedGradNormError, ValueError):
@@ -33,10 +59,36 @@ class RunError(FedGradNormError, RuntimeError):
     """A run folder cannot be written or read."""
 
 
+class ClientError(FedGradNormError, RuntimeError):
+    """A client's own model, loss or data raised an error after training had begun. Its cause is that error."""
+
+    exit_code = 1
+
+
+class WeightingError(FedGradNormError, RuntimeError):
+    """A weighting or an aggregation raised an error, or gave what it must not. Its cause is that error, if there is one."""
+
+    exit_code = 1
+
+
 class StoppedError(FedGradNormError, RuntimeError):
     """A run ended before its last round. Its folder holds a checkpoint to go on from."""
 
     exit_code = 1
+
+
+def described(error: BaseException) -> str:
+    """The type of an error of someone else, and the beginning of what it says, as one line."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Give a warning at the line outside this package that led here, however often it was given before."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    warnings.warn_explicit(message, FedGradNormWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

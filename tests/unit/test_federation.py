@@ -43,12 +43,10 @@ def test_an_id_that_is_no_file_name_is_refused(id):
 
 def test_empty_clients_and_unequal_lengths_are_refused():
     task = small_task("sign")
-    refused(
-        "client 'a' is empty: expected at least one training example",
-        [Client("a", task, (torch.zeros(0, 6), torch.zeros(0)))],
-        small_encoder,
-    )
-    refused("client 'a': 3 training inputs, but 2 targets", [Client("a", task, (torch.zeros(3, 6), torch.zeros(2)))], small_encoder)
+    with pytest.raises(FederationError, match="client 'a' is empty: expected at least one training example"):
+        Client("a", task, (torch.zeros(0, 6), torch.zeros(0)))
+    with pytest.raises(FederationError, match="client 'a': 3 training inputs, but 2 targets"):
+        Client("a", task, (torch.zeros(3, 6), torch.zeros(2)))
 
 
 def test_data_may_load_on_first_use_and_are_checked_then():
