@@ -1,20 +1,22 @@
 """Faults on purpose: an engine whose reports get lost, late or damaged, so that users can see how their federation would fare."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.client import ClientState
 from fedgradnorm.config import FaultsConfig
 from fedgradnorm.engines.base import Engine
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.randomness import generator
 
 __all__ = ["FaultyEngine"]
 
-CORRUPTIONS = ("scaled", "cut", "negative loss", "noise")
+CORRUPTIONS = ("scaled", "cut", "infinite loss", "noise")
 
 
 class FaultyEngine:
@@ -24,7 +26,7 @@ class FaultyEngine:
     - ``delay``: it arrives a round too late, and then counts for nothing.
     - ``nan``: one of its numbers is not a number.
     - ``corrupt``: its gradient is a thousand times too long, cut short, or noise of that length in every
-      coordinate, or its loss is negative.
+      coordinate, or its loss is infinite.
 
     What happens depends on (seed, round, client, attempt) alone. The client itself has trained in every case.
 
@@ -51,9 +53,9 @@ class FaultyEngine:
         """Put the clients' states back."""
         self.engine.restore(states)
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> Mapping[str, Evaluation]:
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
         """Test every client, without faults."""
-        return self.engine.evaluate(encoder, buffers)
+        return self.engine.evaluate(encoder, buffers, batch_size)
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, and spoil some of their reports."""
@@ -86,7 +88,7 @@ def _corrupted(report: Report, how: str, seed: int) -> Report:
         return replace(report, gradient=1000 * gradient, grad_norm=1000 * report.grad_norm)
     if how == "cut":
         return replace(report, gradient=gradient[: len(gradient) // 2])
-    if how == "negative loss":
-        return replace(report, loss=-report.loss)
+    if how == "infinite loss":
+        return replace(report, loss=math.inf)
     noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype)
     return replace(report, gradient=noise * gradient.norm())

@@ -10,12 +10,34 @@ from torch import Tensor
 
 from fedgradnorm.config import TrainConfig
 
-__all__ = ["LARGEST", "Instruction", "Report"]
+__all__ = ["LARGEST", "Instruction", "Report", "has_rate", "no_rate"]
 
 SCALAR_BYTES = 8
 
 LARGEST = 1e100
 """No sound length, loss or training rate is above this; beyond it, products of them would overflow."""
+
+NEAR, TINY = 1e-6, 1e-30
+"""A loss that is above its floor by less than this share of its size, or by less than this, is at the floor but for rounding."""
+
+
+def has_rate(initial_loss: float, loss_floor: float) -> bool:
+    """Whether training rates can be taken of an initial loss F(0): whether it is above the task's floor.
+
+    >>> has_rate(0.7, 0.0), has_rate(-0.3, 0.0), has_rate(-0.3, -1.0), has_rate(0.0, 0.0)
+    (True, False, True, False)
+    """
+    return initial_loss - loss_floor > max(NEAR * max(abs(initial_loss), abs(loss_floor)), TINY)
+
+
+def no_rate(initial_loss: float, loss: float, loss_floor: float, task: str) -> str:
+    """Why no training rate can be taken of the losses of a task, and what to do."""
+    first = f"its first loss is {initial_loss:.4g}" if not has_rate(initial_loss, loss_floor) else f"its loss is {loss:.4g}"
+    near = " (it is too near its floor)" if not has_rate(initial_loss, loss_floor) and initial_loss > loss_floor else ""
+    return (
+        f"{first}{near}, and the weighting needs losses above the task's loss_floor, which is {loss_floor:g}: give "
+        f"Task('{task}', ..., loss_floor=...) a number that no loss is below, or choose a weighting that reads no losses, such as 'equal'"
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,7 @@ class Report:
         seconds: how long the local update took; it enters no computation.
         head_seconds: the part of it up to the encoder's first step.
         round: the round that it belongs to.
+        loss_floor: a number that no loss of its task is below.
     """
 
     client: str
@@ -78,11 +101,20 @@ class Report:
     seconds: float = 0.0
     round: int = 0
     head_seconds: float = 0.0
+    loss_floor: float = 0.0
 
     @property
     def inverse_training_rate(self) -> float:
-        """F̃_i = F_i(k) / F_i(0): 1 at the start, smaller the further the task has got."""
-        return self.loss / self.initial_loss
+        """F̃_i = F_i(k) / F_i(0): 1 at the start, smaller the further the task has got.
+
+        Both losses are taken from the task's floor on. Not a number where F_i(0) is not above it, or F_i(k) is below.
+        """
+        if self.loss_floor == 0 and self.loss >= 0 and self.initial_loss > TINY:  # nearly always
+            return self.loss / self.initial_loss
+        above, slack = self.loss - self.loss_floor, NEAR * max(abs(self.loss), abs(self.loss_floor))
+        if above < -slack or not has_rate(self.initial_loss, self.loss_floor):
+            return math.nan
+        return max(above, 0.0) / (self.initial_loss - self.loss_floor)
 
     @cached_property
     def length(self) -> float:

@@ -2,24 +2,27 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from statistics import median_low
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import StoppedError
+from fedgradnorm.errors import FedGradNormError, StoppedError, WeightingError, described
 from fedgradnorm.federation import Members
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
-from fedgradnorm.randomness import generator
+from fedgradnorm.randomness import generator, seeded
 from fedgradnorm.threads import kernel_threads
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
@@ -63,10 +66,21 @@ class RoundRecord:
 
 
 def initial_state(federation: Members, weighting: Weighting, seed: int) -> ServerState:
-    """The state before the first round: the encoder as initialised under the seed."""
+    """The state before the first round: the encoder as initialised under the seed.
+
+    Raises:
+        WeightingError: the weighting raised an error, or gave what is no state.
+    """
     encoder = federation.make_encoder(seed)
     buffers = buffers_of(encoder) if federation.buffers == "averaged" else {}
-    return ServerState(0, flatten(encoder), buffers, weighting.init(sorted(federation.client_ids)))
+    what = f"{_named(weighting, 'weighting')}: init()"
+    try:
+        first = weighting.init(sorted(federation.client_ids))
+    except FedGradNormError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise WeightingError(f"{what} raised {described(error)}") from error
+    return ServerState(0, flatten(encoder), buffers, _plain_state(first, what))
 
 
 def run_round(
@@ -78,6 +92,7 @@ def run_round(
 
     Raises:
         StoppedError: it was repeated ``max_retries`` times. All states are as they were before the round.
+        WeightingError: the weighting or the aggregation raised an error, or gave what it must not.
     """
     if not method_of(training).lockstep:
         return _run_step(state, federation, engine, weighting, aggregate, training, None)
@@ -87,7 +102,7 @@ def run_round(
         for step in range(1, training.encoder_steps):
             after, another = _run_step(replace(after, round=state.round), federation, engine, weighting, aggregate, training, step)
             record = joined(record, step, another)
-    except StoppedError:
+    except (StoppedError, WeightingError):
         engine.restore(before)
         raise
     return after, record
@@ -145,14 +160,110 @@ def conclude(
     attempt = max((instruction.attempt for instruction in instructions), default=0)
     if not reports:
         return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
-    weights, weighting_state = weighting.update(state.weighting, reports)
-    with kernel_threads(1):
-        direction = aggregate(reports, weights)
+    with seeded(training.seed, state.round + 1, "", f"weighting {instructions[0].step}"):
+        weights, weighting_state = _weigh(weighting, state.weighting, reports)
+        with kernel_threads(1):
+            direction = _aggregated(aggregate, reports, weights, state.encoder)
     after = advance(state, reports, direction, weighting_state, training)
     if not _is_finite(after.encoder):
         dropped |= {report.client: "the step with it is not finite" for report in reports}
         return replace(state, round=state.round + 1), RoundRecord(instructions, [], dropped, None, attempt)
     return after, RoundRecord(instructions, reports, dropped, weights, attempt)
+
+
+def _weigh(weighting: Weighting, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    """What a weighting gives for these reports, in plain numbers. Raises WeightingError where it is not what it has to be."""
+    what = f"{_named(weighting, 'weighting')}: update()"
+    try:
+        given = weighting.update(state, reports)
+    except FedGradNormError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise WeightingError(f"{what} raised {described(error)}") from error
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Weights)):
+        raise WeightingError(f"{what}: expected a pair (Weights, WeightingState), found {_kind(given)}")
+    weights, clients = given[0], [report.client for report in reports]
+    values = _finite_numbers(weights.values, clients, f"{what}: weights.values")
+    if not sum(values.values()) > 0:
+        raise WeightingError(f"{what}: weights.values: expected a sum above 0, found {sum(values.values()):g}")
+    targets = _finite_numbers(weights.targets, (), f"{what}: weights.targets")
+    scale = _finite_numbers({"scale": weights.scale}, (), f"{what}: weights")["scale"]
+    return Weights({client: values[client] for client in clients}, targets, scale), _plain_state(given[1], what)
+
+
+def _plain_state(state: object, what: str) -> WeightingState:
+    """A weighting's state in plain numbers, as a checkpoint can have it. Raises WeightingError where there is none."""
+    if not isinstance(state, WeightingState):
+        raise WeightingError(f"{what}: expected a WeightingState, found {_kind(state)}")
+    weights = _finite_numbers(state.weights, (), f"{what}: state.weights")
+    if not isinstance(state.memory, Mapping):
+        raise WeightingError(f"{what}: state.memory: expected a dictionary, found {_kind(state.memory)}")
+    return WeightingState(weights, _plain(state.memory, f"{what}: state.memory"))
+
+
+def _finite_numbers(numbers: object, clients: Iterable[str], what: str) -> dict[str, float]:
+    """Numbers by client as floats. Raises WeightingError where one is missing or not finite."""
+    if not isinstance(numbers, Mapping):
+        raise WeightingError(f"{what}: expected a dictionary by client id, found {_kind(numbers)}")
+    if (missing := next((client for client in clients if client not in numbers), None)) is not None:
+        raise WeightingError(f"{what}: expected a number for every client, found none for '{missing}'")
+    if all(type(number) is float for number in numbers.values()) and math.isfinite(sum(numbers.values())):
+        return dict(numbers)
+    plain = {}
+    for client, number in numbers.items():
+        try:
+            plain[client] = float(number)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise WeightingError(f"{what}: expected a number for '{client}', found {number!r:.100}") from error
+        if not math.isfinite(plain[client]):
+            raise WeightingError(f"{what}: expected a finite number for '{client}', found {plain[client]}")
+    return plain
+
+
+def _plain(value: Any, what: str) -> Any:
+    """A value as JSON has it, the numbers of NumPy and torch as Python's. Raises WeightingError for anything else."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        raise WeightingError(f"{what}: expected a finite number, found {value}")
+    if isinstance(value, Mapping):
+        if (odd := next((key for key in value if not isinstance(key, str)), None)) is not None:
+            raise WeightingError(f"{what}: expected texts as keys, found {odd!r:.100}")
+        return {key: held if type(held) is str else _plain(held, f"{what}[{key!r:.100}]") for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(held, what) for held in value) if type(value) in (list, tuple) else [_plain(held, what) for held in value]
+    hint = "; .tolist() makes numbers of it" if isinstance(value, np.ndarray | Tensor) else ""
+    raise WeightingError(f"{what}: expected what JSON has: texts, finite numbers, lists and dictionaries, found {_kind(value)}{hint}")
+
+
+def _aggregated(aggregate: Aggregation, reports: Sequence[Report], weights: Weights, encoder: Tensor) -> Tensor:
+    """The direction that an aggregation gives. Raises WeightingError where it is not what it has to be."""
+    what = _named(aggregate, "aggregation")
+    try:
+        direction = aggregate(reports, weights)
+    except FedGradNormError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise WeightingError(f"{what} raised {described(error)}") from error
+    expected = f"{what}: expected a tensor of {encoder.dtype} and shape {tuple(encoder.shape)}"
+    if not isinstance(direction, Tensor):
+        raise WeightingError(f"{expected}, found {_kind(direction)}")
+    if direction.shape != encoder.shape or direction.dtype != encoder.dtype:
+        raise WeightingError(f"{expected}, found {direction.dtype} and {tuple(direction.shape)}")
+    return direction
+
+
+def _named(part: object, kind: str) -> str:
+    """A part in messages: its kind and its name in the settings."""
+    return f"{kind} '{registry.name_of(kind, type(part))}'"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 @kernel_threads(1)
@@ -234,7 +345,7 @@ def screen(
         instructions: what was sent.
         norms: the lengths of the last sound gradients, by client.
         max_update_ratio: a gradient is too long beyond this many times the median of its client's last ones; of all last ones and the
-            others' of this round, as long as the client has fewer than three. None: none is too long.
+            others' of this round, as long as the client has fewer than three. Gradients of length 0 do not count. None: none is too long.
     """
     reports, dropped = {}, {}
     by_sender: dict[tuple[str, int], list[Report]] = {}
@@ -254,19 +365,20 @@ def screen(
             dropped[client] = reason
             del reports[client], lengths[client]
     if max_update_ratio is not None:
-        pooled = sorted([*chain(*norms.values()), *lengths.values()])
+        pooled = sorted([*chain(*norms.values()), *filter(None, lengths.values())])
         for client, length in lengths.items():
             known = norms.get(client, ())
             usual = median_low(known) if len(known) >= FEWEST_NORMS else _median_without(pooled, length)
-            if length > max_update_ratio * usual:
-                times = length / usual if usual else math.inf
-                dropped[client] = f"gradient: {times:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
+            if length > max_update_ratio * usual > 0:
+                dropped[client] = f"gradient: {length / usual:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
                 del reports[client]
     return list(reports.values()), dropped
 
 
 def _median_without(ascending: Sequence[float], number: float) -> float:
-    """The lower median of numbers without one of them; that one itself where there is no other."""
+    """The lower median of numbers without one of them; that one itself where there is no other, or it is not among them."""
+    if number == 0:
+        return number
     middle = (len(ascending) - 2) // 2
     return number if middle < 0 else ascending[middle if middle < bisect_left(ascending, number) else middle + 1]
 
@@ -289,11 +401,12 @@ def _wrong_number(report: Report, length: float) -> str | None:
     """Which number of a report is out of range, or None."""
     if not math.isfinite(length):
         return "gradient: not finite"
-    if not 0 <= report.loss <= LARGEST:
-        return f"loss: expected a number of at least 0, found {report.loss}"
-    for name, number in (("initial_loss", report.initial_loss), ("grad_norm", report.grad_norm)):
-        if not 0 < number <= LARGEST:
-            return f"{name}: expected a number above 0, found {number}"
+    if not (abs(report.loss) <= LARGEST and abs(report.initial_loss) <= LARGEST and abs(report.loss_floor) <= LARGEST):
+        numbers = {"loss": report.loss, "initial_loss": report.initial_loss, "loss_floor": report.loss_floor}
+        name = next(name for name, number in numbers.items() if not abs(number) <= LARGEST)
+        return f"{name}: expected a finite number, found {numbers[name]}"
+    if not 0 <= report.grad_norm <= LARGEST:
+        return f"grad_norm: expected a number of at least 0, found {report.grad_norm}"
     if report.inverse_training_rate > LARGEST:
         return f"inverse_training_rate: out of range, {report.inverse_training_rate}"
     return None
@@ -312,7 +425,8 @@ def advance(
     buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
     norms = dict(state.norms)
     for report in reports:
-        norms[report.client] = (*norms.get(report.client, ()), report.length)[-LAST_NORMS:]
+        if report.length > 0:  # nothing can be told from a task that had nothing to learn in a round
+            norms[report.client] = (*norms.get(report.client, ()), report.length)[-LAST_NORMS:]
     return ServerState(state.round + 1, encoder, buffers, weighting, optimizer, norms)
 
 

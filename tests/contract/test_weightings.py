@@ -60,7 +60,7 @@ def round_of(gradients, losses=(0.5, 1.0, 2.0)):
     some = []
     for index, gradient in enumerate(gradients):
         vector = torch.tensor(gradient, dtype=torch.float64)
-        norm = max(float(vector.norm()), 1e-30)
+        norm = float(vector.norm())
         some.append(report(f"c{index}", norm, losses[index % len(losses)], gradient=vector, num_examples=10 + 5 * index))
     return some
 
@@ -110,6 +110,61 @@ def test_gradients_of_nothing_but_zeros_are_no_trouble(name, zeros):
         weights, state = method.update(method.init([]), given_reports)
         assert torch.isfinite(Mean()(given_reports, weights)).all()
         assert all(value > 0 for value in state.weights.values())
+
+
+ANY_LOSS = st.one_of(st.sampled_from([0.0, -1.0, 1.0, 1e-12]), st.floats(-1e3, 1e3))
+ANY_REPORT = st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), ANY_LOSS, ANY_LOSS, st.sampled_from([0.0, -1.0, -1e4, 2.0]))
+
+
+@EVERY_WEIGHTING
+@given(rounds=st.lists(st.dictionaries(st.sampled_from("abcd"), ANY_REPORT, min_size=1), min_size=1, max_size=4))
+def test_nothing_to_learn_and_losses_of_any_sign_are_no_trouble(name, rounds):
+    """Norms of 0, and losses that are 0, negative, or below the floor of their task."""
+    method = make(name)
+    state = method.init(["a", "b", "c"])
+    for round in rounds:
+        some = []
+        for client, (norm, loss, initial, floor) in sorted(round.items()):
+            fields = {"gradient": torch.full((3,), norm), "loss_floor": floor}
+            some.append(dataclasses.replace(report(client, norm, **fields), loss=loss, initial_loss=initial))
+        before = sum(state.weights.get(client, 1.0) for client in round)
+        weights, state = method.update(state, some)
+        assert sum(weights.values.values()) == pytest.approx(before, rel=1e-6)
+        assert all(math.isfinite(value) for value in weights.values.values())
+        assert all(math.isfinite(value) and value > 0 for value in state.weights.values())
+        assert math.isfinite(weights.scale)
+        assert weights.scale > 0
+        assert torch.isfinite(Mean()(some, weights)).all()
+        json.dumps(dataclasses.asdict(state), allow_nan=False)
+
+
+def needs_losses(name):
+    return getattr(make(name), "needs_positive_losses", False)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if needs_losses(name)])
+def test_a_client_without_a_training_rate_keeps_its_weight_and_the_others_are_weighed_as_without_it(name):
+    method = make(name)
+    others = [report("a", 1.0, 0.5), report("c", 3.0, 0.9)]
+    lost = dataclasses.replace(report("b", 2.0), loss=-0.5, initial_loss=-0.1)
+    alone, _ = method.update(method.init(["a", "b", "c"]), others)
+    weights, state = method.update(method.init(["a", "b", "c"]), [others[0], lost, others[1]])
+    assert weights.values["b"] == state.weights["b"] == 1.0
+    assert {client: weights.values[client] for client in "ac"} == pytest.approx(alone.values)
+    floored = dataclasses.replace(lost, loss_floor=-1.0)  # from the floor on they are 0.5 and 0.9
+    assert floored.inverse_training_rate == pytest.approx(0.5 / 0.9)
+    same = dataclasses.replace(lost, loss=0.5, initial_loss=0.9)
+    given_floor, given_same = (method.update(method.init(["a", "b", "c"]), [others[0], one, others[1]])[0] for one in (floored, same))
+    assert given_floor.values == pytest.approx(given_same.values)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not needs_losses(name)])
+def test_to_a_weighting_that_reads_no_losses_their_sign_is_nothing(name):
+    method = make(name)
+    some = round_of([[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.2, 1.0, 0.0]])
+    negative = [dataclasses.replace(one, loss=one.loss - 10, initial_loss=one.initial_loss - 10) for one in some]
+    one, other = (method.update(method.init(["c0", "c1", "c2"]), given)[0] for given in (some, negative))
+    assert one.values == pytest.approx(other.values)
 
 
 @EVERY_WEIGHTING

@@ -92,10 +92,11 @@ NAN, INF = float("nan"), float("inf")
         ({"gradient": torch.zeros(3, dtype=torch.complex64)}, "gradient: expected"),
         ({"gradient": torch.tensor([0.0, NAN, 0.0])}, "gradient: not finite"),
         ({"gradient": torch.tensor([0.0, -INF, 0.0])}, "gradient: not finite"),
-        *(({"loss": value}, "loss") for value in (NAN, INF, -INF, -1.0, -5e-324, 1e101)),
-        *(({"initial_loss": value}, "initial_loss") for value in (NAN, INF, -1.0, 0.0, -0.0, 1e101)),
-        *(({"grad_norm": value}, "grad_norm") for value in (NAN, INF, -1.0, 0.0, 1e101)),
-        ({"loss": 1.0, "initial_loss": 5e-324}, "inverse_training_rate"),
+        *(({"loss": value}, "loss") for value in (NAN, INF, -INF, 1e101, -1e101)),
+        *(({"initial_loss": value}, "initial_loss") for value in (NAN, INF, -INF, 1e101)),
+        *(({"loss_floor": value}, "loss_floor") for value in (NAN, INF, -1e101)),
+        *(({"grad_norm": value}, "grad_norm") for value in (NAN, INF, -1.0, 1e101)),
+        ({"loss": 1e90, "initial_loss": 1e-25}, "inverse_training_rate"),
         ({"buffers": {}}, "buffers"),
         ({"buffers": {"x": torch.zeros(2), "y": torch.zeros(2)}}, "buffers"),
         ({"buffers": {"x": torch.zeros(3)}}, "buffer x"),
@@ -114,7 +115,12 @@ def test_every_fault_is_dropped_with_its_reason_and_harms_nobody_else(fault, rea
 
 
 @pytest.mark.parametrize(
-    "harmless", [{"loss": 0.0}, {"loss": 5e-324}, {"loss": 1e100}, {"initial_loss": 1e100}, {"grad_norm": 5e-324}, {"grad_norm": 1e100}]
+    "harmless",
+    [
+        *({"loss": value} for value in (0.0, 5e-324, 1e100, -1.0, -1e100)),
+        *({"initial_loss": value} for value in (1e100, 0.0, -0.0, -1.0, 5e-324)),
+        *({"grad_norm": value} for value in (0.0, 5e-324, 1e100)),
+    ],
 )
 def test_extreme_but_possible_numbers_pass(harmless):
     one = replace(answer("a"), **harmless)
@@ -331,7 +337,7 @@ def test_after_the_last_retry_it_stops_with_the_reasons_and_everything_as_it_was
     state, _ = run_round(initial_state(federation, method, 0), federation, engine, method, Mean(), TRAINING)
     before, clients = {**vars(state), "encoder": state.encoder.clone()}, engine.client_states
     engine.calls = 0
-    engine.spoil = lambda one: {"a": one, "b": None, "c": replace(one, loss=-1.0)}[one.client]
+    engine.spoil = lambda one: {"a": one, "b": None, "c": replace(one, loss=NAN)}[one.client]
     training = TRAINING.model_copy(update={"min_clients": 2, "max_retries": max_retries})
     with pytest.raises(StoppedError) as caught:
         run_round(state, federation, engine, method, Mean(), training)
@@ -339,7 +345,7 @@ def test_after_the_last_retry_it_stops_with_the_reasons_and_everything_as_it_was
     assert "round 2" in str(caught.value)
     assert "1 sound reports, expected at least 2" in str(caught.value)
     assert "b: no report" in str(caught.value)
-    assert "c: loss: expected a number of at least 0, found -1.0" in str(caught.value)
+    assert "c: loss: expected a finite number, found nan" in str(caught.value)
     assert same(vars(state), before)
     assert same_clients(engine.client_states, clients)
 
@@ -359,8 +365,8 @@ def test_a_late_report_of_a_failed_attempt_does_not_spoil_the_next_one():
 
 def test_clients_with_the_same_reason_are_named_together():
     federation = replace(small_federation(), clients=[replace(small_federation().clients[0], id=f"client-{i}") for i in range(6)])
-    engine = Scripted(federation, lambda one: replace(one, loss=-1.0) if one.client == "client-2" else None)
+    engine = Scripted(federation, lambda one: replace(one, loss=NAN) if one.client == "client-2" else None)
     with pytest.raises(StoppedError) as caught:
         run_round(initial_state(federation, Equal(), 0), federation, engine, Equal(), Mean(), TRAINING)
-    reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a number of at least 0, found -1.0"
+    reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a finite number, found nan"
     assert sorted(str(caught.value).partition("at least 1: ")[2].split("; ")) == sorted(reasons.split("; "))

@@ -5,6 +5,7 @@ import torch
 
 from fedgradnorm import ConfigError, Equal, FederationError, FedGradNorm, WeightingState
 from fedgradnorm.aggregation import Mean
+from fedgradnorm.client import loss_batches
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
 from fedgradnorm.messages import Instruction
@@ -99,13 +100,13 @@ INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
         (replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)), "gradient: expected torch.float32"),
         (replace(SOUND, gradient=torch.tensor([0.0, float("nan"), 0.0])), "gradient: not finite"),
         (replace(SOUND, loss=float("nan")), "loss"),
-        (replace(SOUND, loss=-1.0), "loss"),
         (replace(SOUND, loss=float("inf")), "loss"),
-        (replace(SOUND, initial_loss=0.0), "initial_loss"),
-        (replace(SOUND, grad_norm=0.0), "grad_norm"),
+        (replace(SOUND, initial_loss=float("nan")), "initial_loss"),
+        (replace(SOUND, loss_floor=float("-inf")), "loss_floor"),
+        (replace(SOUND, grad_norm=-1.0), "grad_norm"),
         (replace(SOUND, grad_norm=float("inf")), "grad_norm"),
         (replace(SOUND, grad_norm=1e200), "grad_norm"),
-        (replace(SOUND, initial_loss=1e-90, loss=1e90), "inverse_training_rate"),
+        (replace(SOUND, initial_loss=1e-25, loss=1e90), "inverse_training_rate"),
         (replace(SOUND, buffers={"x": torch.zeros(1)}), "buffers"),
     ],
 )
@@ -113,6 +114,12 @@ def test_an_unsound_report_is_dropped_with_its_reason(unsound, reason):
     sound, dropped = screen([unsound], [INSTRUCTION], {})
     assert sound == []
     assert reason in dropped["a"]
+
+
+@pytest.mark.parametrize("changes", [{"loss": -1.0}, {"initial_loss": 0.0}, {"initial_loss": -3.0}, {"grad_norm": 0.0}, {"loss": 0.0}])
+def test_nothing_left_to_learn_and_losses_of_any_sign_are_sound(changes):
+    sound, dropped = screen([replace(SOUND, **changes)], [INSTRUCTION], {})
+    assert (len(sound), dropped) == (1, {})
 
 
 def test_a_missing_report_is_a_dropped_one_and_a_sound_one_passes():
@@ -153,7 +160,7 @@ def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
 
 def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
     federation, weighting = small_federation(), FedGradNorm(solver="exact")
-    engine = Faulty(federation, lambda one: replace(one, grad_norm=0.0) if one.client == "b" else one)
+    engine = Faulty(federation, lambda one: replace(one, grad_norm=float("nan")) if one.client == "b" else one)
     state = initial_state(federation, weighting, 0)
     for _ in range(3):
         state, record = run_round(state, federation, engine, weighting, Mean(), TRAINING)
@@ -192,9 +199,11 @@ def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
             assert state.weighting.weights["c"] == 1.0
     module, head = federation.make_encoder(0), federation.make_head(federation.client("c"), 0)
     torch.nn.utils.vector_to_parameters(encoder, module.parameters())
-    inputs, targets = federation.client("c").train_data
+    client = federation.client("c")
+    inputs, targets = client.train_data
     with torch.no_grad():
-        expected = federation.client("c").task.loss(head(module(inputs)), targets).item()
+        losses = [client.task.loss(head(module(inputs[batch])), targets[batch]) for batch in loss_batches(client, training)]
+        expected = torch.stack(losses).mean().item()
     assert engine.client_states["c"].initial_loss == pytest.approx(expected, rel=1e-5)
     assert sum(state.weighting.weights.values()) == pytest.approx(3)
 

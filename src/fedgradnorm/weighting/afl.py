@@ -9,8 +9,8 @@ import numpy as np
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import proportional, start
-from fedgradnorm.weighting.losses import LossKind, check_loss, losses_of
+from fedgradnorm.weighting.combination import keeping, proportional, start
+from fedgradnorm.weighting.losses import LossKind, check_loss, has_a_rate, losses_of
 
 __all__ = ["AFL", "on_simplex"]
 
@@ -25,7 +25,9 @@ class AFL:
     weights; an absent client keeps its share. λ_i may become 0, and its client then moves nothing until its loss is large again.
 
     The paper's clients have one loss in common. Where tasks differ, the worst loss is perhaps only the one in the largest unit: then
-    compare F_i / F_i(0), with ``loss="relative"``; the gradients stay those of F_i.
+    compare F_i / F_i(0), with ``loss="relative"``; the gradients stay those of F_i. Losses are taken from the task's floor on, and absolute
+    ones may have any sign. With relative ones a client without a training rate keeps its weight: one whose F_i(0) is not above the
+    floor, or whose F_i is below it.
 
     Args:
         weight_lr: the step size of the ascent, above 0, at most 1e6.
@@ -57,6 +59,14 @@ class AFL:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """One step of the ascent."""
+        return keeping(state, reports, has_a_rate if self.loss == "relative" else lambda _: True, self._update)
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether training rates are compared."""
+        return self.loss == "relative"
+
+    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         before = np.array([state.weights.get(report.client, 1.0) for report in reports])
         ascent = self.weight_lr * losses_of(reports, self.loss)
         return proportional(state, reports, on_simplex(before / before.sum() + (ascent - ascent.max())))

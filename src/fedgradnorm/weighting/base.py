@@ -43,7 +43,8 @@ class Weighting(Protocol):
     Both are pure: the state is handed in and handed back, never kept.
 
     A method that looks at the numbers of the reports alone, and not at their gradients, says so by a class attribute
-    ``reads_gradients: ClassVar[bool] = False``; without it an engine works out each gradient to the last digit.
+    ``reads_gradients: ClassVar[bool] = False``; without it an engine works out each gradient to the last digit. One that
+    needs losses above their floors has ``needs_positive_losses = True``: a run in which an initial loss is not is refused.
     """
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
@@ -55,8 +56,9 @@ class Weighting(Protocol):
 
         Args:
             state: the state so far.
-            reports: the sound reports of this round, at least one, sorted by client id: every number in them is finite,
-                ``grad_norm`` and ``initial_loss`` are above 0. A client that is missing keeps its weight; a client that is
-                not in the state yet starts with weight 1.
+            reports: the sound reports of this round, at least one, sorted by client id: every number in them is finite.
+                ``grad_norm`` may be 0, where a task has nothing to learn; losses may be 0 or negative, and
+                ``inverse_training_rate`` is then not a number. A client that is missing keeps its weight; a client that
+                is not in the state yet starts with weight 1.
         """
         ...

@@ -1,6 +1,7 @@
 """From a method's coefficients a_i, direction Σ a_i g_i, to weights p_i and a scale that mean the same: one place for all methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
 
-__all__ = ["combination", "proportional", "start"]
+__all__ = ["combination", "keeping", "proportional", "start"]
 
 LEAST = 1e-6
 """No remembered weight is below this, so that no set of clients ever has the sum 0."""
@@ -74,6 +75,36 @@ def proportional(
     ({'a': 0.5, 'b': 1.5}, 1.0)
     """
     return combination(state, reports, _shares(np.asarray(shares, dtype=np.float64))[0], memory)
+
+
+def keeping(
+    state: WeightingState,
+    reports: Sequence[Report],
+    can_be_weighed: Callable[[Report], bool],
+    update: Callable[[WeightingState, Sequence[Report]], tuple[Weights, WeightingState]],
+) -> tuple[Weights, WeightingState]:
+    """Weights for those reports that a method can weigh; the other clients keep the weights that they had.
+
+    >>> import torch
+    >>> def report(client, loss):
+    ...     return Report(client, "a task", torch.zeros(1), loss=loss, initial_loss=1.0, grad_norm=1.0, num_examples=9)
+    >>> def inverse(state, reports):
+    ...     return proportional(state, reports, [1 / report.loss for report in reports])
+    >>> reports = [report("a", 1.0), report("b", 0.0), report("c", 3.0)]
+    >>> keeping(start(["a", "b", "c"]), reports, lambda report: report.loss > 0, inverse)[0].values
+    {'a': 1.5, 'b': 1.0, 'c': 0.5}
+    """
+    weighed = [report for report in reports if can_be_weighed(report)]
+    if len(weighed) == len(reports):
+        return update(state, reports)
+    old = {report.client: state.weights.get(report.client, 1.0) for report in reports}
+    if not weighed:
+        return Weights(old), replace(state, weights={**state.weights, **old})
+    weights, after = update(state, weighed)
+    return (
+        replace(weights, values={**old, **weights.values}),
+        replace(after, weights={**state.weights, **old, **{report.client: after.weights[report.client] for report in weighed}}),
+    )
 
 
 def _shares(coefficients: np.ndarray) -> tuple[np.ndarray, float]:

@@ -10,8 +10,8 @@ from scipy.special import softmax
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import proportional, start
-from fedgradnorm.weighting.losses import losses_of
+from fedgradnorm.weighting.combination import keeping, proportional, start
+from fedgradnorm.weighting.losses import has_a_rate, losses_of
 
 __all__ = ["DWA"]
 
@@ -43,6 +43,7 @@ class DWA:
     """
 
     reads_gradients: ClassVar[bool] = False
+    needs_positive_losses: ClassVar[bool] = True
 
     temperature: float = 2.0
 
@@ -55,6 +56,9 @@ class DWA:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Weights by how the losses have changed since the client's last report."""
+        return keeping(state, reports, has_a_rate, self._update)
+
+    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         now = dict(zip((report.client for report in reports), losses_of(reports, positive=True).tolist(), strict=True))
         before = {**now, **state.memory["losses"]}
         rates = np.array([min(loss / before[client], LARGEST_RATE) for client, loss in now.items()])

@@ -1,6 +1,6 @@
 """FedGradNorm: weights that make the weighted gradient norms follow the training rates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +9,7 @@ import numpy as np
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
+from fedgradnorm.weighting.losses import has_a_rate
 
 __all__ = ["FedGradNorm"]
 
@@ -30,6 +31,10 @@ class FedGradNorm:
     The solver ``"step"`` takes ``weight_steps`` subgradient steps, p_i ← p_i - α_p sign(G_i - target_i) n_i. The solver
     ``"exact"`` goes to the minimiser p* ∝ r^γ / n that those steps approach: p ← (1 - ρ) p + ρ p*. Either way p is then raised
     to at least ``min_weight`` and the participants are rescaled to the sum that they had, so that all weights sum to N.
+
+    A client keeps its weight in a round in which n_i = 0, and with γ > 0 in one in which it has no training rate: F_i(0) is not above the
+    task's floor, or F_i is below it. S is then all other participants (ours). With ``group_by="task"`` the means n and F̃ of a task are
+    over those of its clients that have both.
 
     Args:
         gamma: γ ≥ 0, the strength of the restoring force: 0 equalises the norms only, more pushes slow tasks harder.
@@ -82,18 +87,42 @@ class FedGradNorm:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
-        clients, own_groups = [report.client for report in reports], [self._group(report) for report in reports]
-        weights = {**dict.fromkeys(clients, 1.0), **state.weights}
-        groups = {**state.memory["groups"], **dict(zip(clients, own_groups, strict=True))}
-        number = {group: index for index, group in enumerate(dict.fromkeys(own_groups))}
-        members = [client for client, group in groups.items() if group in number]
+        sound = [report for report in reports if self._can_be_weighed(report)]
+        own_groups = [self._group(report) for report in sound]
+        weights = {**dict.fromkeys((report.client for report in reports), 1.0), **state.weights}
+        groups = {**state.memory["groups"], **{report.client: self._group(report) for report in reports}}
+        targets: dict[str, float] = {}
+        if sound:
+            number = {group: index for index, group in enumerate(dict.fromkeys(own_groups))}
+            members = [client for client, group in groups.items() if group in number]
+            moved, targets = self._moved(weights, sound, members, groups, number)
+            weights |= moved
+        values = {report.client: weights[report.client] for report in reports}
+        return Weights(values, targets, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
 
+    def _moved(
+        self,
+        weights: Mapping[str, float],
+        reports: Sequence[Report],
+        members: Sequence[str],
+        groups: Mapping[str, str],
+        number: Mapping[str, int],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The next weights of the members of the groups that report, and the reporting clients' targets.
+
+        Args:
+            weights: of all clients.
+            reports: those that have a norm and a rate.
+            members: the clients of the groups of the reports, whether they report or not.
+            groups: by client, its group.
+            number: by group of a report, its number from 0.
+        """
+        reporting = np.array([number[groups[report.client]] for report in reports])
         group_of = np.array([number[groups[client]] for client in members])
-        reporting = np.array([number[group] for group in own_groups])
         counts = np.bincount(group_of)
         p = _means(group_of, [weights[client] for client in members])
         n = _means(reporting, [report.grad_norm for report in reports])
-        rates = _means(reporting, [report.inverse_training_rate for report in reports])
+        rates = _means(reporting, [report.inverse_training_rate if self.gamma > 0 else 1.0 for report in reports])
 
         relative_rates = rates / rates.mean() if rates.mean() > 0 else np.ones_like(rates)
         targets = (p * n).mean() * relative_rates**self.gamma
@@ -101,10 +130,16 @@ class FedGradNorm:
         moved = np.maximum(moved, self.min_weight)
         moved *= (counts @ p) / (counts @ moved)
 
-        weights |= zip(members, moved[group_of].tolist(), strict=True)
-        values = {client: weights[client] for client in clients}
-        record = dict(zip(clients, targets[reporting].tolist(), strict=True))
-        return Weights(values, record, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
+        clients = (report.client for report in reports)
+        return dict(zip(members, moved[group_of].tolist(), strict=True)), dict(zip(clients, targets[reporting].tolist(), strict=True))
+
+    def _can_be_weighed(self, report: Report) -> bool:
+        return report.grad_norm > 0 and (self.gamma == 0 or has_a_rate(report))
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether training rates count."""
+        return self.gamma > 0
 
     def _group(self, report: Report) -> str:
         return report.client if self.group_by == "client" else report.task
@@ -130,6 +165,8 @@ class FedGradNorm:
         if self.normalize == "sum":
             return 1.0
         most = max(report.grad_norm for report in reports)
+        if most == 0:
+            return 1.0
         plain = sum(report.grad_norm / most for report in reports) / len(reports)
         weighted = sum(values[report.client] * (report.grad_norm / most) for report in reports) / sum(values.values())
         return plain / weighted

@@ -8,8 +8,8 @@ import numpy as np
 
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.losses import losses_of
+from fedgradnorm.weighting.combination import combination, keeping, start
+from fedgradnorm.weighting.losses import has_a_rate, losses_of
 
 __all__ = ["GLS"]
 
@@ -19,8 +19,9 @@ class GLS:
     """The gradient of the geometric mean of the losses, (Π F_i)^(1/n) (Chennupati et al., CVPR Workshops 2019).
 
     It is Σ a_i g_i with a_i = (Π_j F_j)^(1/n) / (n F_i): p_i ∝ 1 / F_i, and the scale is the geometric over the harmonic mean of the
-    losses. The scale of a loss cancels in the ratios p_i F_i. A loss below 10⁻⁶ of the initial one counts as that much: one would divide
-    by it.
+    losses. The scale of a loss cancels in the ratios p_i F_i. Losses are taken from the task's floor on. A loss of 0, or below 10⁻⁶ of the
+    initial one, counts as that much: one would divide by it. A client without a training rate keeps its weight: one whose F_i(0) is not
+    above the floor, or whose F_i is below it.
 
     >>> import torch
     >>> def report(client, loss):
@@ -31,6 +32,7 @@ class GLS:
     """
 
     reads_gradients: ClassVar[bool] = False
+    needs_positive_losses: ClassVar[bool] = True
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
@@ -38,5 +40,8 @@ class GLS:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Weights by the inverse losses of this round."""
+        return keeping(state, reports, has_a_rate, self._update)
+
+    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         logarithms = np.log(losses_of(reports, positive=True))
         return combination(state, reports, np.exp(logarithms.mean() - logarithms) / len(reports))

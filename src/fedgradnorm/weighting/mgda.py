@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
 from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of, least_norm
+from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of, least_norm, without_zeros
 
 __all__ = ["MGDA"]
 
@@ -19,7 +20,8 @@ class MGDA:
 
     Along it every loss falls, to first order, at the rate ‖Σ a_i g_i‖² or faster; where it is 0 no direction lowers all. It leans to the
     shortest gradients, so a task that is nearly learned, or whose loss has a small unit, decides; and a_i = 0 for those that it needs
-    not. The problem is solved exactly (`least_norm`), in place of the paper's Frank-Wolfe steps.
+    not. The problem is solved exactly (`least_norm`), in place of the paper's Frank-Wolfe steps. A gradient of 0, of a task that has
+    nothing to learn, is left out (ours): it would be the shortest combination, and end everybody's training.
 
     Args:
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
@@ -46,4 +48,4 @@ class MGDA:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """The weights of the least norm."""
-        return combination(state, reports, coefficients_of(reports, self.group_by, least_norm))
+        return combination(state, reports, coefficients_of(reports, self.group_by, partial(without_zeros, solve=least_norm)))

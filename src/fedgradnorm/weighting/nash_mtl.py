@@ -11,7 +11,7 @@ from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
 from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of
+from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of, without_zeros
 
 __all__ = ["NashMTL", "bargain"]
 
@@ -26,7 +26,7 @@ class NashMTL:
     Σ a_i g_i maximises Π ⟨g_i, d⟩ over directions d of a given length, so no client's relative gain can grow at a lesser relative cost of
     the others, and the scale of a loss cancels. a is the minimiser of ½ aᵀGa - Σ log a_i, which Newton's method finds, in place of the
     authors' convex-concave steps. 10⁻¹⁰ of each ‖g_i‖² is added to it: where a convex combination of gradients is 0 there would be no
-    solution.
+    solution. A gradient of 0, of a task that has nothing to learn, does not bargain (ours), and n is the number of the others.
 
     **Its length** is √n whatever the gradients' lengths are, and is cut to ``max_norm``, as in the authors' code. So it does not get
     shorter as training converges, and needs a step size of its own: tune ``train.server_lr``, or ``max_norm``.
@@ -62,12 +62,12 @@ class NashMTL:
         return combination(state, reports, coefficients_of(reports, self.group_by, self._solve))
 
     def _solve(self, gram: np.ndarray) -> np.ndarray:
-        coefficients = bargain(gram)
-        return coefficients * min(1.0, self.max_norm / math.sqrt(len(gram)))
+        count = np.count_nonzero(gram.diagonal())
+        return without_zeros(gram, bargain) * min(1.0, self.max_norm / math.sqrt(count))
 
 
 def bargain(gram: np.ndarray) -> np.ndarray:
-    """The a > 0 with G a = 1 / a, shape ``(n,)``.
+    """The a > 0 with G a = 1 / a, shape ``(n,)``; no gradient is 0.
 
     In units of 1 / ‖g_i‖, so that only the gradients' cosines matter; damped Newton steps, which get there from anywhere, as the function
     is self-concordant (Nesterov, Introductory Lectures on Convex Optimization, 2004, §4.1.5).
@@ -76,8 +76,7 @@ def bargain(gram: np.ndarray) -> np.ndarray:
     array([0.5, 1. ])
     """
     count = len(gram)
-    squares = np.maximum(gram.diagonal(), 0.0)
-    lengths = np.sqrt(np.where(squares > 0, squares, squares.max()))
+    lengths = np.sqrt(gram.diagonal())
     cosines = gram / lengths / lengths[:, None] + RIDGE * np.eye(count)
     solution = np.full(count, 1 / np.sqrt(max(cosines.sum() / count, RIDGE)))
     for _ in range(MOST_STEPS):

@@ -9,8 +9,8 @@ import torch
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import combination, proportional, start
-from fedgradnorm.weighting.losses import LossKind, check_loss, losses_of
+from fedgradnorm.weighting.combination import combination, keeping, proportional, start
+from fedgradnorm.weighting.losses import LossKind, check_loss, has_a_rate, losses_of
 
 __all__ = ["QFFL"]
 
@@ -24,8 +24,9 @@ class QFFL:
     which is shorter the more the objective bends.
 
     The paper's clients have one loss in common. Where tasks differ, the largest loss is perhaps only the one in the largest unit: then
-    compare F_i / F_i(0), with ``loss="relative"``; the gradients stay those of F_i. A loss below 10⁻⁶ of the initial one counts as that
-    much.
+    compare F_i / F_i(0), with ``loss="relative"``; the gradients stay those of F_i. Losses are taken from the task's floor on. A loss of 0,
+    or below 10⁻⁶ of the initial one, counts as that much. With q > 0 a client without a training rate keeps its weight: one whose F_i(0)
+    is not above the floor, or whose F_i is below it.
 
     Args:
         q: from 0 to 100.
@@ -59,6 +60,16 @@ class QFFL:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Weights by the losses of this round."""
+        if self.q == 0:
+            return proportional(state, reports, np.ones(len(reports)))
+        return keeping(state, reports, has_a_rate, self._update)
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether powers of the losses are taken."""
+        return self.q > 0
+
+    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         losses = losses_of(reports, self.loss, positive=True)
         powers = (losses / losses.max()) ** self.q
         if self.lipschitz is None:

@@ -9,8 +9,8 @@ import numpy as np
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import proportional, start
-from fedgradnorm.weighting.losses import losses_of
+from fedgradnorm.weighting.combination import keeping, proportional, start
+from fedgradnorm.weighting.losses import has_a_rate, losses_of
 
 __all__ = ["Uncertainty"]
 
@@ -35,6 +35,9 @@ class Uncertainty:
     from 1, choose weight_lr accordingly, or `gls`, which is at that point from the first round on. IMTL-L (Liu et al., ICLR 2021) has the
     same fixed point.
 
+    Losses are taken from the task's floor on; one of 0, or below 10⁻⁶ of the initial one, counts as that much. A client without a training
+    rate keeps its weight: one whose F_i(0) is not above the floor, or whose F_i is below it.
+
     Args:
         weight_lr: the step size, above 0, at most 1.
         weight_steps: steps a round, at least 1.
@@ -52,6 +55,7 @@ class Uncertainty:
     """
 
     reads_gradients: ClassVar[bool] = False
+    needs_positive_losses: ClassVar[bool] = True
 
     weight_lr: float = 0.1
     weight_steps: int = 1
@@ -66,6 +70,9 @@ class Uncertainty:
 
     def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         """Steps on s with this round's losses, and the weights that follow."""
+        return keeping(state, reports, has_a_rate, self._update)
+
+    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
         known, losses = state.memory["log_variances"], losses_of(reports, positive=True)
         s = np.array([known.get(report.client, 0.0) for report in reports])
         for _ in range(self.weight_steps):

@@ -12,7 +12,7 @@ from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["GroupBy", "averaging", "check_group_by", "coefficients_of", "gram_matrix", "least_norm", "least_norm_near"]
+__all__ = ["GroupBy", "averaging", "check_group_by", "coefficients_of", "gram_matrix", "least_norm", "least_norm_near", "without_zeros"]
 
 GroupBy = Literal["client", "task"]
 
@@ -21,6 +21,9 @@ BLOCK = 2**22
 
 RIDGE = 1e-12
 """This share of each squared length is added to it, so that the weights are unique where the least norm has several."""
+
+EQUAL = 1e-12
+"""Gradients whose squared distance is below this share of the longest one's square are the same."""
 
 SUM_WEIGHT, TRIES = 30.0, 20
 """How much the sum counts beside the norm in `least_norm_near`, and how often what it lacks is made up for."""
@@ -74,6 +77,21 @@ def coefficients_of(reports: Sequence[Report], group_by: GroupBy, solve: Callabl
     return shared
 
 
+def without_zeros(gram: np.ndarray, solve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The coefficients of those gradients that are not 0; the others, which move nothing, get the mean of these.
+
+    >>> without_zeros(np.array([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), lambda gram: 1 / gram.diagonal())
+    array([0.25 , 0.625, 1.   ])
+    """
+    moving = np.flatnonzero(gram.diagonal() > 0)
+    if len(moving) == len(gram):
+        return solve(gram)
+    found = solve(gram[np.ix_(moving, moving)])
+    coefficients = np.full(len(gram), found.mean())
+    coefficients[moving] = found
+    return coefficients
+
+
 def least_norm(gram: np.ndarray) -> np.ndarray:
     r"""The weights w ≥ 0 with Σ w_i = 1 for which ‖Σ w_i g_i‖² = wᵀGw is least, shape ``(n,)``. Among several, the most even.
 
@@ -113,9 +131,18 @@ def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.nda
         if abs(lacking) < 1e-13:
             break
         aim += lacking
-    weights = np.clip(weights, 0.0, 1.0)
+    weights = _evened(np.clip(weights, 0.0, 1.0), gram, base)
     found: np.ndarray = weights / weights.sum()
     return found
+
+
+def _evened(weights: np.ndarray, gram: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The weights with the same one for gradients that are the same: the norm does not tell them apart, and a solver ends where it is."""
+    squares = gram.diagonal()
+    apart = squares[:, None] + squares - 2 * gram  # ‖g_i - g_j‖²
+    alike = (apart <= EQUAL * squares.max()) & (base[:, None] == base)
+    evened: np.ndarray = (alike @ weights) / alike.sum(axis=1)
+    return evened
 
 
 def _is_least(weights: np.ndarray, gram: np.ndarray) -> bool:

@@ -234,3 +234,49 @@ def test_a_task_that_is_solved_exactly_keeps_a_positive_weight():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         FedGradNorm(**options)
+
+
+@pytest.mark.parametrize("solver", ["step", "exact"])
+def test_golden_a_client_with_nothing_to_learn_keeps_its_weight(solver):
+    """By hand, γ = 1, from p = (1, 1, 1), n = (1, 0, 3), F̃ = (1, 0, 1): a and c are weighed by themselves.
+
+    step, α_p = 1/10: G = (1, 3), Ḡ = 2 = both targets, p = (1 + 1/10, 1 - 3/10) = (11/10, 7/10), sum 18/10, times 20/18: (11/9, 7/9).
+    exact, ρ = 1: p ∝ 1 / n = (1, 1/3), sum 2: (3/2, 1/2).
+    """
+    method = FedGradNorm(gamma=1.0, weight_lr=0.1, solver=solver, damping=1.0)
+    some = [report("a", 1.0), report("b", 0.0, 0.0), report("c", 3.0)]
+    weights, state = method.update(method.init(["a", "b", "c"]), some)
+    expected = {"step": {"a": 11 / 9, "b": 1.0, "c": 7 / 9}, "exact": {"a": 3 / 2, "b": 1.0, "c": 1 / 2}}[solver]
+    assert weights.values == pytest.approx(expected)
+    assert state.weights == pytest.approx(expected)
+    assert weights.targets == pytest.approx({"a": 2.0, "c": 2.0})
+    everyone, after = method.update(state, [replace(one, grad_norm=0.0) for one in some])
+    assert everyone.values == after.weights == state.weights
+
+
+@pytest.mark.parametrize("solver", ["step", "exact"])
+def test_a_client_whose_loss_is_below_its_floor_keeps_its_weight_unless_gamma_is_0(solver):
+    some = [report("a", 1.0), replace(report("b", 2.0), loss=-0.1), report("c", 3.0)]
+    method = FedGradNorm(solver=solver)
+    assert method.update(method.init(["a", "b", "c"]), some)[0].values["b"] == 1.0
+    norms_only = FedGradNorm(solver=solver, gamma=0.0, damping=1.0, weight_lr=0.1)
+    positive = [some[0], replace(some[1], loss=0.1), some[2]]
+    one, other = (norms_only.update(norms_only.init(["a", "b", "c"]), given)[0] for given in (some, positive))
+    assert one.values == other.values
+
+
+def test_a_task_pools_those_of_its_clients_that_have_something_to_learn():
+    """Group x has n = 2 (its other client has 0), y has 1: with γ = 0, exact and ρ = 1, p ∝ 1/n, three clients: (3/4, 3/4, 3/2)."""
+    method = FedGradNorm(solver="exact", gamma=0.0, damping=1.0, group_by="task")
+    some = [report("a", 2.0, task="x"), report("b", 0.0, task="x"), report("c", 1.0, task="y")]
+    weights, _ = method.update(method.init(["a", "b", "c"]), some)
+    assert weights.values == pytest.approx({"a": 3 / 4, "b": 3 / 4, "c": 3 / 2})
+    silent, _ = method.update(method.init(["a", "b", "c"]), [report("a", 0.0, task="x"), report("b", 0.0, task="x"), some[2]])
+    assert silent.values == {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+@pytest.mark.parametrize("normalize", ["sum", "norm"])
+def test_where_nobody_has_anything_to_learn_the_weights_and_the_scale_stay(normalize):
+    method = FedGradNorm(normalize=normalize)
+    weights, _ = method.update(method.init(["a", "b"]), [report("a", 0.0, 0.0), report("b", 0.0, 0.0)])
+    assert (weights.values, weights.scale) == ({"a": 1.0, "b": 1.0}, 1.0)
