@@ -1,8 +1,9 @@
 """The client's half of the algorithm: pure functions of a client, its state and an instruction."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from statistics import fmean
 from time import perf_counter
 
 import numpy as np
@@ -11,29 +12,33 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import Data, size, take
+from fedgradnorm.data import distinct, draws_few, size, take
+from fedgradnorm.errors import ClientError, FederationError, FedGradNormError, described
+from fedgradnorm.evaluation import Evaluation, evaluate
 from fedgradnorm.federation import Client, Federation
+from fedgradnorm.guess import constant_answer
 from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.modules import follow, held_tensors
 from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, norm_over, trainable
-from fedgradnorm.randomness import generator, seeded_torch
-from fedgradnorm.task import Task
+from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
 from fedgradnorm.training.steps import PlainSteps, Steps
 
 __all__ = [
     "ClientState",
-    "Evaluation",
-    "constant_guess",
-    "evaluate",
-    "evaluation_of",
+    "evaluate_client",
+    "guess_loss",
     "initial_state",
     "load_model",
     "local_update",
-    "loss_examples",
+    "loss_batches",
+    "mean_loss",
+    "naming",
 ]
 
-EVALUATION_BATCH = 512
-MOST_CLASSES = 100_000
+
+FEWEST_BATCHES = 64
+"""A loss that is drawn anew for every batch, as with dropout, is the mean over at least so many."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,6 @@ class ClientState:
     head_velocity: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
     encoder: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss and the metrics, by name, over a whole set of examples."""
-
-    loss: float
-    metrics: Mapping[str, float]
-    num_examples: int
 
 
 def initial_state(federation: Federation, client: Client, seed: int, encoder_buffers: Mapping[str, Tensor]) -> ClientState:
@@ -94,31 +90,43 @@ def local_update(
         state: the client's state after its last round.
         instruction: what the server sent.
         steps: how steps are computed; by default as `PlainSteps`.
-        random_model: whether the model may draw random numbers, as dropout does; False leaves torch's global generator alone.
+        random_model: whether the user's code may draw random numbers, as dropout does; False leaves the global generators alone.
 
     Returns:
         The report for the server, and the client's next state.
+
+    Raises:
+        ClientError: whatever the user's own code raises.
     """
     start, training = perf_counter(), instruction.training
     method = method_of(training)
-    load_model(encoder, head, state, instruction.encoder, instruction.buffers)
-    initial_loss = state.initial_loss
-    if initial_loss is None:
-        initial_loss = mean_loss(client, encoder, head, training)
+    purpose = "" if instruction.step is None else f" {instruction.step}"
 
-    encoder.train()
-    head.train()
-    velocity = {name: state.head_velocity[name].to(parameter.device) for name, parameter in trainable(head) if name in state.head_velocity}
-    local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
-    purpose = "dropout" if instruction.step is None else f"dropout {instruction.step}"
-    key = (training.seed, instruction.round, client.id, purpose)
-    with seeded_torch(*key, device=instruction.encoder.device) if random_model else nullcontext():
-        with record_function("head steps"):
-            method.train_head(local)
-        exact_loss = mean_loss(client, encoder, head, training) if training.loss_estimate == "exact" else None
-        head_seconds = perf_counter() - start
-        with record_function("encoder steps"):
-            gradient, batch_loss = method.train_encoder(local)
+    def drawing(what: str, round: int) -> AbstractContextManager[None]:
+        if not random_model:
+            return nullcontext()
+        return seeded(training.seed, round, client.id, what, instruction.encoder.device)
+
+    with naming(client.id, f"training in round {instruction.round}"):
+        load_model(encoder, head, state, instruction.encoder, instruction.buffers)
+        initial_loss = state.initial_loss
+        if initial_loss is None:
+            with drawing("initial loss", 0):
+                initial_loss = initial_loss_of(client, encoder, head, training, random_model=random_model)
+        encoder.train()
+        head.train()
+        velocity = {
+            name: state.head_velocity[name].to(parameter.device) for name, parameter in trainable(head) if name in state.head_velocity
+        }
+        local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
+        with drawing("dropout" + purpose, instruction.round):
+            with record_function("head steps"):
+                method.train_head(local)
+            exact = training.loss_estimate == "exact"
+            exact_loss = mean_loss(client, encoder, head, training, random_model=random_model) if exact else None
+            head_seconds = perf_counter() - start
+            with record_function("encoder steps"):
+                gradient, batch_loss = method.train_encoder(local)
 
     buffers = buffers_of(encoder)
     shares_buffers = bool(instruction.buffers)
@@ -134,83 +142,134 @@ def local_update(
         seconds=perf_counter() - start,
         round=instruction.round,
         head_seconds=head_seconds,
+        loss_floor=client.task.loss_floor,
     )
     own_encoder = flatten(encoder) if method.own_encoder else None
     return report, ClientState(
-        _snapshot(head), initial_loss, {} if shares_buffers else buffers, local.velocity, instruction.round, own_encoder
+        _snapshot(head, state.head), initial_loss, {} if shares_buffers else buffers, local.velocity, instruction.round, own_encoder
     )
 
 
 def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: Tensor, buffers: Mapping[str, Tensor]) -> None:
-    """Put a client's model together in place: the shared or its own encoder, the shared or its own buffers, and its head."""
+    """Put a client's model together in place: the shared or its own encoder, the shared or its own buffers, and its head.
+
+    Raises:
+        FederationError: the state is of another head.
+    """
+    follow(encoder, head)
     load_flat(encoder, vector if state.encoder is None else state.encoder)
     load_buffers(encoder, {**state.encoder_buffers, **buffers}.items())
-    head.load_state_dict(dict(state.head))
-
-
-def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:
-    """The mean training loss over at most ``loss_examples`` examples, always the same ones, in evaluation mode. Modes are put back."""
-    modes = encoder.training, head.training
-    loss, _, _ = _outputs(client.task, encoder, head, client.train_data, loss_examples(client, training))
-    encoder.train(modes[0])
-    head.train(modes[1])
-    return loss
-
-
-def loss_examples(client: Client, training: TrainConfig) -> np.ndarray:
-    """The indices of these examples, ascending."""
-    order = generator(training.seed, 0, client.id, "loss examples").permutation(size(client.train_data))
-    return np.sort(order[: training.loss_examples])
-
-
-def evaluate(task: Task, encoder: nn.Module, head: nn.Module, data: Data) -> Evaluation:
-    """The loss and all metrics of a task over a whole set of data, in evaluation mode, which the modules are left in."""
-    loss, outputs, targets = _outputs(task, encoder, head, data, np.arange(size(data)))
-    return evaluation_of(task, loss, outputs, targets)
-
-
-def evaluation_of(task: Task, loss: float, outputs: Tensor, targets: Tensor) -> Evaluation:
-    """An evaluation, from the loss, the outputs and the targets of all examples."""
-    outputs, targets = outputs.cpu(), targets.cpu()
-    return Evaluation(loss, {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}, len(targets))
-
-
-def constant_guess(task: Task, test: Data) -> dict[str, float]:
-    """The metrics of an answer that looks at no input, chosen in hindsight: the test data's majority class, or their mean target.
-
-    Classes are whole numbers of shape ``(n,)``, and numbers are floating. Empty for other targets, and where the task's
-    outputs do not have the shape that such a guess has.
-    """
-    targets = take(test, np.arange(size(test)))[1]
-    if targets.dtype == torch.bool:
-        targets = targets.long()
-    if targets.is_floating_point():
-        guess = targets.double().mean(dim=0).to(targets.dtype)
-    elif targets.ndim == 1 and targets.min() >= 0 and targets.max() < MOST_CLASSES:
-        counts = torch.bincount(targets)
-        guess = nn.functional.one_hot(counts.argmax(), len(counts)).float()
-    else:
-        return {}
-    outputs = guess.expand(len(targets), *guess.shape)
-    try:
-        return {metric.name: float(metric.function(outputs, targets)) for metric in task.metrics}
-    except Exception:  # noqa: BLE001  # the user's own metric may raise anything
-        return {}
+    load_head(head, state.head)
 
 
 @torch.no_grad()
-def _outputs(task: Task, encoder: nn.Module, head: nn.Module, data: Data, indices: np.ndarray) -> tuple[float, Tensor, Tensor]:
-    """The mean loss over these examples, with all outputs and targets."""
-    encoder.eval()
-    head.eval()
-    losses, outputs, targets = [], [], []
-    for start in range(0, len(indices), EVALUATION_BATCH):
-        inputs, expected = take(data, indices[start : start + EVALUATION_BATCH])
-        outputs.append(head(encoder(inputs)))
-        targets.append(expected)
-        losses.append(task.loss(outputs[-1], expected).item() * len(expected))
-    return sum(losses) / len(indices), torch.cat(outputs), torch.cat(targets)
+def load_head(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a head's tensors into it, in place. Raises FederationError where they are those of another one."""
+    needed = dict(head.named_parameters()).keys() | dict(head.named_buffers()).keys()
+    for name, own in held_tensors(head).items():
+        if name in tensors and tensors[name].shape == own.shape:
+            own.copy_(tensors[name])
+        elif name in needed:
+            found = f"it of shape {tuple(tensors[name].shape)}" if name in tensors else f"{sorted(tensors)[:10]}"
+            raise FederationError(f"head: expected '{name}' of shape {tuple(own.shape)}, found {found}")
 
 
-def _snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+@contextmanager
+def naming(client: str, what: str) -> Iterator[None]:
+    """Let an error of the user's own code name the client, and what it was doing. Raises ClientError."""
+    try:
+        yield
+    except FedGradNormError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise ClientError(f"client '{client}': {what}: {described(error)}") from error
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
+    return next(module.parameters()).device
+
+
+def initial_loss_of(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig, *, random_model: bool) -> float:
+    """F(0): the mean training loss, or with ``initial_loss = "guess"`` that of the constant answer."""
+    if training.initial_loss == "guess":
+        return guess_loss(client, encoder, head, training)
+    return mean_loss(client, encoder, head, training, random_model=random_model)
+
+
+@torch.no_grad()
+def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig, *, random_model: bool = True) -> float:
+    """The mean training loss over the batches of `loss_batches`, as F(k) is: in training mode. Modes and buffers are put back.
+
+    A client with few examples has few batches, so where the model or the loss draws random numbers they are taken several times. Without
+    ``random_model`` that is not asked, for other threads may use the generators.
+    """
+    modes, buffers = (encoder.training, head.training), (buffers_of(encoder), buffers_of(head))
+    encoder.train()
+    head.train()
+    batches, drawn = loss_batches(client, training), Generators.now(device_of(encoder))
+
+    def loss(indices: np.ndarray) -> float:
+        inputs, targets = take(client.train_data, indices)
+        return float(client.task.loss(head(encoder(inputs)), targets))
+
+    losses = [loss(indices) for indices in batches]
+    if random_model and len(batches) < FEWEST_BATCHES and Generators.now(device_of(encoder)) != drawn:
+        losses += [loss(batches[number % len(batches)]) for number in range(len(batches), FEWEST_BATCHES)]
+    for module, mode, before in zip((encoder, head), modes, buffers, strict=True):
+        module.train(mode)
+        load_buffers(module, before.items())
+    return fmean(losses)
+
+
+@torch.no_grad()
+def guess_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:
+    """The training loss of the constant answer.
+
+    It is log C for C classes, else the loss of the mean target (for an absolute error of the median), or of the task's own `Task.guess`.
+
+    Raises:
+        FederationError: it is not known what a constant answer is.
+    """
+    inputs, _ = take(client.train_data, np.zeros(1, dtype=np.int64))
+    modes = encoder.training, head.training
+    output = head.eval()(encoder.eval()(inputs))
+    encoder.train(modes[0])
+    head.train(modes[1])
+    targets = [take(client.train_data, indices)[1] for indices in loss_batches(client, training)]
+    answer = constant_answer(client.task, tuple(output.shape[1:]), output.dtype, targets, even=True)
+    if answer is None:
+        raise FederationError(f"client '{client.id}': initial_loss = 'guess': what a constant answer is to its task is not known")
+    return fmean(client.task.loss(answer.expand(len(batch), *answer.shape), batch).item() for batch in targets)
+
+
+def loss_batches(client: Client, training: TrainConfig) -> np.ndarray:
+    """The examples of F(0), and of an exact F(k): always the same ones, in batches as in training.
+
+    Returns:
+        Indices of at most ``loss_examples`` different examples in a random order, but at least a batch, shape ``(batches, batch)``.
+    """
+    examples = size(client.train_data)
+    batch = min(training.batch_size, examples)
+    count = max(min(training.loss_examples, examples) // batch, 1) * batch
+    rng = generator(training.seed, 0, client.id, "loss examples")
+    order = distinct(rng, examples, count) if draws_few(examples, count) else rng.permutation(examples)[:count]
+    return order.reshape(-1, batch)
+
+
+def evaluate_client(client: Client, encoder: nn.Module, head: nn.Module, seed: int, batch_size: int) -> Evaluation:
+    """The loss and the metrics over a client's test data, with the generators seeded.
+
+    Raises:
+        ClientError: whatever the user's own code raises.
+        FederationError: a client without test data.
+    """
+    if client.test_data is None:
+        raise FederationError(f"client '{client.id}' has no test data")
+    with naming(client.id, "testing"), seeded(seed, 0, client.id, "test", device_of(encoder)):
+        return evaluate(client.task, encoder, head, client.test_data, batch_size)
+
+
+def _snapshot(head: nn.Module, of: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of a head's tensors: of all, or of those that it had when training began."""
+    return {name: tensor.clone() for name, tensor in held_tensors(head).items() if of is None or name in of}
