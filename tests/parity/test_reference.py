@@ -9,14 +9,16 @@ from torch import nn
 
 from fedgradnorm import FedGradNorm, train
 from fedgradnorm.federations import digits
-from fedgradnorm.randomness import uniform
+from fedgradnorm.randomness import quick_generator
 
 ROUNDS, HEAD_STEPS, ENCODER_STEPS, HEAD_LR, ENCODER_LR, BATCH = 3, 4, 5, 0.1, 0.05, 16
 GAMMA, WEIGHT_LR = 0.7, 0.2
 
 
 def shuffled(num_examples, steps, *key):
-    order = np.concatenate([np.argsort(numbers) for numbers in uniform((-(-steps * BATCH // num_examples), num_examples), *key)])
+    order = np.concatenate(
+        [np.argsort(numbers) for numbers in quick_generator(*key).random((-(-steps * BATCH // num_examples), num_examples))]
+    )
     return [torch.from_numpy(order[step * BATCH : (step + 1) * BATCH]) for step in range(steps)]
 
 

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.client import ClientState
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 
 __all__ = ["Engine"]
@@ -30,6 +31,6 @@ class Engine(Protocol):
         """Let the instructed clients train. A client that fails has no report."""
         ...
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> Mapping[str, Evaluation]:
-        """Test every client that has test data with this encoder and its own head, by client id."""
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
+        """Test every client that has test data with this encoder and its own head, by client id, so many examples at a time."""
         ...

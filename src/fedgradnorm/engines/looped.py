@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.data import size, take, tensors
-from fedgradnorm.engines.phases import HEAD, Phase, both
-from fedgradnorm.engines.workspace import views
+from fedgradnorm.engines.phases import HEAD, Batch, Phase, WrongProgram, both
+from fedgradnorm.engines.workspace import same, views
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, flatten, load_flat, trainable
 from fedgradnorm.training.steps import GATHERED_BYTES, HEAD_BATCHES, LocalRound, PlainSteps, batches_of, encoder_order, order_of
 
-__all__ = ["WITHOUT_PROGRAMS", "ProgramSteps", "Programs", "encoded_once"]
+__all__ = ["WITHOUT_PROGRAMS", "ProgramSteps", "Programs", "encoded_once", "hold_features"]
 
 ENCODED_AT_ONCE, CONVOLVED_AT_ONCE = 1024, 128
 """Examples in one pass for features: enough for full speed; of convolutions, whose outputs are large, few enough for the caches."""
@@ -52,19 +52,25 @@ class ProgramSteps:
         programs: of the client's phases.
         norm_layer: where the norm layer lies in the flat encoder.
         plain: the steps without programs.
+        tried: which step of each phase is held against autograd; None: none.
     """
 
     programs: Programs
     norm_layer: tuple[slice, ...]
     plain: PlainSteps
+    tried: int | None = None
 
     def on_head(self, local: LocalRound) -> None:
         """As `head_steps`."""
         if self.programs.head is None:
             self.plain.on_head(local)
             return
-        batches = self.plain.encoded(local.client, local.encoder, local.instruction)
-        _run(self.programs.head, both(nn.Identity(), local.head), local, batches, local.instruction.training.head_lr)  # α
+        batches: Iterable[Batch] = self.plain.encoded(local.client, local.encoder, local.instruction)
+        model = both(nn.Identity(), local.head)
+        if self.tried is not None:
+            batches = list(batches)
+            self.programs.head.hold_against_autograd(model, local.client.task, batches[self.tried % len(batches)])
+        _run(self.programs.head, model, local, batches, local.instruction.training.head_lr)  # α
 
     def on_encoder(self, local: LocalRound, *, with_head: bool, mu: float) -> tuple[Tensor, float]:
         """As `encoder_steps`."""
@@ -72,13 +78,16 @@ class ProgramSteps:
         if phase is None or mu:
             return self.plain.on_encoder(local, with_head=with_head, mu=mu)
         training, order, start = local.instruction.training, encoder_order(local), flatten(local.encoder)
+        model = both(local.encoder, local.head)
+        if self.tried is not None:
+            phase.hold_against_autograd(model, local.client.task, take(local.client.train_data, order[self.tried % len(order)]))
         for_its_step = local.instruction.only_summed and training.server_optimizer == "sgd" and training.server_lr <= 1
         if for_its_step and not with_head and len(order) * training.encoder_lr >= SMALLEST_STEP:
             gradient, loss = self._read_off(local, phase, order, start)
             if gradient is not None:
                 return gradient, loss
             load_flat(local.encoder, start)
-        model, starts = both(local.encoder, local.head), list(views(local.encoder, start).values())
+        starts = list(views(local.encoder, start).values())
         sums = [torch.zeros_like(parameter) for _, parameter in trainable(local.encoder)]
         loss = _run(phase, model, local, batches_of(local.client, order), training.head_lr, training.encoder_lr, starts, sums)  # α, β
         return concatenated(sums).div_(len(order)), loss
@@ -102,6 +111,13 @@ class ProgramSteps:
         length, size = (torch.stack([one[place].norm() for place in self.norm_layer]).norm() for one in (gradient, start))
         rounding = torch.finfo(start.dtype).eps * size / (math.sqrt(steps) * rate)
         return gradient if rounding <= FEWEST_DIGITS * length else None, loss
+
+
+@torch.no_grad()
+def hold_features(encoder: nn.Module, inputs: Tensor, features: Tensor) -> None:
+    """Raise WrongProgram where a batch that is encoded by itself has other features than these, which it has among other examples."""
+    if not same(encoder(inputs), features):
+        raise WrongProgram("an example has other features among other examples")
 
 
 def _run(
@@ -155,15 +171,29 @@ def _pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Ten
         yield inputs, targets
 
 
-def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the head's steps as features, each example encoded once; for encoders that treat each by itself."""
+def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction, tried: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the head's steps as features, each example encoded once; for encoders that treat each by itself.
+
+    Args:
+        client: whose examples.
+        encoder: the encoder as received.
+        instruction: what the server sent.
+        tried: chooses a batch that is also encoded by itself; None: none is.
+
+    Raises:
+        WrongProgram: that batch has other features by itself.
+    """
     order = order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)
     some = order.size <= size(client.train_data)  # more: then every example is drawn, and some are drawn again
     inputs, targets = take(client.train_data, order.reshape(-1)) if some else tensors(client.train_data)
+    inputs = inputs if some else inputs.clone()  # the encoder may work in place
     at_once = CONVOLVED_AT_ONCE if any(parameter.ndim > 2 for parameter in encoder.parameters()) else ENCODED_AT_ONCE
     with torch.no_grad():
         parts = [encoder(part) for part in inputs.split(at_once)]
     features = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not some:
         features, targets = take((features, targets), order.reshape(-1))
+    if tried is not None:
+        index = tried % len(order)
+        hold_features(encoder, take(client.train_data, order[index])[0], features[index * order.shape[1] :][: order.shape[1]])
     yield from zip(features.split(order.shape[1]), targets.split(order.shape[1]), strict=True)

@@ -13,7 +13,7 @@ from fedgradnorm.engines.workspace import same
 from fedgradnorm.parameters import trainable
 from fedgradnorm.task import Task
 
-__all__ = ["ENCODER", "HEAD", "Batch", "Phase", "both", "tensors_of"]
+__all__ = ["ENCODER", "HEAD", "Batch", "Phase", "WrongProgram", "both", "tensors_of"]
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -23,6 +23,13 @@ ENCODER, HEAD = "encoder.", "head."
 
 RATE = 0.01
 """The step size with which a program is tried."""
+
+FAR = {torch.float32: 1e-2, torch.float64: 1e-5}
+"""A gradient that is further from autograd's than this share of its length is another one: near a minimum rounding is a large share."""
+
+
+class WrongProgram(Exception):  # noqa: N818  # it says what is to be done: the round again, without it
+    """A program's step has another loss or gradient than autograd has of the model, or examples other features than by themselves."""
 
 
 class Phase:
@@ -105,6 +112,39 @@ class Phase:
         moved = [tensor.clone() for tensor in trained]
         losses = self.program.run(moved, fixed, inputs, targets, [RATE] * len(trained), starts=trained, sums=sums)
         return all(same(one, found) for one, found in zip(expected, (losses, *sums), strict=True))
+
+    def hold_against_autograd(
+        self,
+        model: nn.Module,
+        task: Task,
+        batch: Batch,
+        given: tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor] | None = None,
+        row: int | None = None,
+    ) -> None:
+        """Raise WrongProgram where a step of the program is not that of the model. All values are left as they are.
+
+        Args:
+            model: with the values of one client.
+            task: its task.
+            batch: one of its batches.
+            given: what the program is given of a stack: trained and fixed tensors, inputs and targets; None: those of the model.
+            row: which client of the stack it is.
+        """
+        parameters = dict(model.named_parameters())
+        value = task.loss(model(batch[0]), batch[1])
+        expected = torch.autograd.grad(value, [parameters[name] for name in self.trained], allow_unused=True, materialize_grads=True)
+        trained, fixed, inputs, targets = given or (*self.of(model), *batch)
+        sums = [torch.zeros_like(tensor) for tensor in trained]
+        moved = [tensor.clone() for tensor in trained]
+        losses = self.program.run(moved, fixed, [inputs], [targets], [RATE] * len(trained), starts=trained, sums=sums)
+        loss = losses.flatten()[0 if row is None else row]
+        gradient = torch.cat([(total if row is None else total[row]).reshape(-1) for total in sums])
+        autograd = torch.cat([part.to_dense().reshape(-1) if part.is_sparse else part.reshape(-1) for part in expected])
+        far = FAR.get(gradient.dtype, 0.1)
+        same_loss = torch.allclose(loss, value.detach().reshape(()), rtol=far, atol=1e-6, equal_nan=True)
+        apart, length = torch.linalg.vector_norm(gradient - autograd), torch.linalg.vector_norm(autograd)
+        if not same_loss or bool(apart > far * length + torch.finfo(gradient.dtype).eps):
+            raise WrongProgram("a traced step is no longer the step of its code")
 
     def _plain(self, model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Tensor]:
         """The losses of such steps by autograd on the model itself, whose values are left as they were, and the sums of the gradients."""

@@ -1,5 +1,6 @@
 """Which way is the fastest for a client that gives the same numbers, found out by trying it on a batch."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedgradnorm.client import EVALUATION_BATCH
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import size, take
 from fedgradnorm.engines.looped import Programs
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.stacked import stack_of
+from fedgradnorm.engines.watching import CannotTell, Watch
 from fedgradnorm.engines.workspace import Workspace, has_hooks, holds_more_than_its_state, same
+from fedgradnorm.evaluation import EVALUATION_BATCH
 from fedgradnorm.federation import Client
 from fedgradnorm.parameters import buffers_of, flatten, trainable
-from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.randomness import Generators, seeded
 from fedgradnorm.training import FedRep, method_of
 
 __all__ = ["Plan", "batch_of", "plan_for", "programs_for"]
@@ -40,6 +42,7 @@ class Plan:
         flops: floating-point operations of an encoder step.
         traceable: whether the steps of a client by itself may be had as programs: its model changes nothing but what is trained.
         num_bytes: working memory that a client takes in a stack.
+        watch: the values that its model and its loss read; None where it is trained ``alone``, without any shortcut.
     """
 
     way: Literal["alone", "looped", "stacked"]
@@ -48,38 +51,59 @@ class Plan:
     flops: int = 0
     traceable: bool = False
     num_bytes: int = 0
+    watch: Watch | None = None
 
 
 def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Plan:
-    """The fastest way that gives this client's numbers. Tries them on its first batch."""
+    """The fastest way that gives this client's numbers. Tries them on its first batch.
+
+    What the user's code draws or changes in Python meanwhile is put back.
+    """
     if not isinstance(client.train_data, tuple):
-        return Plan("alone", False, "its data are no tensors, and may differ from one access to the next")
-    inputs, targets = batch_of(client, training, workspace.device)
+        return Plan("alone", False, "its data are not tensors, and may differ from one access to the next")
     encoder, head = workspace.encoder.train(), workspace.head(client).train()
+    try:
+        watch = Watch((encoder, head), (client.task.loss,))
+    except CannotTell as reason:
+        return Plan("alone", False, f"what its code reads cannot be seen: {reason}")
+    before = Generators.now(workspace.device)
+    plan = _watched_plan(client, workspace, head, training, watch)
+    place = watch.changed()
+    before.put_back(workspace.device)
+    watch.put_back()
+    return plan if place is None else Plan("alone", False, f"{place} changes in a step")
+
+
+def _watched_plan(client: Client, workspace: Workspace, head: nn.Module, training: TrainConfig, watch: Watch) -> Plan:
+    encoder = workspace.encoder
+    inputs, targets = batch_of(client, training, workspace.device)
     encoder.zero_grad()
     head.zero_grad()
     kept = _Bytes()
-    with seeded_torch(0, 0, client.id, "plan", workspace.device):
+    with seeded(0, 0, client.id, "plan", workspace.device):
         _move(encoder, head)
         statistics, buffers, parameters = buffers_of(encoder), buffers_of(head), _parameters(encoder, head)
-        random_states = _random_states(workspace.device)
+        drawn = Generators.now(workspace.device)
         with FlopCounterMode(display=False) as counter, saved_tensors_hooks(kept.count, lambda tensor: tensor):
             client.task.loss(head(encoder(inputs)), targets).backward()
-        if not torch.equal(random_states, _random_states(workspace.device)):
-            return Plan("alone", False, "its model draws random numbers")
+        if Generators.now(workspace.device) != drawn:
+            return Plan("alone", False, "its model or its loss draws random numbers")
+    if (place := watch.changed()) is not None:  # nothing more is tried, which might change it again
+        return Plan("alone", False, f"{place} changes in a step")
     flops = counter.get_total_flops()
     if _differ(statistics, encoder):
-        return Plan("looped", False, "its encoder keeps statistics of the batches", flops)
+        return Plan("looped", False, "its encoder keeps statistics of the batches", flops, watch=watch)
     if not torch.equal(parameters, _parameters(encoder, head)):
-        return Plan("looped", False, "its model changes its own parameters", flops)
+        return Plan("looped", False, "its model changes its own parameters", flops, watch=watch)
     once = _one_by_one(encoder, inputs)
     why = _why_not_stacked(client, workspace, training, flops) if once else "its encoder does not treat every example by itself"
     if why is not None:
         own = holds_more_than_its_state(head) or any(_is_bound(module) for module in (encoder, head))
-        return Plan("looped", once, why, flops, traceable=not own and not _differ(buffers, head))
+        return Plan("looped", once, why, flops, traceable=not own and not _differ(buffers, head), watch=watch)
     steps = training.head_steps + training.encoder_steps
     held = inputs.nbytes * (steps + 2 * size(client.train_data) / len(inputs)) + 4 * flatten(encoder).nbytes
-    return Plan("stacked", True, f"an encoder step takes {flops / 1e6:.1f} MFLOP", flops, True, int(held + 2 * kept.total))
+    num_bytes = int(held + 2 * kept.total)
+    return Plan("stacked", True, f"an encoder step takes {flops / 1e6:.1f} MFLOP", flops, True, num_bytes, watch)
 
 
 def batch_of(client: Client, training: TrainConfig, device: torch.device, *, last: bool = False) -> Batch:
@@ -117,7 +141,11 @@ def _can_be_stacked(client: Client, workspace: Workspace, training: TrainConfig)
         return False
     batches = [batch_of(client, training, workspace.device, last=last) for last in (False, True)]
     try:
-        stack = stack_of(client, workspace, batches[0], width=2)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            stack = stack_of(client, workspace, batches[0], width=2)
+        if any("performance drop" in str(one.message) for one in said):  # vmap calls it once for each of the stacked clients
+            return False
         features = _features(encoder, batches)
         if not stack.head.is_right(both(nn.Identity(), head), task, *features):
             return False
@@ -161,12 +189,6 @@ def _features(encoder: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
 def _differ(buffers: Mapping[str, Tensor], module: nn.Module) -> bool:
     """Whether a module's buffers are no longer these."""
     return any(not torch.equal(buffers[name], value) for name, value in module.named_buffers())
-
-
-def _random_states(device: torch.device) -> Tensor:
-    """The states of torch's global generators that a model on this device can draw from."""
-    own = torch.get_rng_state()
-    return own if device.type == "cpu" else torch.cat([own, torch.cuda.get_rng_state(device)])
 
 
 @torch.no_grad()

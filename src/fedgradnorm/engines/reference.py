@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedgradnorm.client import ClientState, Evaluation, evaluate, initial_state, load_model, local_update
+from fedgradnorm.client import ClientState, evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.errors import require
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
@@ -26,7 +27,7 @@ class ReferenceEngine:
 
     def __init__(self, federation: Federation, seed: int, threads: int = 1) -> None:
         require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
-        self.federation, self.threads = federation, threads
+        self.federation, self.seed, self.threads = federation, seed, threads
         self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
         self.heads = {client.id: federation.make_head(client, seed) for client in federation.clients}
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
@@ -54,12 +55,13 @@ class ReferenceEngine:
                 reports.append(report)
         return reports
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> dict[str, Evaluation]:
         """Test every client that has test data."""
         evaluations = {}
         with kernel_threads(self.threads):
             for client in self.federation.clients:
                 if client.test_data is not None:
-                    load_model(self.encoder, self.heads[client.id], self._states[client.id], encoder, buffers)
-                    evaluations[client.id] = evaluate(client.task, self.encoder, self.heads[client.id], client.test_data)
+                    head = self.heads[client.id]
+                    load_model(self.encoder, head, self._states[client.id], encoder, buffers)
+                    evaluations[client.id] = evaluate_client(client, self.encoder, head, self.seed, batch_size)
         return evaluations

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
-from fedgradnorm.client import ClientState, Evaluation, evaluation_of, loss_examples
+from fedgradnorm.client import ClientState, guess_loss, load_head, loss_batches
 from fedgradnorm.data import batch_order, size, take, tensors
+from fedgradnorm.engines.looped import hold_features
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.workspace import Workspace
+from fedgradnorm.evaluation import Evaluation, evaluation_of
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
@@ -98,7 +100,9 @@ def _rows(members: Sequence[Member], width: int) -> list[int]:
     return [min(row, len(members) - 1) for row in range(width)]
 
 
-def stacked_update(members: Sequence[Member], order: tuple[Tensor, Tensor], workspace: Workspace, stack: Stack) -> Trained:
+def stacked_update(
+    members: Sequence[Member], order: tuple[Tensor, Tensor], workspace: Workspace, stack: Stack, tried: int | None = None
+) -> Trained:
     """The steps of `local_update` with the method FedRep for many clients.
 
     Args:
@@ -106,24 +110,34 @@ def stacked_update(members: Sequence[Member], order: tuple[Tensor, Tensor], work
         order: of their batches.
         workspace: scratch space.
         stack: of clients like these.
+        tried: a number that chooses the client and the steps that are held against autograd; None: none are.
+
+    Raises:
+        WrongProgram: they are other ones.
     """
     start, first, device, count = perf_counter(), members[0], workspace.device, len(members)
     training, rows = first.instruction.training, _rows(members, stack.width)
     load_flat(workspace.encoder, first.instruction.encoder)
     heads = {name: torch.stack([members[row].state.head[name] for row in rows]).to(device) for name in first.state.head}
     known = [member.state.initial_loss for member in members]
-    starting = _mean_losses(members, workspace, heads) if None in known else []
+    starting = _initial_losses(members, workspace, heads) if None in known else []
     initial_losses = [starting[index] if loss is None else loss for index, loss in enumerate(known)]
 
     inputs, targets = (torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1))
     of_heads, of_encoders = (one.to(device) for one in order)
     with record_function("head steps"):
         features = _features(workspace.encoder.train(), inputs, of_heads)
+        if tried is not None:
+            row, step = tried % len(members), tried % len(features)
+            hold_features(workspace.encoder, inputs[of_heads[step, row]], features[step, row])
+            _hold_heads(members, workspace, stack.head, heads, features, targets[of_heads], tried)
         velocity = _train_heads(heads, stack.head, features, targets[of_heads], members, rows)
     exact_losses = _mean_losses(members, workspace, heads) if training.loss_estimate == "exact" else None
     head_seconds = (perf_counter() - start) / count
     with record_function("encoder steps"):
         model = both(workspace.encoder, workspace.head(first.client))
+        if tried is not None:
+            _hold_encoders(members, model, stack.encoder, heads, inputs[of_encoders], targets[of_encoders], tried)
         gradients, losses = _train_encoders(model, first.instruction, heads, stack.encoder, inputs[of_encoders], targets[of_encoders])
     norms, lengths = norm_over(gradients, workspace.norm_layer).tolist(), torch.linalg.vector_norm(gradients, dim=1).tolist()
     seconds = (perf_counter() - start) / count
@@ -147,6 +161,7 @@ def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, 
             seconds=trained.seconds,
             round=member.instruction.round,
             head_seconds=trained.head_seconds,
+            loss_floor=member.client.task.loss_floor,
         )
         if trained.lengths[index] <= LARGEST:  # else the report finds out why
             vars(report)["length"] = trained.lengths[index]  # the server will ask for it, and has one thread
@@ -216,26 +231,76 @@ def _train_encoders(
     return gradients.div_(training.encoder_steps), losses.double().mean(dim=0).tolist()
 
 
+def _hold_heads(
+    members: Sequence[Member],
+    workspace: Workspace,
+    phase: Phase,
+    heads: Mapping[str, Tensor],
+    features: Tensor,
+    targets: Tensor,
+    tried: int,
+) -> None:
+    """Hold a step on one client's head against autograd. Raises WrongProgram."""
+    row, step = tried % len(members), tried % len(features)
+    head = workspace.head(members[0].client).train()
+    load_head(head, {name: value[row] for name, value in heads.items()})
+    trained, fixed = ([heads[name.removeprefix(HEAD)] for name in names] for names in (phase.trained, phase.fixed))
+    batch = features[step, row], targets[step, row]
+    model = both(nn.Identity(), head)
+    phase.hold_against_autograd(model, members[0].client.task, batch, (trained, fixed, features[step], targets[step]), row)
+
+
+def _hold_encoders(
+    members: Sequence[Member],
+    model: nn.Module,
+    phase: Phase,
+    heads: Mapping[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    tried: int,
+) -> None:
+    """Hold a step on one client's encoder against autograd. Raises WrongProgram."""
+    row, step, width = tried % len(members), tried % len(inputs), inputs.shape[1]
+    load_head(model.get_submodule("head"), {name: value[row] for name, value in heads.items()})
+    starts, fixed = phase.of(model)
+    tensors = {**dict(zip(phase.fixed, fixed, strict=True)), **{HEAD + name: value for name, value in heads.items()}}
+    trained = [part.expand(width, *part.shape) for part in starts]
+    given = trained, [tensors[name] for name in phase.fixed], inputs[step], targets[step]
+    phase.hold_against_autograd(model, members[0].client.task, (inputs[step, row], targets[step, row]), given, row)
+
+
+def _initial_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]) -> list[float]:
+    """F(0) of each client, as `client.initial_loss_of` gives it."""
+    if members[0].instruction.training.initial_loss == "measured":
+        return _mean_losses(members, workspace, heads)
+    head = workspace.head(members[0].client)
+    return [guess_loss(member.client, workspace.encoder, head, member.instruction.training) for member in members]
+
+
 @torch.no_grad()
 def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]) -> list[float]:
-    """The mean training losses as `client.mean_loss` gives them, in evaluation mode."""
+    """The mean training losses as `client.mean_loss` gives them, all batches of all clients at once."""
     training, task = members[0].instruction.training, members[0].client.task
-    head = workspace.head(members[0].client).eval()
-    examples = [take(member.data, loss_examples(member.client, training)) for member in members]
-    features = _encode(workspace.encoder.eval(), torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
-    parts = features.split([len(inputs) for inputs, _ in examples])
+    head, encoder = workspace.head(members[0].client).train(), workspace.encoder.train()
+    orders = [loss_batches(member.client, training) for member in members]
+    examples = [take(member.data, order.reshape(-1)) for member, order in zip(members, orders, strict=True)]
+    features = _encode(encoder, torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
+    targets = torch.cat([expected for _, expected in examples]).to(workspace.device)
+    batch, counts = orders[0].shape[1], [len(order) for order in orders]
 
     def loss(parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> Tensor:
         return task.loss(functional_call(head, parameters, (features,)), targets).reshape(())
 
+    of_clients = vmap(vmap(loss, in_dims=(None, 0, 0)))
     losses: list[float] = []
-    for _, alike in groupby(range(len(members)), key=lambda index: len(parts[index])):
-        indices = list(alike)
-        parameters = {name: value[indices[0] : indices[-1] + 1] for name, value in heads.items()}
-        targets = torch.stack([examples[index][1] for index in indices]).to(workspace.device)
-        losses += vmap(loss)(parameters, torch.stack([parts[index] for index in indices]), targets).tolist()
-    workspace.encoder.train()
-    head.train()
+    done = 0
+    for count, alike in groupby(range(len(members)), key=counts.__getitem__):
+        rows = list(alike)
+        end = done + count * len(rows)
+        parts = (part.view(-1, batch, *part.shape[1:])[done:end].unflatten(0, (len(rows), count)) for part in (features, targets))
+        heads_of = {name: value[rows[0] : rows[-1] + 1] for name, value in heads.items()}
+        losses += of_clients(heads_of, *parts).double().mean(dim=1).tolist()
+        done = end
     return losses
 
 
@@ -257,7 +322,8 @@ def stacked_evaluations(
     parts = features.split([len(inputs) for inputs, _ in data])
     for client, part, (_, targets) in zip(clients, parts, data, strict=True):
         head = workspace.head(client).eval()
-        head.load_state_dict(dict(states[client.id].head))
+        load_head(head, states[client.id].head)
         outputs, expected = head(part), targets.to(workspace.device)
-        evaluations[client.id] = evaluation_of(client.task, client.task.loss(outputs, expected).item(), outputs, expected)
+        loss = client.task.loss(outputs.clone(), expected.clone())  # it may work in place
+        evaluations[client.id] = evaluation_of(client.task, loss.item(), outputs, expected)
     return evaluations

@@ -9,28 +9,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from pydantic import ByteSize
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedgradnorm.client import EVALUATION_BATCH, ClientState, Evaluation, evaluate, initial_state, load_model, local_update
+from fedgradnorm.client import ClientState, evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, tensors
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
+from fedgradnorm.engines.phases import WrongProgram
 from fedgradnorm.engines.placement import at_home, client_on, device_named, free_memory, instructions_on
 from fedgradnorm.engines.planning import Plan, batch_of, plan_for, programs_for
 from fedgradnorm.engines.stacked import Member, Stack, Trained, outcomes, stack_of, stacked_evaluations, stacked_order, stacked_update
-from fedgradnorm.engines.workspace import Workspace, can_be_arranged, head_kind
-from fedgradnorm.errors import require
+from fedgradnorm.engines.workspace import Workspace, can_be_arranged, holds_more_than_its_state
+from fedgradnorm.errors import ClientError, described, require, warn
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
+from fedgradnorm.randomness import Generators, quick_generator
 from fedgradnorm.threads import kernel_threads
-from fedgradnorm.training.steps import PlainSteps, encoded
+from fedgradnorm.training.steps import PlainSteps, Steps, encoded
 
 __all__ = ["VectorizedEngine"]
 
@@ -55,15 +58,33 @@ TESTED_TOGETHER = 200
 """Small clients whose test data pass through the encoder at once."""
 
 
+TRIED = 0.25
+"""In so many rounds a step of a kind of clients is held against autograd: the first of the round, or any of them."""
+
+
 class Job(NamedTuple):
-    """Clients that are trained together: one, by these programs, or as many as fit into a stack."""
+    """Clients that are trained together: one, by these programs, or as many as fit into a stack.
+
+    ``tried`` chooses a step that is held against autograd; with None none is.
+    """
 
     instructions: Sequence[Instruction]
     programs: Programs = WITHOUT_PROGRAMS
     stack: Stack | None = None
+    tried: int | None = None
 
 
-Task = TypeVar("Task")
+class Failed(NamedTuple):
+    """A job that a shortcut has spoilt, and why."""
+
+    job: Job
+    reason: str
+
+
+Kind: TypeAlias = tuple[object, ...]
+"""What clients have in common that are trained in the same way."""
+
+Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 
@@ -72,6 +93,10 @@ class VectorizedEngine:
 
     Which way a client goes is found out by trying it on its first batch; the logger ``fedgradnorm`` says what was chosen, and why. It
     depends on the models and the data alone, so that a run that is repeated or resumed on the same machine gives the same numbers.
+
+    A shortcut is for a user's code that draws no random numbers, and whose Python values stay as they are. In every round these values are
+    compared (`Watch`), as are the states of the global generators, and now and then a step is held against autograd. Where something is
+    not as it was, the clients of that kind train without shortcuts from then on, that round included, and a warning says so.
 
     Args:
         federation: whose clients it runs.
@@ -93,14 +118,17 @@ class VectorizedEngine:
         buffers = buffers_of(federation.make_encoder(seed))
         self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
         self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
+        self._own = Workspace(federation, seed, self.device)
+        self._with_own_head: set[str] = set()
+        self._tests_draw = False
         self._arranged = False
         self._clients: dict[str, Client] = {}
         self._planned_for: tuple[int, MethodConfig] | None = None
-        self._plans: dict[object, Plan] = {}
+        self._plans: dict[Kind, Plan] = {}
         self._plan_of: dict[str, Plan] = {}
-        self._kind_of: dict[str, tuple[object, ...]] = {}
-        self._programs_of: dict[tuple[object, ...], Programs] = {}
-        self._stacks: dict[tuple[object, ...], Stack] = {}
+        self._kind_of: dict[str, Kind] = {}
+        self._programs_of: dict[Kind, Programs] = {}
+        self._stacks: dict[Kind, Stack] = {}
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:
@@ -115,48 +143,119 @@ class VectorizedEngine:
         """Let the instructed clients train."""
         if not instructions:
             return []
-        jobs = self._jobs(instructions_on(self.device, instructions))
-        in_turn, at_once = [job for job in jobs if self._waits(job)], [job for job in jobs if not self._waits(job)]
-        store = _GradientStore([instruction.client for instruction in instructions], instructions[0].encoder, self.memory_limit // 2)
-        drawn = torch.get_rng_state()
-        last = len(at_once) - len(at_once) % self.threads  # the last ones are fewer than there are threads
-        done = list(self._trained(in_turn, store, workers=1))
-        for some in (at_once[:last], at_once[last:]) if self._kernels(at_once[last:]) > 1 else (at_once,):
-            done += self._trained(some, store, self.threads, self._kernels(some))
-        if not torch.equal(drawn, torch.get_rng_state()):  # models draw for some examples, and did not for those of the plan
-            torch.set_rng_state(drawn)
-            for instruction in instructions:
-                self._plan_of[instruction.client] = replace(self._plan_of[instruction.client], way="alone", encode_once=False)
-            done = list(self._trained([Job([instruction]) for job in jobs for instruction in job.instructions], store, workers=1))
-        self._states |= {report.client: state for report, state in done}
-        return [report for report, _ in done]
+        sent = instructions_on(self.device, instructions)
+        self._make_plans(sent[0].training)
+        self._own.follow()
+        self._drop_changed()
+        store = _GradientStore([instruction.client for instruction in sent], sent[0].encoder, self.memory_limit // 2)
+        before = Generators.now(self.device)
+        done: dict[str, tuple[Report, ClientState]] = {}
+        failed: list[Failed] = []
+        for outcome in self._round(sent, store):
+            if isinstance(outcome, Failed):
+                failed.append(outcome)
+            else:
+                done[outcome[0].client] = outcome
+        spoilt = {self._kind_of[failure.job.instructions[0].client]: failure.reason for failure in failed}
+        spoilt |= self._changed()
+        if Generators.now(self.device) != before:
+            before.put_back(self.device)
+            spoilt |= {kind: "its code draws random numbers" for kind, plan in self._plans.items() if plan.watch is not None}
+        if spoilt:
+            self._put_back(spoilt)
+            again = [Job([instruction]) for instruction in sent if self._kind_of[instruction.client] in spoilt]
+            self._do_without(spoilt)
+            done |= {outcome[0].client: outcome for outcome in self._trained(again, store, workers=1) if not isinstance(outcome, Failed)}
+            self._say(spoilt)
+        self._states |= {client: state for client, (_, state) in done.items()}
+        return [done[instruction.client][0] for instruction in sent]
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> dict[str, Evaluation]:
         """Test every client that has test data."""
         clients = [self._client(client.id) for client in self.federation.clients if client.test_data is not None]
+        self._own.follow()
+        self._drop_changed()
         small: dict[object, list[Client]] = {}
-        in_turn: list[list[Client]] = []
+        in_turn: list[Client] = []
         at_once: list[list[Client]] = []
         for client in clients:
-            if self._tests_small(client) and isinstance(client.test_data, tuple):
+            if self._tests_small(client, batch_size) and isinstance(client.test_data, tuple):
                 inputs, _ = client.test_data
                 small.setdefault((inputs.shape[1:], inputs.dtype), []).append(client)
-            else:  # a data set, or a model that draws random numbers, may bear no other thread beside it
-                plan = self._plan_of.get(client.id)
-                alone = plan is None or plan.way == "alone" or not isinstance(client.test_data, tuple)
-                (in_turn if alone else at_once).append([client])
+            elif self._tests_alone(client):
+                in_turn.append(client)
+            else:
+                at_once.append([client])
         at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
-        test = partial(self._test, encoder, buffers)
+        test, before = partial(self._test, encoder, buffers, batch_size), Generators.now(self.device)
         evaluations: dict[str, Evaluation] = {}
-        for done in chain(self._each(test, 1, 1, in_turn), self._each(test, self.threads, 1, at_once)):
+        for some, done in zip(at_once, self._each(test, self.threads, 1, at_once), strict=True):
             evaluations |= done
+            in_turn += [] if done else some
+        if Generators.now(self.device) != before:  # a metric does, for one: each gets a seed then, one after another
+            before.put_back(self.device)
+            self._tests_draw, in_turn = True, clients
+        with kernel_threads(1):
+            for client in in_turn:
+                head = self._head_alone(client)
+                load_model(self._own.encoder, head, self._states[client.id], encoder, buffers)
+                evaluations[client.id] = evaluate_client(client, self._own.encoder, head, self.seed, batch_size)
         return {client.id: evaluations[client.id] for client in clients}
+
+    def _tests_alone(self, client: Client) -> bool:
+        """Whether no other client may be tested beside a client: a data set, or a model that draws random numbers, may not bear it."""
+        plan = self._plan_of.get(client.id)
+        return self._tests_draw or plan is None or plan.way == "alone" or not isinstance(client.test_data, tuple)
+
+    def _head_alone(self, client: Client) -> nn.Module:
+        """The head that a client has in a model without shortcuts."""
+        return self._own.own_head(client) if client.id in self._with_own_head else self._own.head(client)
+
+    def _drop_changed(self) -> None:
+        """Do without shortcuts for those whose Python values have changed between rounds."""
+        changed = self._changed()
+        self._do_without(changed)
+        self._say(changed)
+
+    def _changed(self) -> dict[Kind, str]:
+        """By kind of client, what of its Python has another value than when it was planned."""
+        places = {kind: plan.watch.changed() for kind, plan in self._plans.items() if plan.watch is not None}
+        return {kind: f"{place} has another value than when training began" for kind, place in places.items() if place is not None}
+
+    def _put_back(self, kinds: Iterable[Kind]) -> None:
+        """Set what calls of their code have changed in Python back to what it was."""
+        for kind in kinds:
+            if (watch := self._plans[kind].watch) is not None:
+                watch.put_back()
+
+    def _do_without(self, reasons: Mapping[Kind, str]) -> None:
+        """Let these kinds of clients train without shortcuts from now on."""
+        for kind, reason in reasons.items():
+            self._plans[kind] = Plan("alone", False, reason)
+            self._plan_of |= dict.fromkeys(self._clients_of(kind), self._plans[kind])
+
+    def _say(self, reasons: Mapping[Kind, str]) -> None:
+        for kind, reason in reasons.items():
+            first, *others = self._clients_of(kind)
+            whom = f"client '{first}'" + (f" and {len(others)} like it" if others else "")
+            warn(f"{whom}: {reason}: from now on trained without shortcuts, which takes longer and gives the numbers of the code as it is")
+
+    def _clients_of(self, kind: Kind) -> list[str]:
+        return [client for client, own in self._kind_of.items() if own == kind]
+
+    def _round(self, sent: Sequence[Instruction], store: "_GradientStore") -> Iterator[tuple[Report, ClientState] | Failed]:
+        """What comes of the instructions, those who train alone first."""
+        jobs = self._jobs(sent)
+        in_turn, at_once = [job for job in jobs if self._waits(job)], [job for job in jobs if not self._waits(job)]
+        last = len(at_once) - len(at_once) % self.threads  # the last ones are fewer than there are threads
+        yield from self._trained(in_turn, store, workers=1)
+        for some in (at_once[:last], at_once[last:]) if self._kernels(at_once[last:]) > 1 else (at_once,):
+            yield from self._trained(some, store, self.threads, self._kernels(some))
 
     def _jobs(self, instructions: Sequence[Instruction]) -> list[Job]:
         """Who is trained together: alike clients in stacks, where there are enough of them; everyone else by himself."""
         training = instructions[0].training
-        self._make_plans(training)
-        alike: dict[tuple[object, ...], list[Instruction]] = {}
+        alike: dict[Kind, list[Instruction]] = {}
         for instruction in instructions:
             if self._plan_of[instruction.client].way == "stacked":
                 alike.setdefault((id(instruction.encoder), *self._kind_of[instruction.client]), []).append(instruction)
@@ -169,8 +268,24 @@ class VectorizedEngine:
             taken, widths = iter(some), stack_widths(len(some), most, self.threads)
             jobs += [Job(list(islice(taken, width)), stack=self._stack(client, training, width)) for width in widths]
             stacked |= {instruction.client for instruction in some}
-        alone = [instruction for instruction in instructions if instruction.client not in stacked]
-        return jobs + [Job([instruction], self._programs(self._client(instruction.client), training)) for instruction in alone]
+        single = [instruction for instruction in instructions if instruction.client not in stacked]
+        jobs += [Job([instruction], self._programs(self._client(instruction.client), training)) for instruction in single]
+        return self._with_trials(jobs)
+
+    def _with_trials(self, jobs: list[Job]) -> list[Job]:
+        """The jobs, of which in some rounds one of each kind has a step held against autograd: the first, or any."""
+        by_kind: dict[Kind, list[int]] = {}
+        for place, job in enumerate(jobs):
+            of_kind = self._plan_of[job.instructions[0].client]
+            if job.stack is not None or job.programs != WITHOUT_PROGRAMS or of_kind.encode_once:
+                by_kind.setdefault(self._kind_of[job.instructions[0].client], []).append(place)
+        instruction = jobs[0].instructions[0]
+        rng = quick_generator(instruction.training.seed, instruction.round, "", f"trials {instruction.step}")
+        for places in by_kind.values():
+            if rng.random() < TRIED:
+                place = places[int(rng.integers(len(places)))]
+                jobs[place] = jobs[place]._replace(tried=int(rng.integers(2**31)) if rng.random() < 0.5 else 0)
+        return jobs
 
     def _programs(self, client: Client, training: TrainConfig) -> Programs:
         """The programs of a client that is trained by itself, though perhaps others like it are in stacks."""
@@ -196,12 +311,18 @@ class VectorizedEngine:
         if self._planned_for == (training.batch_size, training.method):
             return
         clients = sorted(self.federation.clients, key=lambda client: client.id)
-        inputs, _ = batch_of(clients[0], training, self.device)
+        with_tensors = next((client for client in clients if isinstance(client.train_data, tuple)), None)  # data sets are not read twice
         with kernel_threads(1):
-            self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs)
+            if with_tensors is not None:
+                inputs, _ = batch_of(with_tensors, training, self.device)
+                self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs)
             self._workspaces, self._plans, self._programs_of, self._stacks = SimpleQueue(), {}, {}, {}
             self._kind_of = {client.id: self._kind(client, training) for client in clients}
             self._plan_of = {client.id: self._plan(client, training) for client in clients}
+            for client in clients:
+                if self._plan_of[client.id].way == "alone" or holds_more_than_its_state(self._own.head(client)):
+                    self._with_own_head.add(client.id)
+                    self._own.own_head(client)
         self._planned_for = training.batch_size, training.method
 
     def _client(self, id: str) -> Client:
@@ -212,18 +333,16 @@ class VectorizedEngine:
     def _plan(self, client: Client, training: TrainConfig) -> Plan:
         key = self._kind_of[client.id]
         if key not in self._plans:
-            with self._workspace() as workspace:
-                self._plans[key] = plan = plan_for(client, workspace, training)
+            self._plans[key] = plan = plan_for(client, self._own, training)
             once = "encoded once for all head steps" if plan.encode_once else "encoded in every head step"
             log.info("%s, and clients like it: %s, %s: %s", client.id, self._said(plan), once, plan.why)
         return self._plans[key]
 
-    @staticmethod
-    def _kind(client: Client, training: TrainConfig) -> tuple[object, ...]:
+    def _kind(self, client: Client, training: TrainConfig) -> Kind:
         """What clients have in common that are trained in the same way."""
         data = client.train_data
         shapes = [(part.shape[1:], part.dtype) for part in data] if isinstance(data, tuple) else []
-        return (*head_kind(client), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
+        return (self.federation.head_kind(client, self.seed), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
 
     def _said(self, plan: Plan) -> str:
         if plan.way == "stacked":
@@ -243,18 +362,28 @@ class VectorizedEngine:
 
     def _trained(
         self, jobs: Sequence[Job], store: "_GradientStore", workers: int, kernels: int = 1
-    ) -> Iterator[tuple[Report, ClientState]]:
+    ) -> Iterator[tuple[Report, ClientState] | Failed]:
         """What comes of these jobs. What of a stack's work is Python for the most part is done here, and not by threads that would wait."""
         members = [self._members(job) for job in jobs]
 
-        def train(job: Job, some: Sequence[Member], order: tuple[Tensor, Tensor] | None) -> Trained | tuple[Report, ClientState]:
-            with self._workspace() as workspace:
-                if job.stack is None or order is None:
-                    return self._trained_alone(job, workspace)
-                return stacked_update(some, order, workspace, job.stack)
+        def train(job: Job, some: Sequence[Member], order: tuple[Tensor, Tensor] | None) -> Trained | tuple[Report, ClientState] | Failed:
+            if self._plan_of[job.instructions[0].client].way == "alone":
+                return self._trained_alone(job)
+            try:
+                with self._workspace() as workspace:
+                    if job.stack is None or order is None:
+                        return self._trained_single(job, workspace)
+                    return stacked_update(some, order, workspace, job.stack, job.tried)
+            except Exception as error:  # noqa: BLE001  # a shortcut, or the user's own code, which then raises it again without any
+                cause = error.__cause__ if isinstance(error, ClientError) else error
+                wrong = isinstance(cause, WrongProgram)
+                return Failed(job, f"{cause}, perhaps since some rounds ago" if wrong else described(cause or error))
 
         orders = [stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True)]
         for some, done in zip(members, self._each(train, workers, kernels, jobs, members, orders), strict=True):
+            if isinstance(done, Failed):
+                yield done
+                continue
             for report, state in outcomes(some, done) if isinstance(done, Trained) else [done]:
                 yield store.keep(*at_home(report, state))
 
@@ -265,37 +394,49 @@ class VectorizedEngine:
         pairs = [(self._client(instruction.client), instruction) for instruction in job.instructions]
         return [Member(client, tensors(client.train_data), self._states[client.id], sent) for client, sent in pairs]
 
-    def _trained_alone(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
+    def _trained_single(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
+        """One client, with what shortcuts there are."""
+        client, plan = self._client(job.instructions[0].client), self._plan_of[job.instructions[0].client]
+        plain = PlainSteps(partial(encoded_once, tried=job.tried) if plan.encode_once else encoded)
+        steps = ProgramSteps(job.programs, workspace.norm_layer, plain, job.tried)
+        return self._updated(job.instructions[0], workspace, workspace.head(client), steps, random_model=False)
+
+    def _trained_alone(self, job: Job) -> tuple[Report, ClientState]:
+        """One client as the reference trains it, while no other is trained."""
         (instruction,) = job.instructions
-        client, plan = self._client(instruction.client), self._plan_of[instruction.client]
-        report, state = local_update(
-            client,
-            workspace.encoder,
-            workspace.head(client),
-            workspace.norm_layer,
-            self._states[client.id],
-            instruction,
-            steps=ProgramSteps(job.programs, workspace.norm_layer, PlainSteps(encoded_once if plan.encode_once else encoded)),
-            random_model=plan.way == "alone",
+        head = self._head_alone(self._client(instruction.client))
+        return self._updated(instruction, self._own, head, PlainSteps(), random_model=True)
+
+    def _updated(
+        self, instruction: Instruction, workspace: Workspace, head: nn.Module, steps: Steps, *, random_model: bool
+    ) -> tuple[Report, ClientState]:
+        client, state = self._client(instruction.client), self._states[instruction.client]
+        report, after = local_update(
+            client, workspace.encoder, head, workspace.norm_layer, state, instruction, steps=steps, random_model=random_model
         )
         _ = report.length  # the server will ask for it, and has one thread
-        return report, state
+        return report, after
 
-    def _tests_small(self, client: Client) -> bool:
+    def _tests_small(self, client: Client, batch_size: int) -> bool:
         plan, data = self._plan_of.get(client.id), client.test_data
-        return plan is not None and plan.way == "stacked" and isinstance(data, tuple) and size(data) <= EVALUATION_BATCH
+        small = isinstance(data, tuple) and size(data) <= min(EVALUATION_BATCH, batch_size)
+        return small and plan is not None and plan.way == "stacked" and not self._tests_draw
 
-    def _test(self, encoder: Tensor, buffers: Mapping[str, Tensor], clients: Sequence[Client]) -> dict[str, Evaluation]:
-        with self._workspace() as workspace:
-            if self._tests_small(clients[0]):
-                return stacked_evaluations(clients, self._states, encoder, workspace)
-            evaluations = {}
-            for client in clients:
-                head = workspace.head(client)
-                load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
-                if client.test_data is not None:
-                    evaluations[client.id] = evaluate(client.task, workspace.encoder, head, client.test_data)
-            return evaluations
+    def _test(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int, clients: Sequence[Client]) -> dict[str, Evaluation]:
+        """The evaluations of clients that can be tested beside others; none where that raises, and they have to be tested alone."""
+        try:
+            with self._workspace() as workspace:
+                if self._tests_small(clients[0], batch_size):
+                    return stacked_evaluations(clients, self._states, encoder, workspace)
+                evaluations = {}
+                for client in clients:
+                    head = workspace.head(client)
+                    load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
+                    if client.test_data is not None:
+                        evaluations[client.id] = evaluate(client.task, workspace.encoder, head, client.test_data, batch_size)
+                return evaluations
+        except Exception:  # noqa: BLE001  # the user's own code, which then raises it again with the client's name
+            return {}
 
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:
@@ -357,7 +498,7 @@ def stack_widths(count: int, most: int, workers: int) -> list[int]:
     return [*wides, *narrows, *([min(narrow, math.ceil(rest / QUARTER) * QUARTER)] if rest else [])]
 
 
-def _chunks(items: Sequence[Task], most: int) -> list[list[Task]]:
+def _chunks(items: Sequence[Item], most: int) -> list[list[Item]]:
     """Items in neighbouring lists of about equal length, none longer than ``most``."""
     count = math.ceil(len(items) / most)
     bounds = [len(items) * index // count for index in range(count + 1)] if count else []

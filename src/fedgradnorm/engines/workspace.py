@@ -1,36 +1,18 @@
 """Scratch models that a worker trains in, arranged for speed."""
 
-import copy
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm.engines.watching import Watch
 from fedgradnorm.federation import Client, Federation
+from fedgradnorm.modules import follow
 from fedgradnorm.parameters import norm_layer_slices, trainable
-from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.randomness import seeded
 
-__all__ = ["Workspace", "arrange", "can_be_arranged", "head_kind", "holds_more_than_its_state", "pool_first", "same", "views"]
+__all__ = ["Workspace", "arrange", "can_be_arranged", "holds_more_than_its_state", "pool_first", "same", "views"]
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
 """How far apart two ways may be to count as the same: far above rounding, far below any real difference."""
-
-
-def head_kind(client: Client) -> tuple[object, object]:
-    """What clients with alike heads and the same loss have in common: the functions, or partials of one function with equal arguments."""
-    return _kind(client.task.head), _kind(client.task.loss)
-
-
-def _kind(function: Callable[..., object]) -> object:
-    if isinstance(function, partial):
-        try:
-            key = (_kind(function.func), function.args, frozenset(function.keywords.items()))
-            hash(key)
-        except TypeError:
-            return id(function)
-        return key
-    return id(function)
 
 
 class Workspace:
@@ -45,7 +27,7 @@ class Workspace:
 
     def __init__(self, federation: Federation, seed: int, device: torch.device, arranged: bool = False) -> None:
         self.federation, self.seed, self.device = federation, seed, device
-        self.encoder = _copy(federation.make_encoder(seed)).to(device)
+        self.encoder = federation.make_encoder(seed).to(device)
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
         if arranged:
             arrange(self.encoder)
@@ -53,26 +35,28 @@ class Workspace:
 
     def head(self, client: Client) -> nn.Module:
         """A head such as this client's, with whatever parameters it was left with."""
-        kind = head_kind(client)
+        kind = self.federation.head_kind(client, self.seed)
         if kind in self._heads:
             return self._heads[kind]
-        head = _copy(self.federation.make_head(client, self.seed)).to(self.device)
+        head = self.federation.make_head(client, self.seed).to(self.device)
         if not holds_more_than_its_state(head):
             self._heads[kind] = head
         return head
+
+    def own_head(self, client: Client) -> nn.Module:
+        """The head of this client alone, always the same one."""
+        if client.id not in self._heads:
+            self._heads[client.id] = self.federation.make_head(client, self.seed).to(self.device)
+        return self._heads[client.id]
+
+    def follow(self) -> None:
+        """Set in the models what was set in the users' own objects since they were copied."""
+        follow(self.encoder, *self._heads.values())
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether gradients of parameters pass through hooks of theirs."""
     return any(parameter._backward_hooks for parameter in module.parameters())
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A module of its own, for a factory may give the same one again; the module itself where a copy is none, or has no hooks."""
-    try:
-        return module if has_hooks(module) else copy.deepcopy(module)
-    except RuntimeError:  # torch.nn.utils.weight_norm makes such ones
-        return module
 
 
 def holds_more_than_its_state(module: nn.Module) -> bool:
@@ -102,20 +86,24 @@ def channels_last(weight: Tensor) -> Tensor:
 
 def can_be_arranged(federation: Federation, seed: int, device: torch.device, inputs: Tensor) -> bool:
     """Whether an arranged encoder has the features and the gradients of an untouched one, on this batch."""
-    found = []
+    outcomes = []
     for arranged in (False, True):
         encoder = Workspace(federation, seed, device, arranged).encoder
         try:
-            with seeded_torch(0, 0, "", "arrange", device):
+            watch = Watch([encoder], [])
+            with seeded(0, 0, "", "arrange", device):
                 features = encoder.train()(inputs)
+                if watch.changed() is not None:
+                    watch.put_back()
+                    return False
                 generator = torch.Generator().manual_seed(0)
                 direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
                 parameters = [parameter for _, parameter in trainable(encoder)]
                 gradients = torch.autograd.grad((features * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
-                found.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
+                outcomes.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
         except Exception:  # noqa: BLE001  # whatever the user's own code does not bear
             return False
-    return all(same(one, other) for one, other in zip(*found, strict=True))
+    return all(same(plain, other) for plain, other in zip(*outcomes, strict=True))
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,7 @@
 import copy
 import logging
 import os
+import random
 import tempfile
 from functools import partial
 
@@ -18,7 +19,7 @@ from fedgradnorm.config import TrainConfig, load_config
 from fedgradnorm.engines import VectorizedEngine
 from fedgradnorm.engines.planning import plan_for
 from fedgradnorm.engines.vectorized import QUARTER, WIDE, _chunks, stack_widths
-from fedgradnorm.engines.workspace import Workspace, arrange, head_kind, pool_first
+from fedgradnorm.engines.workspace import Workspace, arrange, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
 from fedgradnorm.server import initial_state, run_round
@@ -86,7 +87,7 @@ def convolutions():
         ({"head": partial(OtherInEvaluation, out_features=2)}, "looped", True, "cannot be stacked"),
         ({"head": lambda features: nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 2))}, "looped", True, "buffers"),
         ({"client": small_client("a", examples=600)}, "looped", True, "more than 512 examples"),
-        ({"client": Client("a", small_task("sign"), OneByOne(*small_client("a").train))}, "alone", False, "no tensors"),
+        ({"client": Client("a", small_task("sign"), OneByOne(*small_client("a").train))}, "alone", False, "not tensors"),
     ],
 )
 def test_the_way_that_fits_is_found_by_trying(options, way, encode_once, why):
@@ -96,16 +97,73 @@ def test_the_way_that_fits_is_found_by_trying(options, way, encode_once, why):
 
 
 def test_clients_are_alike_whose_heads_and_losses_are_made_alike():
-    def kind(head, loss=functional.cross_entropy):
-        return head_kind(small_client("a", task=Task("t", head, loss)))
+    def alike(one, other):
+        tasks = [Task(name, head, loss) for name, (head, loss) in zip("ab", (one, other), strict=True)]
+        made = Federation([small_client(task.name, task=task) for task in tasks], small_encoder)
+        return made.head_kind(made.client("a"), 3) == made.head_kind(made.client("b"), 3)
 
-    assert kind(partial(nn.Linear, out_features=2)) == kind(partial(nn.Linear, out_features=2))
-    assert kind(partial(nn.Linear, out_features=2)) != kind(partial(nn.Linear, out_features=3))
-    assert kind(nn.Linear, partial(functional.huber_loss, delta=1.0)) == kind(nn.Linear, partial(functional.huber_loss, delta=1.0))
-    assert kind(nn.Linear, partial(functional.huber_loss, delta=1.0)) != kind(nn.Linear, partial(functional.huber_loss, delta=2.0))
-    weight = torch.ones(2)
-    unhashable = partial(functional.cross_entropy, weight=[weight])
-    assert kind(nn.Linear, unhashable) == kind(nn.Linear, unhashable) != kind(nn.Linear)
+    linear, entropy = partial(nn.Linear, out_features=2), functional.cross_entropy
+    assert alike((linear, entropy), (partial(nn.Linear, out_features=2), entropy))
+    assert not alike((linear, entropy), (partial(nn.Linear, out_features=3), entropy))
+    assert alike((linear, partial(functional.huber_loss, delta=1.0)), (linear, partial(functional.huber_loss, delta=1.0)))
+    assert not alike((linear, partial(functional.huber_loss, delta=1.0)), (linear, partial(functional.huber_loss, delta=2.0)))
+    unhashable = partial(functional.cross_entropy, weight=[torch.ones(2)])
+    assert alike((linear, unhashable), (linear, unhashable))
+    assert not alike((linear, unhashable), (linear, entropy))
+
+
+class Shifted(nn.Module):
+    """A head with something that is neither parameter nor buffer."""
+
+    def __init__(self, features, by):
+        super().__init__()
+        self.linear, self.by = nn.Linear(features, 2), by
+
+    def forward(self, features):
+        return self.linear(features) * (self.by[0] if isinstance(self.by, list) else getattr(self.by, "value", self.by))
+
+
+class Held:
+    def __init__(self, value):
+        self.value = value
+
+
+def hooked(features):
+    head, by = nn.Linear(features, 2), random.random()
+    head.register_forward_hook(lambda module, inputs, outputs: outputs * by)
+    return head
+
+
+def one_of_two(features):
+    return nn.Sequential(nn.Linear(features, 2), nn.Tanh() if random.random() < 0.5 else nn.Hardtanh())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda features: Shifted(features, random.random()),
+        lambda features: Shifted(features, [np.random.random()]),
+        lambda features: Shifted(features, float(torch.rand(()))),
+        lambda features: Shifted(features, Held(random.random())),
+        lambda features: Shifted(features, torch.rand(2)),
+        lambda features: Shifted(features, np.random.random(2)[0]),
+        hooked,
+        one_of_two,
+    ],
+)
+def test_heads_of_one_factory_that_do_other_things_are_not_one_program(head):
+    task = Task("t", head, functional.cross_entropy)
+    made = Federation([small_client("a" * (1 + number), task=task) for number in range(9)], small_encoder)
+    rows = [train(made, engine=engine, num_rounds=2, head_steps=2, encoder_steps=2).rows for engine in ("reference", "vectorized")]
+    for expected, row in zip(*rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["initial_loss"] == pytest.approx(expected["initial_loss"], rel=1e-4)
+
+
+def test_heads_that_hold_equal_values_are_trained_together():
+    task = Task("t", lambda features: Shifted(features, [2.0]), functional.cross_entropy)
+    made = Federation([small_client(id, task=task) for id in "ab"], small_encoder)
+    assert made.head_kind(made.client("a"), 0) == made.head_kind(made.client("b"), 0)
 
 
 def test_planning_leaves_the_global_generator_alone():
@@ -173,24 +231,24 @@ def rounds(engine, federation, count=1):
 def test_workers_use_one_kernel_thread_each_and_the_number_is_put_back(monkeypatch):
     monkeypatch.setattr("fedgradnorm.engines.vectorized.THREADED_FLOPS", 0)
     torch.set_num_threads(2)
-    seen, names = [], []
+    seen, log = [], logging.getLogger("tests.threads")  # a list that a model adds to would be a reason to train it alone
+    log.setLevel("INFO")
+    log.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: seen.append((record.args[0], record.threadName))
 
     class Watched(nn.Linear):
         def forward(self, inputs):
-            import threading
-
-            seen.append(torch.get_num_threads())
-            names.append(threading.current_thread().name)
+            log.info("%d threads", torch.get_num_threads())
             return super().forward(inputs)
 
     federation = small_federation(encoder=lambda: Watched(6, 4))
     engine = VectorizedEngine(federation, seed=0)
     seen.clear()
-    names.clear()
     try:
         state, _ = rounds(engine, federation)
         engine.evaluate(state.encoder, {})
-        assert set(seen) == {1}
+        threads, names = zip(*seen, strict=True)
+        assert set(threads) == {1}
         assert torch.get_num_threads() == 2
         assert {name.partition("_")[0] for name in names} == {"fedgradnorm", "MainThread"}
     finally:
@@ -229,6 +287,7 @@ def test_the_limit_makes_stacks_narrower():
     of_a_client = max(plan.num_bytes for plan in free._plan_of.values())
     for limit, expected in ((None, [(16, 16)]), (2 * 6 * of_a_client, [(6, 6), (6, 6), (4, 4)]), (1, [(1, None)] * 16)):
         engine = VectorizedEngine(federation, seed=0, threads=1, memory_limit=limit)
+        engine._make_plans(TRAINING)
         jobs = engine._jobs(record.instructions)
         assert [(len(job.instructions), job.stack and job.stack.width) for job in jobs] == expected
 
