@@ -8,9 +8,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ from fedgradnorm.weighting.base import WeightingState
 
 __all__ = ["Checkpoint", "load_checkpoint", "load_newest", "save_checkpoint", "set_aside"]
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
 
 
@@ -39,27 +39,33 @@ class Checkpoint:
         server: the server's state.
         clients: the clients' states, by id.
         settings: the settings of the run, as JSON values.
-        members: who trained what; None in a checkpoint of before this was kept.
+        members: who trained what.
+        seconds: how long the run has taken up to here, over all of its starts.
+        costs: the parts of that, by name.
     """
 
     server: ServerState
     clients: Mapping[str, ClientState]
     settings: Mapping[str, Any]
-    members: MembersRecord | None = None
+    members: MembersRecord
+    seconds: float = 0.0
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 class Numbers(TypedDict):
     """What the metadata of a checkpoint hold."""
 
-    format: Literal[1]
+    format: Literal[2]
     round: Annotated[int, Field(ge=0, strict=True)]
     weights: dict[str, FiniteFloat]
     memory: dict[str, Any]
     norms: dict[str, tuple[FiniteFloat, ...]]
     clients: dict[str, FiniteFloat | None]
-    rounds: NotRequired[dict[str, Annotated[int, Field(ge=0, strict=True)]]]
+    rounds: dict[str, Annotated[int, Field(ge=0, strict=True)]]
     settings: dict[str, Any]
-    members: NotRequired[MembersRecord | None]
+    members: MembersRecord
+    seconds: FiniteFloat
+    costs: dict[str, FiniteFloat]
 
 
 NUMBERS = TypeAdapter(Numbers)
@@ -89,6 +95,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "rounds": {client: state.round for client, state in clients.items()},
         "settings": checkpoint.settings,
         "members": checkpoint.members,
+        "seconds": checkpoint.seconds,
+        "costs": dict(checkpoint.costs),
     }
     metadata = {"state": json.dumps(numbers, allow_nan=False)}  # one entry: several are written in a random order
     content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
@@ -96,7 +104,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
     write_atomically(path, content)
     same_round = [other for other in _paths(folder) if other.name[:14] == path.name[:14] and other != path]
-    for old in [*same_round, *_paths(folder)[keep:], *folder.glob(".*.writing")]:
+    others = [other for other in _paths(folder) if other not in same_round]
+    for old in [*same_round, *others[keep:], *folder.glob(".*.writing")]:
         old.unlink(missing_ok=True)
     return path
 
@@ -150,12 +159,12 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
             initial_loss=initial_loss,
             encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
             head_velocity=_of(tensors, f"client/{client}/head_velocity"),
-            round=numbers.get("rounds", {}).get(client, 0),
+            round=numbers["rounds"].get(client, 0),
             encoder=tensors.get(f"client/{client}/encoder"),
         )
         for client, initial_loss in numbers["clients"].items()
     }
-    return Checkpoint(server, clients, numbers["settings"], numbers.get("members"))
+    return Checkpoint(server, clients, numbers["settings"], numbers["members"], numbers["seconds"], numbers["costs"])
 
 
 def _paths(folder: Path) -> Sequence[Path]:

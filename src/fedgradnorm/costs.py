@@ -7,18 +7,23 @@ from time import perf_counter
 from torch import Tensor
 from torch.profiler import record_function
 
-from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.client import ClientState
 from fedgradnorm.engines.base import Engine
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 
 __all__ = ["Costs", "TimedEngine"]
 
 
 class Costs:
-    """Seconds by part: ``head steps``, ``encoder steps``, ``evaluation``, ``aggregation``, ``writing``."""
+    """Seconds by part: ``head steps``, ``encoder steps``, ``evaluation``, ``aggregation``, ``writing``.
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0)
+    Args:
+        before: the seconds of earlier starts of the run.
+    """
+
+    def __init__(self, before: Mapping[str, float] = {}) -> None:
+        self.seconds = dict.fromkeys(("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0) | dict(before)
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -64,7 +69,7 @@ class TimedEngine:
         self.costs.seconds["encoder steps"] += seconds - of_heads
         return reports
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> Mapping[str, Evaluation]:
+    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
         """Test every client."""
         with self.costs.of("evaluation"):
-            return self.engine.evaluate(encoder, buffers)
+            return self.engine.evaluate(encoder, buffers, batch_size)

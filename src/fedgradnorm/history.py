@@ -4,6 +4,7 @@
 
     RUN/config.toml               the resolved settings, with the versions that ran
     RUN/metrics.jsonl             a line per round and client
+    RUN/members.json              who trains what, on which data
     RUN/summary.json              per task and client: first, best and last metric, rounds to targets
     RUN/models/encoder.safetensors, RUN/models/heads/CLIENT.safetensors
     RUN/checkpoints/              the last moments that a run can go on from
@@ -12,6 +13,7 @@
     RUN/report.html               the same as one page
 """
 
+import errno
 import json
 import os
 import shutil
@@ -19,10 +21,12 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import tomli_w
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,14 +36,31 @@ from torch import Tensor, nn
 from fedgradnorm.atomic import sync_folder, write_atomically
 from fedgradnorm.checkpoint import Checkpoint, save_checkpoint
 from fedgradnorm.client import ClientState
-from fedgradnorm.config import RunConfig, validated
+from fedgradnorm.config import RunConfig, decoded, validated
 from fedgradnorm.errors import ConfigError, RunError
+from fedgradnorm.modules import held_tensors
 from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
-__all__ = ["CHECKPOINTS", "PROFILE", "Run", "RunWriter", "check_free", "create_run", "how_to_go_on", "load_config_of", "write_config"]
+__all__ = [
+    "CHECKPOINTS",
+    "PROFILE",
+    "Run",
+    "RunWriter",
+    "alone_in",
+    "check_free",
+    "create_run",
+    "how_to_go_on",
+    "load_config_of",
+    "put_back",
+    "remove_replaced",
+    "replaced_by",
+    "write_config",
+]
 
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
+LOCK_TIMEOUT = 5.0
+"""Seconds that a run waits for another one in its folder to end, such as one that was just killed."""
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
     "loss",
     "inverse_training_rate",
@@ -48,11 +69,13 @@ CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "m
     "metric",
 )
 """What goes to TensorBoard."""
-ENTRIES = {"config.toml", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"}
+ENTRIES = {"config.toml", "members.json", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"}
 """All that a run's folder holds."""
+HELD: dict[Path, int] = {}
+"""The folders that runs of this process are writing to, links resolved, and the thread of each."""
 
 Checked = TypeVar("Checked")
-ROWS, SUMMARY = TypeAdapter(list[Row]), TypeAdapter(Summary)
+ROWS, SUMMARY, MEMBERS = TypeAdapter(list[Row]), TypeAdapter(Summary), TypeAdapter(MembersRecord)
 
 
 class RunWriter:
@@ -96,18 +119,29 @@ class RunWriter:
                         if row[key] is not None:
                             self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
 
-    def write_checkpoint(self, server: ServerState, clients: Mapping[str, ClientState], members: MembersRecord) -> None:
+    def write_members(self, members: MembersRecord) -> None:
+        """Write members.json."""
+        with self._writing():
+            write_atomically(self.folder / "members.json", (json.dumps(members) + "\n").encode())
+
+    def write_checkpoint(
+        self,
+        server: ServerState,
+        clients: Mapping[str, ClientState],
+        members: MembersRecord,
+        seconds: float,
+        costs: Mapping[str, float],
+    ) -> None:
         """Write a checkpoint, after the lines that belong to it are on the disk."""
         with self._writing():
             os.fsync(self._metrics.fileno())
-            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"), members)
+            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"), members, seconds, costs)
             save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
         """Save the encoder's state and every client's head, with the encoder buffers, and the encoder, of its own."""
         with self._writing():
-            tensors = {**encoder.state_dict(), **dict(encoder.named_buffers())}  # buffers that are not persistent too
-            _save(tensors, self.folder / "models" / "encoder.safetensors")
+            _save(_all_tensors(encoder), self.folder / "models" / "encoder.safetensors")
             if self.config.run.experiment is not None:  # the heads are with the clients, on other machines
                 return
             for id, state in states.items():
@@ -135,6 +169,8 @@ class RunWriter:
 def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder with its settings: all of it or nothing.
 
+    A run that is replaced is kept beside the folder, as `replaced_by` says, until `remove_replaced` or `put_back` is called.
+
     Args:
         folder: the run's folder.
         config: the resolved settings.
@@ -145,21 +181,91 @@ def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> N
     """
     check_free(folder, overwrite=overwrite)
     content = _toml_of(config)
-    aside, old = (folder.with_name(f".{folder.name}.{word}") for word in ("starting", "replaced"))
+    aside, old = folder.with_name(f".{folder.name}.starting"), replaced_by(folder)
     try:
-        for left_over in (aside, old):
-            if left_over.exists():
-                shutil.rmtree(left_over)
+        if aside.exists():
+            shutil.rmtree(aside)
+        if old.exists() and folder.exists():  # a run that was killed in its first round leaves the run before it
+            shutil.rmtree(old if _has_rounds(folder) else folder)
         (aside / "models" / "heads").mkdir(parents=True)
         write_atomically(aside / "config.toml", content)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
         sync_folder(folder.parent)
-        if old.exists():
-            shutil.rmtree(old)
     except (OSError, ValueError) as error:
         raise RunError(f"run folder {str(folder)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def replaced_by(folder: Path) -> Path:
+    """Where the run is kept that a new one replaces, until the new one has done a round."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def remove_replaced(folder: Path) -> None:
+    """Remove the run that was replaced, if there is one, as far as that is possible."""
+    shutil.rmtree(replaced_by(folder), ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Put the run that was replaced back into its folder, in place of the new one. Raises RunError where that fails."""
+    old = replaced_by(folder)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        old.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}; the run that was there is in {old}") from error
+
+
+def _has_rounds(folder: Path) -> bool:
+    """Whether a line of metrics.jsonl is complete."""
+    try:
+        return b"\n" in (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iterator[None]:
+    """Keep two runs from writing to one folder: the second waits a little, and is refused.
+
+    The lock is an empty file beside the folder, which is released when its process ends in whatever way. Links to the folder are
+    resolved first. A second run in the same thread, such as one that ``on_round`` begins, is refused at once.
+
+    Args:
+        folder: the run's folder, which may not be there yet.
+        timeout: seconds to wait; None: as long as a run that was just killed may take to end.
+        hint: what to do when the disk can be written again.
+
+    Raises:
+        RunError: another run is writing there, or no file can be written beside the folder.
+    """
+    try:
+        real = folder.resolve()
+        if real.parent.exists() and not real.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        file = real.with_name(f".{real.name}.lock")
+        file.touch()  # FileLock waits where no file can be made
+        if HELD.get(real) == get_ident():
+            raise RunError(f"run folder {folder}: a run of this program is writing to it: expected another run to begin after its end")
+        lock = FileLock(file)
+        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout, poll_interval=0.1)
+    except Timeout:
+        raise RunError(f"run folder {folder}: another run is writing to it: wait for it, or stop it (with Flower: `flwr stop`)") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        reason = f"run folder {str(folder)!r:.300}: cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise RunError(f"{reason}; when it can be: {hint}" if hint else reason) from error
+    HELD[real] = get_ident()
+    try:
+        yield
+    finally:
+        del HELD[real]
+        lock.release()
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -194,9 +300,13 @@ class Run:
         RunError: the folder is no run, or one of its files is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+            raise RunError(f"run: expected the path of a run's folder, found {folder!r:.100}")
         self.folder = Path(folder)
         try:
+            if self.folder.name in ("", ".."):  # such as `.`: what lies beside it needs its name
+                self.folder = self.folder.resolve()
             found = (self.folder / "config.toml").is_file()
         except (OSError, ValueError):
             found = False
@@ -209,6 +319,12 @@ class Run:
         lines = self._text("metrics.jsonl").splitlines()
         rows = [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
         return self._checked("metrics.jsonl", ROWS, rows)
+
+    def members(self) -> MembersRecord | None:
+        """What members.json holds; None where there is none, for the clients are on other machines."""
+        if not (self.folder / "members.json").exists():
+            return None
+        return self._checked("members.json", MEMBERS, self._json("members.json", self._text("members.json")))
 
     def summary(self) -> Summary:
         """What summary.json holds."""
@@ -259,7 +375,7 @@ def load_config_of(folder: Path) -> RunConfig:
     """The settings of a run. Raises RunError or ConfigError where its config.toml is damaged."""
     path = folder / "config.toml"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(decoded(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read; {error}") from error
     return validated(RunConfig, values, prefix="", place=f"in {path}")
@@ -281,7 +397,9 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if entries is None or folder.is_symlink():
         raise RunError(f"run folder {folder} exists, and is a link or no folder: choose another run.dir")
     if not overwrite:
-        raise RunError(f"run folder {folder} exists: choose another run.dir, or pass --overwrite to replace it")
+        raise RunError(
+            f"run folder {folder} exists: choose another one, or replace it: --overwrite on the command line, overwrite=True in Python"
+        )
     if not entries:
         return
     if foreign := sorted(entries - ENTRIES):
@@ -309,6 +427,12 @@ def _end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
     if last < round:
         raise RunError(f"{path}: expected the figures of {round} rounds, as the checkpoint has them, found those of {last}")
     return end
+
+
+def _all_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """What a state dict has, and the buffers and plain tensors that it leaves out."""
+    tensors = {name: value for name, value in encoder.state_dict().items() if isinstance(value, Tensor)}
+    return {**tensors, **held_tensors(encoder)}
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import inspect
 from importlib import import_module
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, create_model
 
 from fedgradnorm.config import Component, validated
-from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
 
 __all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
 
@@ -103,6 +105,8 @@ def resolve(kind: str, name: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own module may raise anything
+        raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {_raised(error)}") from error
 
 
 def resolved(kind: str, part: Part) -> Part:
@@ -126,12 +130,23 @@ def build(kind: str, part: Component, **given: Any) -> Any:
         made = resolve(kind, part.name)(**given, **checked)
     except ConfigError as error:
         raise ConfigError(f"{_table(kind)}.{error}") from error
+    except FedGradNormError:
+        raise
     except TypeError as error:
         raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {_raised(error)}") from error
     missing = [name for name in MEMBERS[kind] if not hasattr(made, name)]
     if missing:
         raise ConfigError(f"{_table(kind)}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'")
     return made
+
+
+def _raised(error: BaseException) -> str:
+    """What an error of someone else says, and the line that it comes from."""
+    last = extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, SyntaxError) else f" ({Path(last.filename).name}, line {last.lineno})"
+    return described(error) + place
 
 
 def name_of(kind: str, made_by: type) -> str:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import gc
+import inspect
 import math
+import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,20 +23,37 @@ from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config, resolve_training, versions
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
-from fedgradnorm.client import ClientState, Evaluation, constant_guess
+from fedgradnorm.client import ClientState
 from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
 from fedgradnorm.costs import Costs, TimedEngine
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import ConfigError, RunError, StoppedError
+from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, RunError, StoppedError, warn
+from fedgradnorm.evaluation import Evaluation, constant_guess
 from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation, Members
-from fedgradnorm.history import CHECKPOINTS, PROFILE, Run, RunWriter, check_free, create_run, how_to_go_on, write_config
+from fedgradnorm.history import (
+    CHECKPOINTS,
+    PROFILE,
+    Run,
+    RunWriter,
+    alone_in,
+    check_free,
+    create_run,
+    how_to_go_on,
+    put_back,
+    remove_replaced,
+    replaced_by,
+    write_config,
+)
+from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_fixed_tensors, of_models, of_training
+from fedgradnorm.messages import no_rate
 from fedgradnorm.parameters import load_buffers, load_flat
-from fedgradnorm.records import Row, Summary
+from fedgradnorm.randomness import seeded
+from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.report import write_report
-from fedgradnorm.saved import joined
+from fedgradnorm.saved import check_client_id, federation_of, joined
 from fedgradnorm.server import RoundRecord, ServerState, initial_state, run_round
-from fedgradnorm.summary import check_targets, summarise
+from fedgradnorm.summary import check_targets, silent_texts, summarise, task_curve
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
@@ -55,7 +74,9 @@ __all__ = [
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
 OnState = Callable[[ServerState], None]
-Layout = Sequence[tuple[str, tuple[int, ...]]]
+
+RISEN, RISEN_ROUNDS = 1.05, 5
+"""A task whose loss is above this share of its initial loss for so many rounds on end is said to rise."""
 MakeEngine = Callable[[RunConfig], Engine]
 
 
@@ -95,6 +116,7 @@ class Result:
         """The whole model of a client: the shared or its own encoder, with its own buffers, and its head."""
         if not isinstance(self.federation, Federation):
             raise RunError(f"the head of client '{client}' is with the client, on another machine")
+        check_client_id(client)
         encoder, state = self.encoder(), self.client_states[self.federation.client(client).id]
         head = self.federation.make_head(self.federation.client(client), self.seed)
         client_side.load_model(encoder, head, state, self.state.encoder, self.state.buffers)
@@ -109,7 +131,7 @@ def train(
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     on_round: OnRound | None = None,
-    should_stop: ShouldStop = lambda: False,
+    should_stop: ShouldStop | None = None,
     **training: Any,
 ) -> Result:
     """Train a federation.
@@ -119,18 +141,27 @@ def train(
         weighting: a weighting, or the name of one with its default options; by default that of the method, `fedgradnorm` but for FedAvg.
         engine: the name of the engine that runs the clients.
         run_dir: a folder to write the run to; None writes nothing.
-        overwrite: whether a run that is in this folder already is replaced.
+        overwrite: whether a run that is in this folder already is replaced. It is removed after the first round of the new one; when that
+            fails, it is put back.
         on_round: called after every round with its rows.
-        should_stop: asked after every round; True ends the run there.
+        should_stop: asked after every round; True ends the run there. None: nothing does.
         **training: the settings of `TrainConfig`, such as ``num_rounds=20``, ``method="fedper"`` or
             ``method={"name": "fedprox", "mu": 0.1}``.
 
     Raises:
         ConfigError: a setting that is unknown or out of range.
         FederationError: data that do not fit the models.
-        RunError: a run folder that exists or cannot be written.
-        StoppedError: the run ended early; its folder holds a checkpoint.
+        RunError: a run folder that exists, is being written to, or cannot be written.
+        ClientError: a client's own code raised an error after training had begun.
+        WeightingError: a weighting or an aggregation raised an error, or gave what it must not.
+        StoppedError: the run ended early.
+
+    Where training had begun, the error has the `Result` of the rounds that were done as its attribute ``result``, and the run's folder
+    holds their models, and a checkpoint to go on from. That is so too for what ``on_round`` and ``should_stop`` raise.
     """
+    check_call(federation, on_round, should_stop)
+    if not isinstance(engine, str):
+        raise ConfigError(f"engine: expected a name, such as 'vectorized' or 'reference', found {engine!r:.100}")
     settings = resolve_training(validated(TrainConfig, training, prefix="train"))
     method, component = weighting_of(weighting if weighting is not None else default_weighting(settings))
     config = RunConfig(
@@ -138,9 +169,42 @@ def train(
         train=settings,
         weighting=component,
         engine=EngineConfig(name=engine),
-        run=RunSettings(dir=None if run_dir is None else str(run_dir)),
+        run=validated(RunSettings, {"dir": run_dir if run_dir is None else _path_text(run_dir)}, prefix="run"),
     )
-    return begin(config, federation, method, partial(_engine_here, federation), overwrite, on_round, should_stop)
+    make_engine = partial(_engine_here, federation, method)
+    return begin(config, federation, method, make_engine, overwrite, on_round, should_stop)
+
+
+def _path_text(run_dir: object) -> str:
+    if not isinstance(run_dir, str | os.PathLike):
+        raise ConfigError(f"run_dir: expected a path, found {run_dir!r:.100}")
+    return os.fspath(run_dir) if isinstance(os.fspath(run_dir), str) else os.fsdecode(run_dir)
+
+
+def check_call(federation: object, on_round: object, should_stop: object) -> None:
+    """Raise FederationError or ConfigError for arguments of other kinds."""
+    if not isinstance(federation, Federation):
+        raise FederationError(f"federation: expected a Federation, found {type(federation).__name__}")
+    check_functions(on_round=on_round, should_stop=should_stop)
+
+
+def check_functions(**functions: object) -> None:
+    """Raise ConfigError for what is neither None nor a function that can be called as the argument of this name is."""
+    for name, function in functions.items():
+        if function is None:
+            continue
+        given = {"on_round": ("rows",), "on_message": ("message",)}.get(name, ())
+        expected = f"{name}({', '.join(given)})"
+        if not callable(function):
+            raise ConfigError(f"{name}: expected a function {expected}, found {function!r:.100}")
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some built-in functions have none
+            continue
+        try:
+            signature.bind(*given)
+        except TypeError as error:
+            raise ConfigError(f"{name}: expected a function that can be called as {expected}: {error}") from error
 
 
 def weighting_of(weighting: str | Weighting) -> tuple[Weighting, WeightingConfig]:
@@ -159,7 +223,7 @@ def run(
     *,
     overwrite: bool = False,
     on_round: OnRound | None = None,
-    should_stop: ShouldStop = lambda: False,
+    should_stop: ShouldStop | None = None,
     profiled: bool = False,
 ) -> Result:
     """Do the run that a configuration describes. Everything is checked before a run folder is touched.
@@ -174,10 +238,12 @@ def run(
     Raises:
         FedGradNormError: whatever is wrong with the settings, the data or the folder.
     """
+    check_functions(on_round=on_round, should_stop=should_stop)
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
-    return begin(resolved, federation, weighting, partial(_engine_here, federation), overwrite, on_round, should_stop, profiled)
+    make_engine = partial(_engine_here, federation, weighting)
+    return begin(resolved, federation, weighting, make_engine, overwrite, on_round, should_stop, profiled)
 
 
 def resume(
@@ -186,8 +252,8 @@ def resume(
     *,
     num_rounds: int | None = None,
     on_round: OnRound | None = None,
-    should_stop: ShouldStop = lambda: False,
-    on_message: Callable[[str], None] = lambda _: None,
+    should_stop: ShouldStop | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> Result:
     """Go on with a run from its newest sound checkpoint, or from the start if there is none, and give what it would have given.
 
@@ -200,14 +266,31 @@ def resume(
         on_message: told which checkpoint it goes on from, and of damaged ones.
 
     Raises:
-        RunError: the folder is no run, or cannot be written.
+        RunError: the folder is no run, is being written to, or cannot be written; or the clients, their tasks, heads or data are not those
+            that the run began with.
         ConfigError: the settings in config.toml are not those of the checkpoint, or ``num_rounds`` is not more than is done.
+        ClientError: a client's own code raised an error.
         StoppedError: the run was stopped again.
     """
-    opened = Run(Path(run))
+    opened = Run(run)
+    check_functions(on_round=on_round, should_stop=should_stop, on_message=on_message)
+    rounds = None if num_rounds is None else _rounds(num_rounds)
     _require_clients_here(opened.config)
-    federation = federation or build_federation(opened.config)
-    return go_on(opened, federation, None, partial(_engine_here, federation), num_rounds, on_round, should_stop, on_message)
+    federation = federation_of(opened, federation)
+    weighting = registry.build("weighting", opened.config.weighting)
+    make_engine = partial(_engine_here, federation, weighting)
+    return go_on(opened, federation, weighting, make_engine, rounds, on_round, should_stop, on_message or (lambda _: None))
+
+
+def _rounds(number: object) -> int:
+    """A number of rounds. Raises ConfigError for anything else."""
+    try:
+        rounds = 0 if isinstance(number, bool) else operator.index(number)  # type: ignore[arg-type]  # NumPy's numbers have one
+    except TypeError:
+        rounds = 0
+    if rounds < 1:
+        raise ConfigError(f"num_rounds: expected a whole number of at least 1, found {number!r:.100}")
+    return rounds
 
 
 def go_on(
@@ -217,39 +300,56 @@ def go_on(
     make_engine: MakeEngine,
     num_rounds: int | None,
     on_round: OnRound | None,
-    should_stop: ShouldStop,
+    should_stop: ShouldStop | None,
     on_message: Callable[[str], None],
     on_state: OnState | None = None,
+    *,
+    locked: bool = False,
 ) -> Result:
-    """As `resume`, with its parts made; without a weighting, that of the settings. ``make_engine`` and ``on_state`` as in `begin`."""
-    checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
-    for fault in faults.values():
-        on_message(f"warning: {fault}; it is skipped")
-    done = 0 if checkpoint is None else checkpoint.server.round
-    config = _config_to_resume(opened, checkpoint, done, num_rounds)
-    if checkpoint is not None and checkpoint.members is not None:
-        _check_layout(path, checkpoint.members["encoder"], federation.layout)
-    engine = make_engine(config)
-    weighting = weighting or registry.build("weighting", config.weighting)
-    state = initial_state(federation, weighting, config.train.seed)
-    if checkpoint is not None:
-        same_clients = config.run.experiment is not None or checkpoint.clients.keys() == set(federation.client_ids)
-        if not same_clients or checkpoint.server.encoder.shape != state.encoder.shape:
-            raise RunError(f"{path}: it belongs to other clients or another encoder than {opened.folder / 'config.toml'}")
-        state = checkpoint.server
-        engine.restore(checkpoint.clients)
-    on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
-    write_config(opened.folder, config)
-    for damaged in faults:
-        with suppress(OSError):
-            set_aside(damaged)
-    with RunWriter(opened.folder, config, done) as writer:
-        aggregate = registry.build("aggregation", config.aggregation)
-        job = _Job(config, federation, engine, weighting, aggregate, state, opened.rows(), on_state)
-        result = job.go_on(writer, on_round, should_stop)
-    if config.run.page:
-        write_page(opened.folder)
-    return result
+    """Like `resume`, but takes parts that are already built. ``make_engine``, ``on_state`` and ``locked`` are as in `begin`.
+
+    If ``weighting`` is None, it is built from the settings.
+    """
+    with nullcontext() if locked else alone_in(opened.folder, hint=how_to_go_on(opened.folder, opened.config)):
+        checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
+        for fault in faults.values():
+            on_message(f"warning: {fault}; it is skipped")
+        done = 0 if checkpoint is None else checkpoint.server.round
+        config = _config_to_resume(opened, checkpoint, done, num_rounds)
+        before = opened.members() if checkpoint is None else checkpoint.members
+        if before is not None:
+            _check_same(opened.folder if path is None else path, before, federation, config)
+        engine = make_engine(config)
+        weighting = weighting or registry.build("weighting", config.weighting)
+        state = initial_state(federation, weighting, config.train.seed)
+        if checkpoint is not None:
+            state = checkpoint.server
+            engine.restore(checkpoint.clients)
+        on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
+        write_config(opened.folder, config)
+        for damaged in faults:
+            with suppress(OSError):
+                set_aside(damaged)
+        with RunWriter(opened.folder, config, done) as writer:
+            aggregate = registry.build("aggregation", config.aggregation)
+            job = _Job(config, federation, engine, weighting, aggregate, state, opened.rows(), on_state)
+            if checkpoint is not None:
+                job.seconds, job.costs = checkpoint.seconds, Costs(checkpoint.costs)
+            result = job.go_on(writer, on_round, should_stop)
+        if config.run.page:
+            write_page(opened.folder)
+        return result
+
+
+def _check_same(path: Path, before: MembersRecord, federation: Members, config: RunConfig) -> None:
+    """Raise RunError where clients, tasks, models or data are not those that the run began with."""
+    now = members_record(federation, config.train.seed)
+    why = of_encoder(before, now) or of_fixed_tensors(before, now)
+    why = why or of_training(before, now)
+    if config.run.experiment is None:
+        why = why or of_clients(before, now) or of_data(before, now) or of_models(before, now)
+    if why is not None:
+        raise RunError(f"{path}: {why}")
 
 
 def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num_rounds: int | None) -> RunConfig:
@@ -270,13 +370,6 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (before, after))
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
     return ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
-
-
-def _check_layout(path: Path | None, before: Layout, now: Layout) -> None:
-    """Raise RunError where the encoder's parameters are others, or in another order: the vector of before would be cut up wrongly."""
-    for then, found in zip_longest(before, now):
-        if then != found:
-            raise RunError(f"{path}: the encoder has other parameters, or in another order, than when the run began: {found}, was {then}")
 
 
 def check_settings(config: RunConfig, federation: Members) -> None:
@@ -315,11 +408,17 @@ def _require_clients_here(config: RunConfig) -> None:
         )
 
 
-def _engine_here(federation: Federation, config: RunConfig) -> Engine:
+def _engine_here(federation: Federation, weighting: Weighting, config: RunConfig) -> Engine:
     """An engine for clients in this process, after all that could be wrong with them is raised."""
     _require_clients_here(config)
     check_settings(config, federation)
-    federation.check_data(config.train.batch_size)
+    federation.check_data(
+        config.train.batch_size,
+        config.train.eval_batch_size,
+        positive_losses=getattr(weighting, "needs_positive_losses", False),
+        initial_guess=config.train.initial_loss == "guess",
+        seed=config.train.seed,
+    )
     engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
     if not getattr(engine, "lockstep", True):
         refuse_lockstep(config)
@@ -353,51 +452,155 @@ class _Job:
     state: ServerState
     rows: list[Row]
     on_state: OnState | None = None
+    seconds: float = 0.0
+    costs: Costs = dataclasses.field(default_factory=Costs)
+
+    def __post_init__(self) -> None:
+        self._start, self._states = perf_counter(), self.engine.client_states
+        self._guesses: dict[str, dict[str, float]] = {}
+        self._members: MembersRecord | None = None
+        self._warned: set[object] = set()
+        self._failed: dict[str, Mapping[str, str]] = {}
+        self.begun = False
 
     @_unwatched()
-    def go_on(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop, profiler: profile | None = None) -> Result:
-        """Train the rounds that are left, and write what is to be written."""
-        start, training, settings = perf_counter(), self.config.train, self.config.run
-        guesses, costs = _guesses(self.federation), Costs()
-        engine = TimedEngine(self.engine, costs)
+    def go_on(
+        self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop | None, profiler: profile | None = None
+    ) -> Result:
+        """Train the rounds that are left, and write what is to be written. Whatever is raised, the rounds that are done are kept."""
+        try:
+            self._guesses = _guesses(self.federation, self.config.train.eval_batch_size)
+            if writer is not None and self.config.run.experiment is None:
+                writer.write_members(self._record())
+            self._train(writer, on_round, should_stop, profiler)
+        except RunError:  # the folder cannot be written: its last checkpoint is what there is
+            raise
+        except FedGradNormError as error:
+            result, hint = self._keep(writer)
+            again = type(error)(f"{error}; {hint}" if hint else str(error))
+            again.result = result
+            raise again from error.__cause__
+        except BaseException as error:  # Ctrl-C, or what a callback raises, which may be what someone waits for
+            result, hint = self._keep(writer)
+            with suppress(AttributeError):  # it may have no room for it
+                error.result = result  # type: ignore[attr-defined]
+            error.add_note(f"{self.state.round} rounds are done" + (f"; {hint}" if hint else ""))
+            raise
+        result = self._result()
+        if writer is not None:
+            writer.write_models(result.encoder(), result.client_states)
+            writer.write_summary(result.summary)
+        self._say_who_was_silent(result.summary)
+        return result
+
+    def _train(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop | None, profiler: profile | None) -> None:
+        training, settings = self.config.train, self.config.run
+        engine = TimedEngine(self.engine, self.costs)
         while self.state.round < training.num_rounds:
-            try:
-                with costs.of("aggregation"):
-                    self.state, record = run_round(self.state, self.federation, engine, self.weighting, self.aggregate, training)
-            except StoppedError as error:
-                raise self._stopped(writer, str(error)) from error
-            rows = rows_of(self.federation, self.state, record, _evaluations(engine, self.state, training))
-            del record  # its gradients are not to lie beside the next ones
-            self.rows += rows
+            rows = self._round(engine)
             ended = self.state.round == training.num_rounds
             if writer is not None:
-                with costs.of("writing"):
+                with self.costs.of("writing"):
                     writer.write_round(rows)
                     if ended or self.state.round % settings.checkpoint_every == 0:
                         self._checkpoint(writer)
             if profiler is not None:
                 profiler.step()
+            self._say_what_rises(rows)
             if self.on_state is not None:
                 self.on_state(self.state)
             if on_round is not None:
                 on_round(rows)
-            if should_stop() and not ended:
-                raise self._stopped(writer, f"stopped after round {self.state.round} of {training.num_rounds}")
-        summary = summarise(self.federation, self.rows, guesses, settings, perf_counter() - start, costs.seconds)
-        result = Result(self.federation, self.state, self.engine.client_states, self.rows, summary, training.seed)
-        if writer is not None:
-            writer.write_models(result.encoder(), result.client_states)
-            writer.write_summary(summary)
-        return result
+            if not self.begun and writer is not None:
+                remove_replaced(writer.folder)
+            self.begun = True
+            if should_stop is not None and should_stop() and not ended:
+                raise StoppedError(f"stopped after round {self.state.round} of {training.num_rounds}")
+
+    def _round(self, engine: Engine) -> list[Row]:
+        """One round: it counts with its rows and the states of all clients, or not at all."""
+        training = self.config.train
+        try:
+            with self.costs.of("aggregation"):
+                state, record = run_round(self.state, self.federation, engine, self.weighting, self.aggregate, training)
+            evaluations = _evaluations(engine, state, training)
+            rows = rows_of(self.federation, state, record, evaluations)
+        except BaseException:
+            self.engine.restore(self._states)
+            raise
+        self.state, self._states = state, self.engine.client_states
+        self.rows += rows
+        self._say_what_is_missing(evaluations)
+        self._say_who_has_no_rate(record)
+        return rows
+
+    def _result(self) -> Result:
+        summary = summarise(self.federation, self.rows, self._guesses, self.config.run, self._seconds(), self.costs.seconds, self._failed)
+        return Result(self.federation, self.state, self._states, self.rows, summary, self.config.train.seed)
+
+    def _seconds(self) -> float:
+        """How long the run has taken, over all of its starts."""
+        return self.seconds + perf_counter() - self._start
+
+    def _record(self) -> MembersRecord:
+        if self._members is None or self.config.run.experiment is not None:  # elsewhere, clients may come later
+            self._members = members_record(self.federation, self.config.train.seed)
+        return self._members
 
     def _checkpoint(self, writer: RunWriter) -> None:
-        writer.write_checkpoint(self.state, self.engine.client_states, self.federation.record())
+        writer.write_checkpoint(self.state, self._states, self._record(), self._seconds(), self.costs.seconds)
 
-    def _stopped(self, writer: RunWriter | None, reason: str) -> StoppedError:
+    def _keep(self, writer: RunWriter | None) -> tuple[Result | None, str]:
+        """Write what is done to the run's folder. The result, None before the first round, and how to go on.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        result = self._result() if self.rows else None
         if writer is None:
-            return StoppedError(reason)
+            return result, ""
+        if not self.begun and replaced_by(writer.folder).exists():
+            return result, f"the run that was in {writer.folder} before is there again"
         self._checkpoint(writer)
-        return StoppedError(f"{reason}; to go on: {how_to_go_on(writer.folder, self.config)}")
+        if result is not None:
+            writer.write_models(result.encoder(), result.client_states)
+        return result, f"to go on: {how_to_go_on(writer.folder, self.config)}"
+
+    def _say_what_is_missing(self, evaluations: Mapping[str, Evaluation]) -> None:
+        """Warn of metrics that could not be taken, each once."""
+        for id, evaluation in evaluations.items():
+            self._failed[id] = evaluation.failed
+            for metric, why in evaluation.failed.items():
+                if (id, metric) not in self._warned:
+                    self._warned.add((id, metric))
+                    warn(f"client '{id}': metric '{metric}' is missing from round {self.state.round} on: {why}")
+
+    def _say_who_has_no_rate(self, record: RoundRecord) -> None:
+        """Warn of clients whose losses are not what the weighting needs, each once."""
+        if not getattr(self.weighting, "needs_positive_losses", False):
+            return
+        for report in record.reports:
+            if math.isnan(report.inverse_training_rate) and report.client not in self._warned:
+                self._warned.add(report.client)
+                why = no_rate(report.initial_loss, report.loss, report.loss_floor, report.task)
+                warn(f"client '{report.client}': from round {self.state.round} on its weight stays as it is where {why}")
+
+    def _say_what_rises(self, rows: Sequence[Row]) -> None:
+        """Warn of tasks whose loss has been above the initial one for some rounds, each once."""
+        training = self.config.train
+        for task in dict.fromkeys(row["task"] for row in rows):
+            last = list(task_curve(self.rows[-RISEN_ROUNDS * len(rows) :], task, "inverse_training_rate").values())
+            if len(last) == RISEN_ROUNDS and min(last) > RISEN and task not in self._warned:
+                self._warned.add(task)
+                warn(
+                    f"task '{task}': its loss has been above its initial loss for {RISEN_ROUNDS} rounds, and is {last[-1]:.3g} times that "
+                    f"after round {self.state.round}: the step sizes train.encoder_lr = {training.encoder_lr:g} and train.head_lr = "
+                    f"{training.head_lr:g} may be too large, or other tasks pull the encoder away from it"
+                )
+
+    def _say_who_was_silent(self, summary: Summary) -> None:
+        for text in silent_texts(summary):
+            warn(text)
 
 
 def begin(
@@ -407,14 +610,16 @@ def begin(
     make_engine: MakeEngine,
     overwrite: bool,
     on_round: OnRound | None,
-    should_stop: ShouldStop,
+    should_stop: ShouldStop | None,
     profiled: bool = False,
     on_state: OnState | None = None,
+    *,
+    locked: bool = False,
 ) -> Result:
     """Train a federation from the first round on. As `run`, with its parts made.
 
     ``make_engine`` raises what is wrong with clients and data, before a folder is touched. ``on_state`` is called after every round, before
-    ``on_round``, with the server's state.
+    ``on_round``, with the server's state. ``locked``: whether the caller has the folder for itself already, by `alone_in`.
     """
     folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
     if folder is not None:
@@ -426,11 +631,17 @@ def begin(
     if folder is None:
         return job.go_on(None, on_round, should_stop)
     config = job.config = config.model_copy(update={"versions": versions()})
-    create_run(folder, config, overwrite=overwrite)
-    with RunWriter(folder, config) as writer, profiler_of(folder, config) if profiled else nullcontext() as profiler:
-        result = job.go_on(writer, on_round, should_stop, profiler)
-    if config.run.page:
-        write_page(folder)
+    with nullcontext() if locked else alone_in(folder):
+        create_run(folder, config, overwrite=overwrite)
+        try:
+            with RunWriter(folder, config) as writer, profiler_of(folder, config) if profiled else nullcontext() as profiler:
+                result = job.go_on(writer, on_round, should_stop, profiler)
+        except BaseException:
+            if not job.begun and replaced_by(folder).exists():
+                put_back(folder)
+            raise
+        if config.run.page:
+            write_page(folder)
     return result
 
 
@@ -451,12 +662,20 @@ def write_page(folder: Path) -> None:
 
 def _evaluations(engine: Engine, state: ServerState, training: TrainConfig) -> Mapping[str, Evaluation]:
     if state.round in (1, training.num_rounds) or state.round % training.eval_every == 0:
-        return engine.evaluate(state.encoder, state.buffers)
+        return engine.evaluate(state.encoder, state.buffers, training.eval_batch_size)
     return {}
 
 
-def _guesses(federation: Members) -> dict[str, dict[str, float]]:
-    return {client.id: constant_guess(client.task, client.test_data) for client in federation.clients if client.test_data is not None}
+def _guesses(federation: Members, batch_size: int) -> dict[str, dict[str, float]]:
+    """By client, the metrics of the constant answer; of clients on other machines there are none."""
+    if not isinstance(federation, Federation):
+        return {}
+    guesses = {}
+    for client in federation.clients:
+        if client.test_data is not None:
+            with client_side.naming(client.id, "the constant answer to its test data"), seeded(0, 0, client.id, "guess"):
+                guesses[client.id] = constant_guess(client.task, client.test_data, *federation.outputs[client.id], batch_size)
+    return guesses
 
 
 def rows_of(federation: Members, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
@@ -481,7 +700,7 @@ def rows_of(federation: Members, state: ServerState, record: RoundRecord, evalua
                 "retries": record.retries,
                 "loss": report.loss if report else None,
                 "initial_loss": report.initial_loss if report else None,
-                "inverse_training_rate": report.inverse_training_rate if report else None,
+                "inverse_training_rate": _finite(report.inverse_training_rate) if report else None,
                 "grad_norm": report.grad_norm if report else None,
                 "weight": applied[id] if id in applied else state.weighting.weights.get(id, 1.0),
                 "target": targets.get(id),
@@ -494,6 +713,8 @@ def rows_of(federation: Members, state: ServerState, record: RoundRecord, evalua
                 "seconds": report.seconds if report else 0.0,
             }
         )
+        if evaluation and evaluation.failed:
+            rows[-1]["missing"] = dict(evaluation.failed)
     return rows
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedgradnorm.build import build_federation
-from fedgradnorm.client import Evaluation, evaluate
-from fedgradnorm.errors import RunError
+from fedgradnorm.client import evaluate_client, load_head
+from fedgradnorm.errors import FederationError, RunError
+from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.history import Run
+from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_models
+from fedgradnorm.modules import load_held
 from fedgradnorm.parameters import load_buffers, load_flat
 
-__all__ = ["evaluate_run", "joined", "load_model"]
+__all__ = ["check_client_id", "evaluate_run", "federation_of", "joined", "load_model"]
 
 
 def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
@@ -28,43 +31,87 @@ def load_model(run: str | Path, client: str, federation: Federation | None = Non
         An ``nn.Module`` in evaluation mode, with the children ``encoder`` and ``head``.
 
     Raises:
-        RunError: the folder is no finished run, or its models do not fit the federation.
+        RunError: the folder holds no models, or they do not fit the federation.
         FederationError: there is no such client.
     """
-    opened = Run(Path(run))
-    federation = federation or build_federation(opened.config)
+    opened = Run(run)
+    check_client_id(client)
+    federation = federation_of(opened, federation)
+    _check_same(opened, federation, with_data=False)
+    return _loaded(opened, client, federation)
+
+
+def check_client_id(client: object) -> None:
+    """Raise FederationError for what is no client's id."""
+    if not isinstance(client, str):
+        raise FederationError(f"client: expected a client's id, found {client!r:.100}")
+
+
+def federation_of(opened: Run, federation: object) -> Federation:
+    """The federation that was given, or that the run's settings describe. Raises FederationError for anything else."""
+    if federation is None:
+        return build_federation(opened.config)
+    if not isinstance(federation, Federation):
+        raise FederationError(f"federation: expected a Federation, found {type(federation).__name__}")
+    return federation
+
+
+def _check_same(opened: Run, federation: Federation, *, with_data: bool) -> None:
+    """Raise RunError where a federation is not the one that was trained, as far as models and tests depend on it."""
+    before = opened.members()
+    if before is not None:
+        now = members_record(federation, opened.config.train.seed, with_data=with_data)
+        why = of_encoder(before, now) or of_clients(before, now)
+        if with_data:
+            why = why or of_data(before, now, test_only=True) or of_models(before, now)
+        if why is not None:
+            raise RunError(f"{opened.folder}: the federation is not the one that was trained: {why}")
+
+
+def _loaded(opened: Run, client: str, federation: Federation) -> nn.Module:
     member = federation.client(client)
     seed = opened.config.train.seed
     encoder, head = federation.make_encoder(seed), federation.make_head(member, seed)
     saved = opened.tensors(f"heads/{client}.safetensors")
     try:
         shared = opened.tensors("encoder.safetensors")
-        encoder.load_state_dict({name: value for name, value in shared.items() if name not in passing_buffers(encoder)})
-        load_buffers(encoder, [(name, shared[name]) for name in passing_buffers(encoder)])
+        _check_fits(encoder, shared)
+        load_held(encoder, shared)
         if "encoder" in saved:
             load_flat(encoder, saved["encoder"])
-        head.load_state_dict(_with_prefix(saved, "head."))
+        load_head(head, _with_prefix(saved, "head."))
         load_buffers(encoder, _with_prefix(saved, "buffer.").items())
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, FederationError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{opened.folder}: the saved models do not fit the federation: {reason}") from error
     return joined(encoder, head)
 
 
 def evaluate_run(run: str | Path, federation: Federation | None = None) -> dict[str, Evaluation]:
-    """Test the saved models of a run on their clients' test data, by client id."""
-    federation = federation or build_federation(Run(Path(run)).config)
-    evaluations = {}
+    """Test the saved models of a run on their clients' test data, by client id.
+
+    Raises:
+        RunError: the folder holds no models, or the federation has other tasks, models or test data than when it was trained.
+        ClientError: whatever the user's own code raises.
+    """
+    opened = Run(run)
+    federation = federation_of(opened, federation)
+    _check_same(opened, federation, with_data=True)
+    training, evaluations = opened.config.train, {}
     for client in federation.clients:
         if client.test_data is not None:
-            model = load_model(run, client.id, federation)
-            evaluations[client.id] = evaluate(client.task, model.encoder, model.head, client.test_data)  # type: ignore[arg-type]
+            model = _loaded(opened, client.id, federation)
+            encoder, head = model.get_submodule("encoder"), model.get_submodule("head")
+            evaluations[client.id] = evaluate_client(client, encoder, head, training.seed, training.eval_batch_size)
     return evaluations
 
 
-def passing_buffers(module: nn.Module) -> set[str]:
-    """The names of buffers that a state dict leaves out."""
-    return {name for name, _ in module.named_buffers()} - module.state_dict().keys()
+def _check_fits(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError where saved tensors are not those of an encoder."""
+    for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = f"one of {tuple(tensors[name].shape)}" if name in tensors else "none"
+            raise RuntimeError(f"encoder: expected '{name}' of shape {tuple(tensor.shape)}, found {found}")
 
 
 def joined(encoder: nn.Module, head: nn.Module) -> nn.Module:

@@ -56,7 +56,7 @@ def test_it_learns_every_task_of_the_digits(name):
         method=name,
         num_rounds=40,
         encoder_lr=0.1,
-        head_lr=0.02,
+        head_lr=0.1,
         batch_size=32,
         eval_every=40,
     )

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that never stopped."""
 
+import dataclasses
 import gc
 import json
 import signal
@@ -13,12 +14,14 @@ from torch import nn
 
 import fedgradnorm
 from fedgradnorm import ConfigError, Federation, FedGradNorm, RunError, StoppedError, train
-from fedgradnorm.checkpoint import Checkpoint, load_checkpoint
+from fedgradnorm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedgradnorm.config import load_config
 from fedgradnorm.history import Run
 from fedgradnorm.run import resume, run
 from tests.faults.test_kill import changed, launcher, lines, outcome, wait_until
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_encoder, small_federation, timeless
+
+pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # whose reports were dropped is no matter here
 
 ENCODERS = {"plain": small_encoder, "batch norm": batch_norm_encoder, "dropout": dropout_encoder}
 ROUNDS = 8
@@ -275,6 +278,15 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, whole, 
     assert outcome(folder) == outcome(whole())
 
 
+def test_a_second_checkpoint_of_a_round_takes_the_place_of_the_first(tmp_path):
+    folder = stopped(tmp_path / "run", "run.keep=1", REFERENCE)
+    (path,) = checkpoints(folder)
+    checkpoint = load_checkpoint(path)
+    for seconds in range(8):  # the names of the files are in any order
+        path = save_checkpoint(folder / "checkpoints", dataclasses.replace(checkpoint, seconds=float(seconds)), keep=1)
+        assert checkpoints(folder) == [path]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoints_do_not_push_out_sound_ones(tmp_path, whole, keep):
     folder, messages = stopped(tmp_path / "run", f"run.keep={keep}"), []
@@ -353,7 +365,7 @@ def test_a_checkpoint_of_other_clients_is_refused(tmp_path):
     with pytest.raises(StoppedError):
         train(small_federation(), run_dir=folder, num_rounds=4, should_stop=after(2))
     before = contents(folder)
-    with pytest.raises(RunError, match="it belongs to other clients or another encoder than"):
+    with pytest.raises(RunError, match="it belongs to other clients: 'c' is in one of the two alone"):
         resume(folder, small_federation(("a", "b")))
     assert contents(folder) == before
 

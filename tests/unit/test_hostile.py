@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,16 +18,21 @@ from fedgradnorm import (
     Federation,
     FederationError,
     FedGradNorm,
+    FedGradNormWarning,
     Metric,
     RunError,
+    StoppedError,
     Task,
     WeightingState,
     Weights,
     load_model,
     train,
 )
-from fedgradnorm.client import evaluate
+from fedgradnorm.aggregation import Mean
+from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import Component, load_config
+from fedgradnorm.errors import WeightingError
+from fedgradnorm.evaluation import evaluate
 from fedgradnorm.history import Run
 from fedgradnorm.registry import build
 from fedgradnorm.run import run
@@ -74,7 +81,11 @@ class Detached(nn.Module):
 def test_data_that_would_fail_later_are_refused_before_a_run_is_replaced(tmp_path, client):
     train(small_federation(), run_dir=tmp_path / "run", **QUICK)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(FederationError, match="client 'a': its (training|test) data do not pass through its model and loss"):
+    refused = (
+        "client 'a': (its (training|test) data do not pass through its model and loss|metric '.*' cannot be taken of its test data"
+        "|the (loss does|outputs do) not depend on)"
+    )
+    with pytest.raises(FederationError, match=refused):
         train(Federation([client], small_encoder), run_dir=tmp_path / "run", overwrite=True, **QUICK)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
@@ -165,7 +176,7 @@ def test_one_bad_round_does_not_spoil_a_client_for_ever():
 
         def forward(self, features):
             self.calls += self.training
-            return self.linear(features) * (float("nan") if 3 <= self.calls <= 4 else 1)
+            return self.linear(features) * (float("nan") if self.calls in (4, 5) else 1)  # the first call is for F(0)
 
     federation = Federation([small_client("a"), client_with(with_task(head=Once), test=None)][1:], small_encoder)
     rows = train(federation, num_rounds=4, head_steps=1, encoder_steps=1, min_clients=0, engine="reference").rows
@@ -291,10 +302,11 @@ def test_the_file_keeps_its_options_when_the_default_part_is_named_on_the_comman
 
 
 def test_a_last_metric_is_that_of_the_last_round_or_none(tmp_path):
-    words = ["federation.name=digits", "federation.tasks=['mass']", "train.num_rounds=12", "train.encoder_lr=50", "train.head_lr=50"]
-    result = run(load_config(None, [*words, "train.min_clients=0", "run.dir=" + str(tmp_path / "run")]))
+    words = ["federation.name=digits", "federation.tasks=['mass']", "train.num_rounds=12", "train.encoder_lr=5000", "train.head_lr=5000"]
+    with pytest.warns(FedGradNormWarning, match="client 'mass' never counted: 12 of 12 reports were dropped: gradient: not finite"):
+        result = run(load_config(None, [*words, "train.min_clients=0", "run.dir=" + str(tmp_path / "run")]))
     mass = result.summary["tasks"]["mass"]
-    assert mass["metric"]["last"] == result.rows[-1]["metric"]
+    assert mass["metric"] is None, "a site of which no report counted is no figure of its task"
     assert mass["loss_ratio"] is None
     assert json.loads((tmp_path / "run/summary.json").read_text()) == result.summary
 
@@ -308,3 +320,141 @@ def test_deep_nesting_is_an_error_like_any_other(tmp_path, text):
     (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(tmp_path / "deep.toml")
+
+
+# ------------------------------------------------------------------------------------------------ a user's own weighting
+
+
+class Own:
+    """A weighting whose answers, after a sound first round, are what a function makes of the clients' ids."""
+
+    def __init__(self, answer, first=lambda ids: WeightingState(dict.fromkeys(ids, 1.0))):
+        self.answer, self.init, self.rounds = answer, first, 0
+
+    def update(self, state, reports):
+        self.rounds += 1
+        ids = [one.client for one in reports]
+        return self.answer(ids) if self.rounds > 1 else (Weights(dict.fromkeys(ids, 1.0)), state)
+
+
+def weights_of(number, memory=None, state=1.0):
+    return lambda ids: (Weights(dict.fromkeys(ids, number)), WeightingState(dict.fromkeys(ids, state), memory or {}))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        weights_of(np.float32(0.5), {"steps": np.int64(3), "losses": [np.float32(0.25), torch.tensor(1.5)]}, np.float64(2)),
+        weights_of(torch.tensor(0.5), {"steps": 3, "losses": [0.25, 1.5]}, torch.tensor(2.0)),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_taken_as_pythons(tmp_path, answer):
+    result = train(small_federation(), Own(answer), run_dir=tmp_path / "run", **QUICK)
+    assert [row["weight"] for row in result.rows[3:]] == [0.5] * 3
+    checkpoint, _, _ = load_newest(tmp_path / "run/checkpoints")
+    assert checkpoint.server.weighting.weights == dict.fromkeys("abc", 2.0)
+    assert checkpoint.server.weighting.memory == {"steps": 3, "losses": [0.25, 1.5]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda ids: 1 / 0, r"update\(\) raised ZeroDivisionError: division by zero"),
+        (lambda ids: dict.fromkeys(ids, 1.0), r"update\(\): expected a pair \(Weights, WeightingState\), found dict"),
+        (lambda ids: (Weights({"a": 1.0}), WeightingState({})), "weights.values: expected a number for every client, found none for 'b'"),
+        (weights_of(float("nan")), "weights.values: expected a finite number for 'a', found nan"),
+        (weights_of("much"), "weights.values: expected a number for 'a', found 'much'"),
+        (weights_of(0.0), "weights.values: expected a sum above 0, found 0"),
+        (lambda ids: (Weights(dict.fromkeys(ids, 1.0)), {}), "expected a WeightingState, found dict"),
+        (weights_of(1.0, {"seen": {1, 2}}), r"state.memory\['seen'\]: expected what JSON has: .*, found set"),
+        (weights_of(1.0, {"seen": np.ones(2)}), r"found ndarray; .tolist\(\) makes numbers of it"),
+        (weights_of(1.0, {3: 1.0}), "state.memory: expected texts as keys, found 3"),
+        (weights_of(1.0, state=float("inf")), "state.weights: expected a finite number for 'a', found inf"),
+    ],
+)
+def test_a_weighting_that_gives_what_it_must_not_is_named_and_the_rounds_before_are_kept(tmp_path, answer, message):
+    with pytest.raises(WeightingError, match=f"weighting '.*:Own'.*{message}") as caught:
+        train(small_federation(), Own(answer), run_dir=tmp_path / "run", **QUICK)
+    assert caught.value.result.state.round == 1
+    assert load_newest(tmp_path / "run/checkpoints")[0].server.round == 1
+
+
+def test_a_weighting_without_a_first_state_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(WeightingError, match=r"init\(\): expected a WeightingState, found dict"):
+        train(small_federation(), Own(None, lambda ids: dict.fromkeys(ids, 1.0)), run_dir=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        (lambda reports: 1 / 0, "raised ZeroDivisionError: division by zero"),
+        (lambda reports: reports[0].gradient.numpy(), "expected a tensor of torch.float32 and shape .*, found ndarray"),
+        (lambda reports: reports[0].gradient.double(), "expected a tensor of torch.float32 and shape .*, found torch.float64"),
+        (lambda reports: reports[0].gradient[1:], "expected a tensor of torch.float32 and shape"),
+    ],
+)
+def test_an_aggregation_that_gives_what_it_must_not_is_named(monkeypatch, direction, message):
+    monkeypatch.setattr(Mean, "__call__", lambda self, reports, weights: direction(reports))
+    with pytest.raises(WeightingError, match=f"aggregation 'mean'.* {message}"):
+        train(small_federation(), **QUICK)
+
+
+# ------------------------------------------------------------------------------------------------ a run that is replaced
+
+
+def failing(_):
+    raise KeyError("on_round")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"participants": [["a"], []]}, ConfigError),
+        ({"on_round": lambda: 0}, ConfigError),
+        ({"should_stop": lambda rows: True}, ConfigError),
+        ({"on_round": failing}, KeyError),
+        ({"weighting": Own(None, lambda ids: 1 / 0)}, WeightingError),
+        ({"min_clients": 3, "max_retries": 0, "engine": "tests.unit.test_hostile:Silent"}, StoppedError),
+    ],
+)
+def test_a_run_is_replaced_only_when_the_new_one_has_done_a_round(tmp_path, arguments, error):
+    train(small_federation(), run_dir=tmp_path / "run", **QUICK)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(error):
+        train(small_federation(), run_dir=tmp_path / "run", overwrite=True, **{**QUICK, **arguments})
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    train(small_federation(), run_dir=tmp_path / "run", overwrite=True, should_stop=None, **{**QUICK, "num_rounds": 1})
+    assert len(Run(tmp_path / "run").rows()) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run"]
+
+
+def test_a_run_that_is_killed_in_its_first_round_leaves_the_one_before_beside_it(tmp_path):
+    folder, old = tmp_path / "run", tmp_path / ".run.replaced"
+    train(small_federation(), run_dir=folder, **QUICK)
+    shutil.copytree(folder, old)
+    (folder / "metrics.jsonl").write_text("")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(KeyError):
+        train(small_federation(), run_dir=folder, overwrite=True, on_round=failing, **QUICK)
+    assert (folder / "summary.json").exists()
+    assert not old.exists()
+    shutil.copytree(folder, old)
+    assert train(small_federation(), run_dir=folder, overwrite=True, **QUICK).state.round == 2
+    assert not old.exists()
+
+
+class Silent:
+    """An engine whose clients never answer."""
+
+    def __init__(self, federation: Federation, seed: int):
+        self.client_states = {}
+
+    def execute(self, instructions):
+        return []
+
+    def evaluate(self, encoder, buffers, batch_size):
+        return {}
+
+    def restore(self, states):
+        pass

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import fedgradnorm
-from fedgradnorm import ConfigError, FederationError, FedGradNorm, RunError, evaluate_run, load_model, train
+from fedgradnorm import ConfigError, FederationError, FedGradNorm, FedGradNormWarning, RunError, evaluate_run, load_model, resume, train
 from fedgradnorm.build import build_federation
-from fedgradnorm.client import evaluate
 from fedgradnorm.config import load_config
+from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
 from fedgradnorm.history import Run
 from fedgradnorm.run import run
-from fedgradnorm.summary import rounds_to
+from fedgradnorm.summary import rounds_to, silent_texts
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_federation, timeless
 
 QUICK = {"num_rounds": 4, "head_steps": 2, "encoder_steps": 2, "batch_size": 8, "eval_every": 2}
@@ -83,7 +83,7 @@ def test_a_configured_run_is_loaded_and_evaluated_from_its_folder_alone(tmp_path
 
 
 def test_the_resolved_config_of_a_run_repeats_it(tmp_path):
-    run_digits(tmp_path / "one", "weighting.gamma=0.3", "train.participants=[['class', 'mass'], ['loop']]")
+    run_digits(tmp_path / "one", "weighting.gamma=0.3", "train.participants=[['class', 'mass'], ['loop', 'parity']]")
     run(load_config(tmp_path / "one/config.toml", [f"run.dir={tmp_path / 'two'}"]))
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
     versions = Run(tmp_path / "one").config.versions
@@ -135,7 +135,9 @@ def test_the_summary_counts_rounds_to_targets(tmp_path):
 def test_a_run_folder_that_exists_is_left_alone_unless_told(tmp_path):
     run_digits(tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match="exists: choose another run.dir, or pass --overwrite"):
+    with pytest.raises(
+        RunError, match="exists: choose another one, or replace it: --overwrite on the command line, overwrite=True in Python"
+    ):
         run_digits(tmp_path / "run")
     with pytest.raises(ConfigError):
         run_digits(tmp_path / "run", "weighting.gamma=-1", overwrite=True)
@@ -244,8 +246,17 @@ def test_on_round_sees_every_round():
 
 
 def test_a_run_that_diverges_ends_with_gaps_and_counts_what_it_dropped(tmp_path):
-    words = ["federation.tasks=['mass', 'loop']", "train.num_rounds=12", "train.encoder_lr=50", "train.head_lr=50", "train.min_clients=0"]
-    result = run_digits(tmp_path / "run", *words)
+    words = [
+        "federation.tasks=['mass', 'loop']",
+        "train.num_rounds=12",
+        "train.encoder_lr=500",
+        "train.head_lr=500",
+        "train.min_clients=0",
+    ]
+    with pytest.warns(FedGradNormWarning) as said:
+        result = run_digits(tmp_path / "run", *words)
+    for client in ("mass", "loop"):
+        assert any(f"client '{client}' seldom counted: 11 of 12 reports were dropped" in str(warning.message) for warning in said)
     assert result.summary["dropped"] > 0
     assert all(weight > 0 for weight in result.weights.values())
     dropped = [row for row in Run(tmp_path / "run").rows() if row["dropped"]]
@@ -259,3 +270,70 @@ def test_a_single_lucky_round_reaches_no_target():
     assert rounds_to({round: -value for round, value in noisy.items()}, -0.51, higher_is_better=True) == 9
     assert rounds_to(noisy, 0.4) is None
     assert rounds_to({1: 0.9, 20: 0.3}, 0.5) == 20, "a test every few rounds has no neighbours to be averaged with"
+
+
+@pytest.mark.parametrize("run", [5, None, b"run", ["run"]])
+@pytest.mark.parametrize("call", [resume, evaluate_run, lambda run, federation: load_model(run, "a", federation)])
+def test_what_is_no_path_of_a_run_is_named(call, run):
+    with pytest.raises(RunError, match="run: expected the path of a run's folder, found"):
+        call(run, small_federation())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda run: evaluate_run(run, "x"), FederationError, "federation: expected a Federation, found str"),
+        (lambda run: load_model(run, "a", "x"), FederationError, "federation: expected a Federation, found str"),
+        (lambda run: resume(run, "x"), FederationError, "federation: expected a Federation, found str"),
+        *(
+            (
+                lambda run, client=client: load_model(run, client, small_federation()),
+                FederationError,
+                "client: expected a client's id, found",
+            )
+            for client in (5, None, ["a"])
+        ),
+        *(
+            (
+                lambda run, rounds=rounds: resume(run, small_federation(), num_rounds=rounds),
+                ConfigError,
+                "num_rounds: expected a whole number",
+            )
+            for rounds in ("8", 4.5, True, 0, -1)
+        ),
+        (lambda run: resume(run, small_federation(), on_message=5), ConfigError, r"on_message: expected a function on_message\(message\)"),
+        (lambda run: resume(run, small_federation(), on_round=lambda: 0), ConfigError, r"can be called as on_round\(rows\)"),
+        *(
+            (
+                lambda run, engine=engine: train(small_federation(), engine=engine),
+                ConfigError,
+                "engine: expected a name, such as 'vectorized'",
+            )
+            for engine in (None, 5, object())
+        ),
+    ],
+)
+def test_wrong_arguments_are_named_with_what_was_expected(trained, call, error, message):
+    with pytest.raises(error, match=message):
+        call(trained)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(small_federation(), run_dir=folder, engine="reference", **QUICK)
+    return folder
+
+
+def test_none_in_place_of_a_function_is_allowed(trained):
+    assert resume(trained, small_federation(), on_round=None, should_stop=None, on_message=None).state.round == 4
+
+
+def test_a_client_that_was_never_asked_is_named_and_left_out_of_its_tasks_figures():
+    with pytest.warns(FedGradNormWarning, match="clients 'b', 'c' were never trained: not among the participants of any round"):
+        result = train(small_federation(), participants=[["a"]], engine="reference", **QUICK)
+    (task,) = result.summary["tasks"].values()
+    client = result.summary["clients"]["a"]
+    assert task["metric"]["last"] == client["metrics"]["accuracy"]
+    assert task["metric"]["guess"] == client["guess"]["accuracy"]
+    assert silent_texts(result.summary) == ["clients 'b', 'c' were never trained: not among the participants of any round"]

@@ -6,15 +6,30 @@ from typing import Any
 
 from fedgradnorm.config import dotted
 from fedgradnorm.history import Run
+from fedgradnorm.records import Summary
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
 from fedgradnorm.report.loading import Loaded
-from fedgradnorm.summary import LOSS_RATIO
+from fedgradnorm.summary import LOSS_RATIO, silent_texts
 
-__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of"]
+__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of", "silent_lines"]
 
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
-    """What the runs show, in a sentence or two."""
+    """What the runs show, in a sentence or two; first of all who was never or seldom heard."""
+    silent = "".join(f"{line}. " for line in silent_lines([run.label for run in loaded], [run.summary for run in loaded]))
+    return silent + _findings(groups, loaded)
+
+
+def silent_lines(labels: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
+    """Which clients never or seldom counted or were never trained, in lines, with the run's name where there are several."""
+    return [
+        text if len(labels) == 1 else f"{label}: {text}"
+        for label, summary in zip(labels, summaries, strict=True)
+        for text in silent_texts(summary)
+    ]
+
+
+def _findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
     if len(loaded) == 1:
         return _findings_of_one([row for group in groups for row in group], loaded[0])
     shared = [group for group in groups if len(group) == len(loaded)]
