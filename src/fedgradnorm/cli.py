@@ -1,10 +1,12 @@
 """The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare``, ``list`` and ``flower init``."""
 
+import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.errors import ConfigError, FedGradNormError, StoppedError
+from fedgradnorm.errors import ClientError, ConfigError, FedGradNormError, FedGradNormWarning, StoppedError
 
 __all__ = ["app", "main"]
 
@@ -31,6 +33,11 @@ console = Console()
 def main() -> None:
     """Run the command line; an error of ours is a line on standard error and an exit code that is not 0."""
     sys.path.insert(0, "")  # so that a user's own `module:attribute` is found in the current folder
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a page of codes without these letters must not end a run
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", FedGradNormWarning)
     try:
         app()
     except FedGradNormError as error:
@@ -92,10 +99,12 @@ def evaluate(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's
 
     federation = build_federation(Run(folder).config)
     table = Table("client", "task", "test loss", "metrics", title=Text(str(folder)))
-    for id, evaluation in evaluate_run(folder, federation).items():
+    evaluations = evaluate_run(folder, federation)
+    for id, evaluation in evaluations.items():
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
         table.add_row(id, Text(federation.client(id).task.name), f"{evaluation.loss:.4f}", Text(metrics))
     console.print(table)
+    _raise_for_missing("the models are tested", {id: evaluation.failed for id, evaluation in evaluations.items()})
 
 
 @app.command()
@@ -106,12 +115,16 @@ def report(
     """Compare runs: a table here, and one self-contained HTML page."""
     from fedgradnorm.history import Run
     from fedgradnorm.report import comparison_table, write_report
+    from fedgradnorm.report.findings import silent_lines
+    from fedgradnorm.report.loading import labels_of
 
     if output is None:
         output = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     runs = [Run(folder) for folder in folders]
     table, page = comparison_table(runs), write_report(runs, output)
     console.print(table)
+    for line in silent_lines(labels_of(runs), [run.summary() for run in runs]):
+        _warn(line)
     _say(f"report: {page}")
 
 
@@ -234,6 +247,22 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,  # noqa: ARG001
+    line: object = None,  # noqa: ARG001
+) -> None:
+    """A warning as a line on standard error; one of ours without the place in the code."""
+    _warn(str(message) if issubclass(category, FedGradNormWarning) else f"{filename}:{lineno}: {category.__name__}: {message}")
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+
 def _say(message: str) -> None:
     console.print(message, soft_wrap=True, highlight=False, markup=False)
 
@@ -247,4 +276,17 @@ def _show_run(folder: Path) -> None:
     console.print(comparison_table([run]))
     _say(costs_text(run.summary()))
     page = folder / "report.html"
-    _say(f"report: {page}" if page.exists() else 'no report page: pip install "fedgradnorm[report]"')
+    if page.exists():
+        _say(f"report: {page}")
+    elif run.config.run.page and find_spec("plotly") is None:
+        _say('no report page: pip install "fedgradnorm[report]"')
+    else:
+        _say(f"run: {folder}")
+    _raise_for_missing("the run has ended", {id: client["missing"] for id, client in run.summary()["clients"].items()})
+
+
+def _raise_for_missing(ended: str, reasons: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ClientError where there are reasons why metrics are missing, by client and metric."""
+    missing = [f"client '{id}': metric '{metric}': {why}" for id, metrics in reasons.items() for metric, why in metrics.items()]
+    if missing:
+        raise ClientError(f"{ended}, and figures are missing: {'; '.join(missing)}")

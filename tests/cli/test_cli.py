@@ -1,4 +1,6 @@
+import dataclasses
 import gzip
+import io
 import json
 import logging
 import re
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fedgradnorm import Federation, Metric
 from fedgradnorm.cli import main
 from fedgradnorm.errors import StoppedError
+from fedgradnorm.evaluation import Evaluation
+from fedgradnorm.federations import digits
 from fedgradnorm.history import Run
 
 QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
@@ -304,3 +309,120 @@ def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_instal
     done = without_flower("run", "my.toml", "engine.name=flower-local")
     assert done.returncode == 2
     assert "engine.name: 'flower-local' cannot be imported: Flower is not installed" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_nothing_that_is_printed_raises_whatever_the_output_can_hold(config, monkeypatch, encoding):
+    study = 'title = "t"\nconfig = "my.toml"\nseeds = [0]\n[base.train]\nnum_rounds = 1\n'
+    Path("study.toml").write_text(
+        study + "".join(f'[[methods]]\nname = "{name}"\nweighting.name = "{name}"\n' for name in ("equal", "rlw"))
+    )
+    commands = [
+        ["run", str(config), *QUICK, "run.dir=one"],
+        ["report", "one"],
+        ["evaluate", "one"],
+        ["resume", "one"],
+        ["list"],
+        ["run", "--help"],
+        ["compare", "study.toml", "--jobs", "1"],
+        ["run", "nowhere-\N{GREEK SMALL LETTER OMEGA}.toml"],
+    ]
+    for words in commands:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        monkeypatch.setattr(sys, "argv", ["fedgradnorm", *words])
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        for stream in streams:
+            stream.flush()
+        out, error = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+        assert code == (2 if "nowhere" in words[-1] else 0), (words, error)
+        assert (out + error).strip()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_a_configuration_may_begin_with_a_byte_order_mark(config, call, encoding):
+    config.write_bytes((CONFIG + "# \N{GREEK SMALL LETTER GAMMA}\n").replace("\n", "\r\n").encode(encoding))
+    code, _, error = call("run", config, *QUICK, "run.page=false", "run.tensorboard=false")
+    assert (code, error) == (0, "")
+    folder = Path("runs/my/config.toml")
+    folder.write_bytes(folder.read_text().encode(encoding))
+    assert call("resume", "runs/my", "--rounds", "3")[0] == 0
+
+
+def test_without_a_page_nobody_is_told_to_install_what_makes_it(config, call):
+    _, out, _ = call("run", config, *QUICK, "run.page=false")
+    assert "pip install" not in out
+    assert out.splitlines()[-1] == "run: runs/my"
+
+
+def broken(*_):
+    return float("nan")
+
+
+def broken_later(*_):
+    broken_later.calls += 1
+    if broken_later.calls > 6:
+        raise ValueError("Input contains NaN.")
+    return 0.5
+
+
+def with_metrics(seed: int) -> Federation:
+    """A federation with a metric that raises after some calls, and one that is never a number."""
+    broken_later.calls = 0
+    made = digits.make(seed, tasks=("parity", "loop"))
+    metrics = (Metric("later", broken_later, True), Metric("broken", broken, True))
+    return dataclasses.replace(
+        made, clients=[dataclasses.replace(one, task=dataclasses.replace(one.task, metrics=metrics)) for one in made.clients]
+    )
+
+
+def test_figures_that_are_missing_are_told_of_and_end_the_command_with_1(config, call):
+    config.write_text(f'[federation]\nname = "{__name__}:with_metrics"\n')
+    code, out, error = call("run", config, *QUICK, "train.num_rounds=6", "train.eval_every=1", "run.page=false", "run.tensorboard=false")
+    assert code == 1
+    assert "warning: client 'parity': metric 'later' is missing from round " in error
+    last = error.splitlines()[-1]
+    assert last.startswith(
+        "error: the run has ended, and figures are missing: client 'parity': metric 'later': ValueError: Input contains NaN."
+    )
+    assert "Traceback" not in error
+    assert Run(Path("runs/my")).summary()["rounds"] == 6
+    assert "parity" in out
+
+
+def test_who_never_counted_is_said_by_the_command_the_table_and_the_page(config, call):
+    words = ["train.max_update_ratio=1.000001", "train.min_clients=0", "train.num_rounds=8", "faults.drop=0.9"]
+    code, _, error = call("run", config, *QUICK, *words)
+    assert code == 0
+    said = [line for line in error.splitlines() if line.startswith("warning: client ")]
+    assert said
+    assert all("never counted" in line or "seldom counted" in line for line in said)
+    _, _, error = call("report", "runs/my")
+    assert [line for line in error.splitlines() if line.startswith("warning: client ")] == said
+    page = Path("runs/my/report.html").read_text()
+    for line in said:
+        assert line.removeprefix("warning: ").replace("'", "&#x27;") in page
+
+
+def test_evaluate_tells_of_missing_figures_and_ends_with_1(config, call, monkeypatch):
+    call("run", config, *QUICK)
+    evaluation = Evaluation(0.5, {"accuracy": float("nan")}, 9, {"accuracy": "ValueError: only one class"})
+    monkeypatch.setattr("fedgradnorm.saved.evaluate_client", lambda *_: evaluation)
+    code, out, error = call("evaluate", "runs/my")
+    assert code == 1
+    assert "parity" in out
+    assert "error: the models are tested, and figures are missing: client 'class': metric 'accuracy': ValueError: only one class" in error
+
+
+def test_resume_takes_the_current_folder(config, call, monkeypatch):
+    call("run", config, *QUICK)
+    monkeypatch.chdir("runs/my")
+    code, out, error = call("resume", ".", "--rounds", "3")
+    assert (code, error) == (0, "")
+    assert "round 3/3" in out
