@@ -14,6 +14,8 @@ from tests.faults.test_resume import QUICK as SMALL
 from tests.faults.test_resume import after, contents
 from tests.helpers import small_encoder, small_federation, timeless
 
+pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # of clients that are lost here on purpose
+
 RADCOM = ["federation.name=radcom", "federation.snapshots=6", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
 DIGITS = ["federation.name=digits", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
 SETTINGS = {

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from torch import nn
 
-from fedgradnorm.client import Evaluation
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import FedGradNormError, MessageError
+from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower import LocalGrid
 from fedgradnorm.flower.messages import (
     Control,

@@ -13,9 +13,11 @@ from fedgradnorm.errors import FedGradNormError, MessageError
 from fedgradnorm.flower import FedGradNorm, FedGradNormMod
 from fedgradnorm.flower.messages import Control
 from fedgradnorm.flower.states import MemoryStates, StateFiles
-from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.randomness import seeded
 from tests.flower.nodes import Wire, changed, in_round, lost, raising, untouched
 from tests.flower.own_app import Net, app_with, data_of, direct, initial, net_of, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # of clients that are lost here on purpose
 
 
 class Own:
@@ -41,7 +43,7 @@ def values(arrays):
 
 def first_model(part):
     """A client's model in its first round: the server's encoder, and its own head."""
-    with seeded_torch(0, 0, f"client-{part}", "head"):
+    with seeded(0, 0, f"client-{part}", "head"):
         model = Net(3 if part == 2 else 2)
     shared = initial().to_torch_state_dict()
     model.load_state_dict({**model.state_dict(), **{name: shared[name] for name in SHARED}})

@@ -68,7 +68,7 @@ def run(client, server, config, folder, rounds):
 
 
 def test_after_trains_with_heads_of_their_own(app, tmp_path, capsys):
-    wire = run(*app("after"), tmp_path, 8)
+    wire = run(*app("after"), tmp_path, 20)
     rows = Run(tmp_path / "run").rows()
     for client in ("client-0", "client-1", "client-2"):
         ratios = [row["inverse_training_rate"] for row in rows if row["client"] == client]
@@ -76,7 +76,7 @@ def test_after_trains_with_heads_of_their_own(app, tmp_path, capsys):
         assert ratios[-1] < 0.9
     assert not any(row["dropped"] for row in rows)
     assert "Aggregated ClientApp-side Train Metrics" in capsys.readouterr().out
-    files = [next((tmp_path / "states" / str(place)).rglob("round-00000008.safetensors")) for place in range(3)]
+    files = [next((tmp_path / "states" / str(place)).rglob("round-00000020.safetensors")) for place in range(3)]
     heads = [load_file(path)["head/fc2.weight"] for path in files]
     for place, head in enumerate(heads):
         assert (head - heads[place - 1]).abs().max() > 0.01
@@ -97,7 +97,7 @@ def test_the_readmes_command(tmp_path):
     process = subprocess.run([sys.executable, EXAMPLE / "run_local.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
-    assert summary["rounds"] == 10
+    assert summary["rounds"] == 20
     assert all(task["loss_ratio"] < 0.9 for task in summary["tasks"].values())
     assert len(list((tmp_path / "states").glob("*/client-*"))) == 3
     assert str(EXAMPLE) not in process.stderr

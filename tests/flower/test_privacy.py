@@ -13,7 +13,7 @@ from tests.helpers import batch_norm_encoder, small_federation
 
 DOWN = {"arrays", "buffers", "config", "fedgradnorm"}
 UP = {"arrays", "buffers", "metrics", "fedgradnorm"}
-NUMBERS = {"loss", "initial-loss", "grad-norm", "num-examples", "seconds", "head-seconds"}
+NUMBERS = {"loss", "initial-loss", "loss-floor", "grad-norm", "num-examples", "seconds", "head-seconds"}
 
 
 def check_keys(messages, parameters, buffers=()):
@@ -33,7 +33,7 @@ def check_keys(messages, parameters, buffers=()):
         else:
             kind = "report" if "arrays" in content else "evaluation"
             assert set(content) <= UP
-            assert control == {"client", "task", "round"} | ({"metrics"} if kind == "evaluation" else set())
+            assert control == {"client", "task", "round"} | ({"metrics", "failed"} if kind == "evaluation" else set())
             assert set(content["metrics"]) == (NUMBERS if kind == "report" else {"loss", "num-examples"})
             assert kind == "evaluation" or set(content["arrays"]) == set(parameters)
         if "arrays" in content:

@@ -39,7 +39,7 @@ def test_more_rounds_go_on_with_a_run_and_give_what_they_would_have_given(engine
 def test_a_run_does_not_go_on_with_other_settings(engine, tmp_path):
     go(engine, tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"begins anew\); changed: train\.encoder_lr = 0\.2 \(was 0\.05\)$"):
+    with pytest.raises(ConfigError, match=r"begins anew\); changed: train\.encoder_lr = 0\.2 \(was 0\.03\)$"):
         go(engine, tmp_path / "run", num_rounds=4, encoder_lr=0.2)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 

@@ -9,10 +9,10 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedgradnorm.build import build_federation, resolve_config
-from fedgradnorm.client import evaluate, initial_state, load_model, local_update
-from fedgradnorm.config import load_config, parse_override
+from fedgradnorm.client import evaluate_client, initial_state, load_model, local_update
+from fedgradnorm.config import TrainConfig, load_config, parse_override
 from fedgradnorm.data import size
-from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, require
+from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, described, require
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
     Control,
@@ -51,7 +51,7 @@ class Node:
     """
 
     def __init__(self, federation: Federation, client: Client, seed: int, states: Callable[[str], States]) -> None:
-        self.federation, self.client, self.states = federation, client, states
+        self.federation, self.client, self.seed, self.states = federation, client, seed, states
         self.encoder, self.head = federation.make_encoder(seed), federation.make_head(client, seed)
         self.layout = Layout.of(self.encoder)
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
@@ -89,7 +89,8 @@ class Node:
         self._check(buffers)
         state = self.states(control.experiment).load(control.base) if control.base else self.initial
         load_model(self.encoder, self.head, state, vector, buffers)
-        evaluation = evaluate(self.client.task, self.encoder, self.head, self.client.test_data)
+        training = training_of(control) if control.training else TrainConfig()
+        evaluation = evaluate_client(self.client, self.encoder, self.head, self.seed, training.eval_batch_size)
         return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message)
 
     def _check(self, buffers: Mapping[str, Tensor]) -> None:
@@ -147,13 +148,20 @@ def client_app(config: str | Path) -> ClientApp:
 
 @contextmanager
 def private_errors() -> Iterator[None]:
-    """Let an error that is not of this package say no more than its type: its words would go to the server, and may quote data."""
+    """Let an error that is not of this package say no more than its type, alone or quoted in one of ours: its words may quote data."""
     try:
         yield
-    except FedGradNormError:
-        raise
     except Exception as error:
-        raise FedGradNormError(f"{type(error).__name__}: what it says is in the log of the node") from error
+        said = str(error) if isinstance(error, FedGradNormError) else described(error)
+        left_out = said
+        cause: BaseException | None = error
+        while cause is not None:
+            if not isinstance(cause, FedGradNormError):
+                left_out = left_out.replace(described(cause), f"{type(cause).__name__}: what it says is in the log of the node")
+            cause = cause.__cause__
+        if left_out == said and isinstance(error, FedGradNormError):
+            raise
+        raise FedGradNormError(left_out) from error
 
 
 def client_key(context: Context, known: list[str] | None = None) -> str:

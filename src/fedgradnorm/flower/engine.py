@@ -12,8 +12,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.client import ClientState
 from fedgradnorm.errors import MessageError, StoppedError, require
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.client import WRONG_CLIENT, Node
 from fedgradnorm.flower.local_grid import LocalGrid
@@ -220,8 +221,16 @@ class GridEngine:
             self._took(id, report)
         return reports
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Evaluation]:
-        """Let every client that is connected test this encoder with its own head; who fails has no evaluation."""
+    def evaluate(
+        self,
+        encoder: Tensor,
+        buffers: Mapping[str, Tensor],
+        batch_size: int = EVALUATION_BATCH,  # noqa: ARG002  # the messages have it
+    ) -> dict[str, Evaluation]:
+        """Let every client that is connected test this encoder with its own head; who fails has no evaluation.
+
+        How many examples pass through a model at once is in the settings of training, which every message has.
+        """
         self._greet()
         return self.evaluations(self._send(self.tests_for(encoder, buffers)))
 

@@ -16,9 +16,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from fedgradnorm.client import Evaluation
 from fedgradnorm.config import TrainConfig, validated
 from fedgradnorm.errors import ConfigError, FederationError, MessageError
+from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -111,6 +111,7 @@ class _Reply(BaseModel):
     task: str = Field(max_length=200)
     round: int
     metrics: str = Field("{}", max_length=100_000)
+    failed: str = Field("{}", max_length=100_000)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
         "num-examples": report.num_examples,
         "seconds": report.seconds,
         "head-seconds": report.head_seconds,
+        "loss-floor": report.loss_floor,
     }
     content = RecordDict(
         {
@@ -233,7 +235,7 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
 def read_report(reply: Message, layout: Layout) -> Report:
     """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
     who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
-    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds")}
+    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds", "loss-floor")}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
             raise MessageError(f"metrics.{name}: expected seconds, found {numbers[name]}")
@@ -249,12 +251,15 @@ def read_report(reply: Message, layout: Layout) -> Report:
         seconds=numbers["seconds"],
         round=who.round,
         head_seconds=numbers["head-seconds"],
+        loss_floor=numbers["loss-floor"],
     )
 
 
 def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation, message: Message) -> Message:
-    """An evaluation as a reply."""
-    control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": json.dumps(dict(evaluation.metrics))}
+    """An evaluation as a reply. Of an error of a metric only the type is told: what it says may quote data."""
+    failed = {name: why.partition(":")[0] for name, why in evaluation.failed.items()}
+    metrics_text = json.dumps(dict(evaluation.metrics))
+    control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": metrics_text, "failed": json.dumps(failed)}
     metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
     return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
 
@@ -265,7 +270,8 @@ def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
         raise MessageError(f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}")
-    return who.client, Evaluation(_figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers))
+    failed = {name: one_line(why) for name, why in _json(who.failed, "failed").items() if name in metrics}
+    return who.client, Evaluation(_figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers), failed)
 
 
 def one_line(text: object) -> str:

@@ -9,8 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
-from fedgradnorm.client import ClientState, Evaluation
+from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
+from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower.client import WRONG_CLIENT, client_key, private_errors, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
@@ -30,7 +31,7 @@ from fedgradnorm.flower.roster import module_of
 from fedgradnorm.flower.states import StateFiles, States
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
-from fedgradnorm.randomness import seeded_torch
+from fedgradnorm.randomness import seeded
 
 __all__ = ["FedGradNormMod"]
 
@@ -135,7 +136,7 @@ class FedGradNormMod:
 
     def _first_head(self, client: str, context: Context, sent: Collection[str]) -> dict[str, Tensor]:
         """What of the model's state the server did not send, as initialised."""
-        with seeded_torch(self.seed, 0, client, "head"):
+        with seeded(self.seed, 0, client, "head"):
             model = self._make(context)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self._check_tied(model, sent)

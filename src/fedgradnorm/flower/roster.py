@@ -32,6 +32,10 @@ class Roster(Members):
         self._examples: dict[str, int] = {}
         self.open = not self._clients
 
+    def new_encoder(self) -> nn.Module:
+        """What the encoder's factory gives."""
+        return self.encoder()
+
     @property
     def clients(self) -> Sequence[Client]:  # type: ignore[override]
         """The clients, in the order in which they came."""
@@ -86,7 +90,7 @@ def roster_of(federation: Federation) -> Roster:
     """The clients of a federation without their data. Raises FederationError for an encoder that no message can hold."""
     encoder = federation.make_encoder(seed=0)
     arrays_of({**dict(trainable(encoder)), **(buffers_of(encoder) if federation.buffers == "averaged" else {})})
-    return Roster(federation.encoder, federation.buffers, [(client.id, client.task) for client in federation.clients])
+    return Roster(federation.new_encoder, federation.buffers, [(client.id, client.task) for client in federation.clients])
 
 
 def module_of(tensors: dict[str, Tensor]) -> nn.Module:

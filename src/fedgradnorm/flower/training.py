@@ -1,9 +1,8 @@
 """A run on a Grid: the simulation's loop, files and checkpoints, with the clients elsewhere."""
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +12,7 @@ from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.flower.roster import Roster
-from fedgradnorm.history import CHECKPOINTS, Run
+from fedgradnorm.history import CHECKPOINTS, Run, alone_in
 from fedgradnorm.records import Row
 from fedgradnorm.run import (
     OnRound,
@@ -30,11 +29,6 @@ from fedgradnorm.run import (
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +84,7 @@ def train_on_grid(
 
     folder = run_folder(config)
     check_deployable(config, engine.roster)
-    with _alone_in(folder):
+    with nullcontext() if folder is None else alone_in(folder, LOCK_TIMEOUT):
         done, checkpoint = (0, None) if folder is None else _done(folder, start_round)
         begins = done == 0 or start_round == 1
 
@@ -104,12 +98,12 @@ def train_on_grid(
             # every round has a checkpoint, for clients keep only their last states
             run = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})
             config = config.model_copy(update={"run": run})
-            return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state)
+            return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state, locked=True)
         opened = Run(folder)
         _check_unchanged(opened, config)
-        if checkpoint is not None and checkpoint.members is not None:
+        if checkpoint is not None:
             engine.roster.recall(checkpoint.members)
-        return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state)
+        return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state, locked=True)
 
 
 def run_folder(config: RunConfig) -> Path | None:
@@ -168,30 +162,6 @@ def _check_unchanged(opened: Run, config: RunConfig) -> None:
     changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
         raise ConfigError(f"{opened.folder}: a run goes on with the settings that it began with ({ANEW}); changed: {changed}")
-
-
-@contextmanager
-def _alone_in(folder: Path | None) -> Iterator[None]:
-    """Keep two runs from writing to one folder, and from driving the same clients' states: the second waits a little, and is refused."""
-    if folder is None or fcntl is None:
-        yield
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f".{folder.name}.lock").open("a")
-    except OSError as error:
-        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
-    end = time.monotonic() + LOCK_TIMEOUT
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise RunError(f"run folder {folder}: another run is writing to it: wait for it, or stop it with `flwr stop`") from None
-                time.sleep(0.2)
-        yield
 
 
 def _show_log() -> None:

@@ -6,6 +6,7 @@ In another terminal: server/run.sh
 """
 
 import contextlib
+import io
 import json
 import re
 import signal
@@ -28,6 +29,8 @@ AGAIN = 15.0
 
 def main() -> None:
     """Start everything, and end everything."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a log may hold any letter
     LOGS.mkdir(exist_ok=True)
     if subprocess.run([sys.executable, FOLDER / "keys.py"], check=False).returncode:
         sys.exit("keys.py has made no keys")
