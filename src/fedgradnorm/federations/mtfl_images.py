@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,11 @@ NUM_CLASSES = {"gender": 2, "smile": 2, "glasses": 2, "pose": 5}
 NUM_COORDINATES = 10
 MAX_PIXELS = 25_000_000
 LIMIT = 1_000_000
-CACHE_VERSION = 1
+CACHE_VERSION = 3
+EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"}
+"""Pillow's modes with 8 bits a channel, or 1."""
+
+MOST_OF_16_BITS, MOST_OF_12_BITS = 2**16 - 1, 2**12 - 1
 
 
 @dataclass(frozen=True)
@@ -202,11 +207,30 @@ def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(f"{face.where}: {face.image!r} has {width} x {height} pixels, expected at most {MAX_PIXELS}")
-            return np.asarray(image.convert("RGB" if colour else "L"))
+            return np.asarray(_in_eight_bits(pillow, image, face).convert("RGB" if colour else "L"))
     except DataError:
         raise
     except damaged as error:
         raise DataError(f"{face.where}: {face.image!r} is no image that Pillow can read: {error}") from error
+
+
+def _in_eight_bits(pillow: ModuleType, image: Any, face: Face) -> Any:
+    """An image whose pixels are of 8 bits, by the range of its mode: Pillow's own conversion would clip 16 bits to white.
+
+    Raises:
+        DataError: pixels whose range is not known, such as 16 bits that only hold values of 12.
+    """
+    if image.mode in EIGHT_BITS:
+        return image
+    pixels = np.asarray(image)
+    if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > MOST_OF_16_BITS:
+        raise DataError(f"{face.where}: {face.image!r} has pixels of mode {image.mode!r}, expected 8 or 16 bits a channel")
+    if 0 < pixels.max() <= MOST_OF_12_BITS:
+        raise DataError(
+            f"{face.where}: {face.image!r} has 16 bits a channel, but its largest value is {pixels.max()}, which would be nearly black: "
+            "it seems to hold values of 8 or 12 bits; scale them to the range of 0 to 65535, or save it with 8 bits"
+        )
+    return pillow.fromarray(((pixels.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def _pillow() -> ModuleType:

@@ -61,6 +61,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, OverflowError) as error:
+        if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
+            raise DataError(
+                f"{path}: another program has the file open for writing, and has locked it: wait until it has ended, or, where the file "
+                "system has no locks, set HDF5_USE_FILE_LOCKING=FALSE"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         raise DataError(f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}") from error
     if not values:
         raise DataError(f"{path}: expected a data set for each snapshot, found none")

@@ -39,7 +39,9 @@ def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) 
         if not (0 < factor < math.inf):
             raise ConfigError(f"loss_scale.{name}: expected a finite number above 0, found {factor}")
     return {
-        name: replace(task, loss=partial(_scaled, task.loss, loss_scale[name])) if name in loss_scale else task
+        name: replace(task, loss=partial(_scaled, task.loss, loss_scale[name]), loss_floor=loss_scale[name] * task.loss_floor)
+        if name in loss_scale
+        else task
         for name, task in tasks.items()
     }
 

@@ -6,6 +6,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -138,6 +139,44 @@ class TestCrop:
         middles = np.arange(40) + 0.5
         found = [image.sum(axis=0) @ middles / image.sum(), image.sum(axis=1) @ middles / image.sum()]
         np.testing.assert_allclose(found, target * 40, atol=0.3)
+
+    @pytest.mark.parametrize("colour", [False, True])
+    @pytest.mark.parametrize("mode", ["I;16", "1", "P", "LA", "RGBA", "RGB"])
+    def test_pixels_of_every_mode_go_to_8_bits_by_their_range(self, tmp_path: Path, mode: str, colour: bool) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE)).astype(np.uint8)
+        if mode == "1":
+            pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        deep = Image.fromarray(pixels.astype(np.uint16) * 257)
+        image = deep if mode == "I;16" else image.convert(mode, dither=Image.Dither.NONE)
+        found = []
+        for name, one in (("other", image), ("plain", Image.fromarray(pixels))):
+            buffer = BytesIO()
+            one.save(buffer, "PNG")
+            line = annotation("face.png", SHAPE + 60, (1, 1, 1, 1)).encode()
+            path = write_zip(tmp_path / f"{name}.zip", {"face.png": buffer.getvalue(), "training.txt": line, "testing.txt": line})
+            found.append(loaded(path, replace(DEFAULT, colour=colour))["train_images"].astype(int))
+        assert np.abs(found[0] - found[1]).max() <= 1
+
+    def test_pixels_of_no_known_range_are_refused(self, tmp_path: Path) -> None:
+        from fedgradnorm.federations.mtfl_images import Face, _in_eight_bits
+
+        face = Face("face.tif", SHAPE, (0, 0, 0, 0), "training.txt line 1")
+        deep = Image.fromarray(np.array([[0, 257 * 7, 65535]], dtype=np.int32))  # as some versions of Pillow have 16 bits
+        assert np.asarray(_in_eight_bits(Image, deep, face)).tolist() == [[0, 7, 255]]
+        for pixels in (np.full((9, 9), 70_000, dtype=np.int32), np.full((9, 9), -1, dtype=np.int32), np.zeros((9, 9), dtype=np.float32)):
+            with pytest.raises(DataError, match=r"line 1: 'face.tif' has pixels of mode '[IF]', expected 8 or 16 bits a channel"):
+                _in_eight_bits(Image, Image.fromarray(pixels), face)
+
+    @pytest.mark.parametrize("most", [255, 4095])
+    def test_16_bits_with_values_of_8_or_12_are_refused(self, most: int) -> None:
+        from fedgradnorm.federations.mtfl_images import Face, _in_eight_bits
+
+        face = Face("face.png", SHAPE, (0, 0, 0, 0), "training.txt line 1")
+        pixels = np.array([[0, 7, most]], dtype=np.uint16)
+        with pytest.raises(DataError, match=f"line 1: 'face.png' has 16 bits a channel, but its largest value is {most}"):
+            _in_eight_bits(Image, Image.fromarray(pixels), face)
+        assert np.asarray(_in_eight_bits(Image, Image.fromarray(0 * pixels), face)).max() == 0
 
     def test_past_the_image_its_edge_pixels_are_repeated(self, tmp_path: Path) -> None:
         pixels = np.full((IMAGE_SIDE, IMAGE_SIDE), 10, dtype=np.uint8)

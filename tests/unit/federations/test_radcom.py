@@ -1,4 +1,5 @@
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -393,6 +394,18 @@ def test_a_file_that_is_not_hdf5(tmp_path: Path) -> None:
     path.write_text("not HDF5")
     with pytest.raises(DataError, match=r"text\.hdf5: expected an HDF5 file"):
         read_hdf5(path)
+
+
+def test_a_file_that_another_program_has_locked_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "small.hdf5"
+    small_file(path)
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(DataError, match=r"small\.hdf5: another program has the file open for writing, and has locked it"):
+            read_hdf5(path)
+    assert len(read_hdf5(path).data)
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
