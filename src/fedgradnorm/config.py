@@ -1,11 +1,12 @@
 """The settings of a run: frozen, from a TOML file and ``key=value`` words, checked before anything else happens."""
 
+import codecs
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedgradnorm.errors import ConfigError, nearest
 
@@ -24,6 +25,7 @@ __all__ = [
     "Section",
     "TrainConfig",
     "WeightingConfig",
+    "decoded",
     "dotted",
     "load_config",
     "overlaid",
@@ -78,9 +80,9 @@ class TrainConfig(Section):
     method: MethodConfig = Field(MethodConfig(), description="How a client trains in a round: a name, or a table with options.")
     head_steps: int = Field(10, ge=1, description="SGD steps on the head in a round, the encoder fixed: τ_h.")
     encoder_steps: int = Field(10, ge=1, description="SGD steps on the encoder in a round, the head fixed: τ_ω.")
-    head_lr: float = Field(0.05, gt=0, le=1e6, description="Step size of the head: α.")
+    head_lr: float = Field(0.03, gt=0, le=1e6, description="Step size of the head: α.")
     head_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the head's SGD; it is kept from round to round.")
-    encoder_lr: float = Field(0.05, gt=0, le=1e6, description="Step size of the encoder at a client: β.")
+    encoder_lr: float = Field(0.03, gt=0, le=1e6, description="Step size of the encoder at a client: β.")
     server_lr: float = Field(1.0, gt=0, le=1e6, description="The server's step is η = encoder_steps · encoder_lr · server_lr.")
     server_optimizer: Literal["sgd", "adam"] = Field("sgd", description="What takes the aggregated direction.")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the server's SGD.")
@@ -99,7 +101,18 @@ class TrainConfig(Section):
         "batches", description="The loss F(k) in a report: the mean over the encoder's mini-batches, or re-evaluated on the data."
     )
     loss_examples: int = Field(4096, ge=1, description="At most so many training examples for F(0), and for an exact F(k).")
+    initial_loss: Literal["measured", "guess"] = Field(
+        "measured", description="F(0): the loss of the initial model, or that of the constant answer (log C for C classes)."
+    )
+    eval_batch_size: int = Field(512, ge=1, description="Test examples that pass through a model at once.")
     seed: int = Field(0, ge=0, description="All randomness comes from it.")
+
+    @field_validator("participants")
+    @classmethod
+    def _check_participants(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        if not all(value):
+            raise ValueError("expected at least one client id in every list")
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -116,7 +129,7 @@ class FaultsConfig(Section):
     drop: float = Field(0.0, ge=0, le=1, description="It never arrives.")
     delay: float = Field(0.0, ge=0, le=1, description="It arrives a round too late, and then counts for nothing.")
     nan: float = Field(0.0, ge=0, le=1, description="One of its numbers is not a number.")
-    corrupt: float = Field(0.0, ge=0, le=1, description="A gradient a thousand times too long, cut short or noise, or a negative loss.")
+    corrupt: float = Field(0.0, ge=0, le=1, description="A gradient a thousand times too long, cut short or noise, or an infinite loss.")
 
 
 class FederationConfig(Component):
@@ -248,13 +261,37 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError where it is none."""
+    """The tables of a TOML file, with or without a byte order mark. Raises ConfigError where it is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = decoded(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {path}: expected a readable TOML file; {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: not valid TOML: {error}") from error
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where it begins with that byte order mark, as editors of Windows write it.
+
+    Raises:
+        ValueError: another encoding.
+    """
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise ValueError("its encoding is not UTF-8, but UTF-32")
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its encoding is not UTF-8: {error}") from error
+    if "\0" in text:
+        raise ValueError("its encoding is not UTF-8: there are bytes of 0 in it, as in UTF-16 or UTF-32")
+    if text.startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
+        raise ValueError("its encoding is not UTF-8 with at most one byte order mark: there are two of these")
+    return text
 
 
 def parse_override(word: str) -> tuple[str, Any]:
@@ -337,10 +374,33 @@ def _message(
             expected = f"at least {first['ctx']['min_length']} in it"
         elif first["type"] in ("byte_size", "byte_size_unit"):
             expected = "a number of bytes, or a text such as '2GB'"
+        else:
+            expected = EXPECTED.get(first["type"], expected)
+            if first["type"] in TABLE_TYPES:
+                expected = _table_text(model, keys)
         found = _shown(first["input"])
         message = f"{full}: expected {expected}, found {found}" if full else f"expected {expected}"  # of all keys together
     more = f" (and {len(others)} more)" if others else ""
     return " ".join(filter(None, (message, where))) + more
+
+
+EXPECTED = {"tuple_type": "a list", "list_type": "a list", "string_type": "a text", "set_type": "a list", "frozen_set_type": "a list"}
+"""What pydantic says in words of Python, in those of a configuration."""
+
+TABLE_TYPES = {"dict_type", "model_type", "model_attributes_type", "dataclass_type", "mapping_type"}
+
+
+def _table_text(model: type[BaseModel], keys: Sequence[str]) -> str:
+    """What a table has to be, in words: that of a part has a name."""
+    kind: Any = model
+    for key in keys:
+        field = kind.model_fields.get(key) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind = None if field is None else field.annotation
+    if isinstance(kind, type) and issubclass(kind, MethodConfig):
+        return f'a name, such as "{kind().name}", or a table with a name and options'
+    if isinstance(kind, type) and issubclass(kind, Component):
+        return "a table with a name and options"
+    return "a table"
 
 
 def _shown(value: object) -> str:

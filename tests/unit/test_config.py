@@ -1,3 +1,6 @@
+import codecs
+import sys
+
 import pytest
 
 from fedgradnorm import ConfigError
@@ -69,7 +72,7 @@ def test_a_number_may_name_a_folder():
         (["train.num_rounds"], "'train.num_rounds': expected table.key=value"),
         (["train.num_rounds.x=1"], "'train.num_rounds.x=1': 'num_rounds' is a value, not a table"),
         ([".x=1"], "'.x=1': expected table.key=value"),
-        (["weighting.gamma=1", "weighting.name=3"], "weighting.name: expected a valid string, found 3"),
+        (["weighting.gamma=1", "weighting.name=3"], "weighting.name: expected a text, found 3"),
     ],
 )
 def test_bad_settings_are_named_with_what_was_expected_and_where(file, words, message):
@@ -96,7 +99,7 @@ def test_a_fault_in_the_file_names_the_file(tmp_path):
     path.write_text("[train\n")
     with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML: .*line 1"):
         load_config(path)
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(path)
     with pytest.raises(ConfigError, match="expected a readable TOML file"):
@@ -179,3 +182,55 @@ def test_a_method_is_a_name_or_a_table(tmp_path):
     assert TrainConfig(method="fedper") == TrainConfig(method={"name": "fedper"})
     assert TrainConfig().method.name == "fedrep"
     assert resolve_training(TrainConfig(method="fedprox")).method.options == {"mu": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.method=5", 'train.method: expected a name, such as "fedrep", or a table with a name and options, found 5'),
+        ("weighting=5", "weighting: expected a table with a name and options, found 5"),
+        ("train=5", "train: expected a table, found 5"),
+        ("train.participants=[5]", "train.participants.0: expected a list, found 5"),
+        ("train.participants=[[]]", r"train.participants: expected at least one client id in every list, found \[\[\]\]"),
+        ("federation.name=5", "federation.name: expected a text, found 5"),
+    ],
+)
+def test_wrong_kinds_are_named_in_the_words_of_a_configuration(word, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [word])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        FILE.encode("utf-16-le"),
+        FILE.encode("utf-16-be"),
+        FILE.encode("utf-32"),
+        FILE.encode("utf-32-be"),
+        2 * codecs.BOM_UTF8 + FILE.encode(),
+        "# ü".encode("latin-1"),
+    ],
+)
+def test_another_encoding_is_named(file, content):
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="some.toml: not valid TOML: its encoding is not UTF-8"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("def make(:", r"cannot be imported: SyntaxError: .*line 1\)"),
+        ("1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(own_part.py, line 1\)"),
+        ("import sys\nsys.exit('stop')", r"cannot be imported: SystemExit: stop \(own_part.py, line 2\)"),
+        ("def make(seed):\n    {}['key']", r"cannot be made: KeyError: 'key' \(own_part.py, line 2\)"),
+        ("def make(seed):\n    raise SystemExit('stop')", r"cannot be made: SystemExit: stop \(own_part.py, line 2\)"),
+    ],
+)
+def test_whatever_a_users_module_raises_names_it(tmp_path, monkeypatch, module, message):
+    (tmp_path / "own_part.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_part", raising=False)
+    with pytest.raises(ConfigError, match=f"federation.name: 'own_part:make' {message}"):
+        build("federation", Component(name="own_part:make"), seed=0)
+    sys.modules.pop("own_part", None)

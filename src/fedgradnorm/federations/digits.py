@@ -24,12 +24,17 @@ HAS_LOOP = torch.tensor([True, False, False, False, False, False, True, False, T
 BRIGHTEST = 16
 
 
+def _tenth_of_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """So that its gradients are as large as the cross-entropies' and the default step sizes are stable for it too."""
+    return functional.mse_loss(outputs, targets) / 10
+
+
 TASKS = {
     "class": classification("class", 10),
     "parity": classification("parity", 2),
     "loop": classification("loop", 2),
     "large": classification("large", 2),
-    "mass": Task("mass", partial(linear_head, out_features=1), functional.mse_loss, (MEAN_ABSOLUTE_ERROR,)),
+    "mass": Task("mass", partial(linear_head, out_features=1), _tenth_of_squared_error, (MEAN_ABSOLUTE_ERROR,)),
 }
 
 
