@@ -17,8 +17,8 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/fuzz
-	$(BIN)/pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --dist loadgroup --ignore=tests/fuzz
+	$(BIN)/pytest -q tests/fuzz/test_fuzz.py
+	$(BIN)/pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --dist loadgroup --ignore=tests/fuzz/test_fuzz.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
