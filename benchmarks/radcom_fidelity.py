@@ -20,7 +20,7 @@ from torch.nn import functional
 from fedgradnorm.errors import FedGradNormError
 from fedgradnorm.federations.radcom import read_hdf5
 from fedgradnorm.federations.radcom_channel import MODULATIONS, PAIRS, SIGNALS, snapshots
-from fedgradnorm.randomness import generator, seeded_torch
+from fedgradnorm.randomness import generator, seeded
 
 BANDS = {"all SNRs": (-200, 200), "0 dB and above": (0, 200), "-10 to -2 dB": (-10, -1), "below -10 dB": (-200, -11)}
 CLASS_OF_PAIR = torch.tensor([[MODULATIONS.index(modulation), SIGNALS.index(signal)] for modulation, signal in PAIRS])
@@ -108,7 +108,7 @@ def flat(values: np.ndarray, snrs: np.ndarray) -> tuple[Tensor, Tensor, np.ndarr
 
 def trained(inputs: Tensor, classes: Tensor, epochs: int, seed: int) -> Classifier:
     """A classifier after so many epochs of Adam with a one-cycle learning rate."""
-    with seeded_torch(seed, 0, "", "fidelity"):
+    with seeded(seed, 0, "", "fidelity"):
         model, batch = Classifier(), 128
         optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
         steps = epochs * (len(inputs) // batch)

@@ -18,7 +18,9 @@ geometric median of the ȳ_i. Nothing here uses the weighting's code, so p* is a
 """
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -305,6 +307,8 @@ def main() -> None:
     save_svg(chart_of(found), asked.out / "chart.svg")
     curves = [{"setting": one.setting.name, "distances": one.curves.tolist(), "predicted": one.predicted} for one in found]
     (asked.out / "results.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     print(table_of(found))
 
 
