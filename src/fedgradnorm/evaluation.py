@@ -14,6 +14,9 @@ from fedgradnorm.task import Metric, Task
 
 __all__ = ["EVALUATION_BATCH", "NOT_FINITE", "Evaluation", "constant_guess", "evaluate", "evaluation_of"]
 
+SMALL, MOVED = 1e-5, 1e-3
+"""A metric of a constant answer is a number if it moves by no more than the second when the answer moves by the first."""
+
 EVALUATION_BATCH = 512
 """Examples that pass through a model at once where nothing is trained, unless settings say otherwise."""
 
@@ -71,13 +74,23 @@ def constant_guess(
         batch_size: examples at a time.
 
     Returns:
-        The metrics that have a finite value for it, by name. Empty where it is not known what a constant answer is.
+        The metrics that have a finite value for it, by name, and keep it when the answer is moved a little: those that only read the order
+        of outputs, such as an AUC or a correlation, have none. Empty where it is not known what a constant answer is.
     """
     answer = constant_answer(task, shape, dtype, (targets for _, targets in in_batches(test, batch_size)))
     if answer is None:
         return {}
     found = _scored(task, test, lambda inputs: answer.expand(len(inputs), *shape), batch_size, with_loss=False)
-    return {name: value for name, value in found.metrics.items() if math.isfinite(value)}
+    draws = torch.Generator().manual_seed(0)
+
+    def moved(inputs: Tensor) -> Tensor:
+        noise = torch.randn((len(inputs), *shape), generator=draws).to(dtype)
+        return answer + SMALL * (1 + answer.abs()) * noise
+
+    near = _scored(task, test, moved, batch_size, with_loss=False).metrics if answer.is_floating_point() else found.metrics
+    return {
+        name: value for name, value in found.metrics.items() if math.isfinite(value) and abs(near[name] - value) <= MOVED * (1 + abs(value))
+    }
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional
 
@@ -165,6 +166,20 @@ def test_an_answer_that_is_none_is_named(guess, out_features, message):
 def test_the_constant_answer_to_an_absolute_error_is_the_median(loss, expected, batch_size):
     targets = torch.tensor([[2.0], [3.0], [100.0], [1.0], [14.0]])
     assert constant_answer(task(loss), (1,), FLOAT, targets.split(batch_size)).item() == pytest.approx(expected)
+
+
+def test_what_reads_the_order_of_outputs_alone_has_no_constant_answer():
+    def auc(outputs, targets):
+        return float(roc_auc_score(targets.flatten().numpy(), outputs.flatten().numpy()))
+
+    def correct(outputs, targets):
+        return float(((outputs > 0) == (targets > 0.5)).double().mean())
+
+    metrics = tuple(Metric(name, function, True) for name, function in (("auc", auc), ("accuracy", correct)))
+    task = Task("sick", partial(nn.Linear, out_features=1), functional.binary_cross_entropy_with_logits, metrics, guess=-0.7)
+    targets = (torch.arange(100)[:, None] % 3 == 0).float()
+    guess = constant_guess(task, (torch.zeros(100, 4), targets), (1,), torch.float32)
+    assert guess == {"accuracy": pytest.approx(0.66)}
 
 
 def test_an_answer_of_another_shape_is_named():
