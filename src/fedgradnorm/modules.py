@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fedgradnorm.errors import FederationError, FedGradNormError, described
 
 __all__ = [
+    "GENERATORS",
     "Source",
     "duplicate",
     "follow",
@@ -32,9 +33,12 @@ __all__ = [
     "overlaps_itself",
     "reads_tensors_of",
     "shared_memory",
+    "slots_of",
 ]
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+"""The classes of objects that random numbers are drawn from."""
+
 OF_TORCH = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 
@@ -309,11 +313,19 @@ def _makeup(value: Any, inside: tuple[int, ...]) -> object:
     return _Itself(value)
 
 
+def slots_of(kind: type) -> Iterator[str]:
+    """The names of a class's slots as ``getattr`` takes them: private ones begin with the class's name."""
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                yield f"_{base.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+
+
 def _attributes_of(value: Any) -> dict[str, Any]:
     """The attributes of an object, or none where they cannot be read."""
-    slots = [name for base in type(value).__mro__ for name in vars(base).get("__slots__", ()) if name != "__dict__"]
     try:
-        return {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots}}
+        return {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots_of(type(value))}}
     except Exception:  # noqa: BLE001  # a user's __getattr__ may raise anything
         return {}
 

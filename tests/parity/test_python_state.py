@@ -288,7 +288,26 @@ def by_far_element():
     return lambda outputs, targets: penalised(outputs, targets, float(many[12_345])), change
 
 
+class Private:
+    __slots__ = "__beta"
+
+    def __init__(self):
+        self.__beta = 0.0
+
+    def __call__(self, outputs, targets):
+        return penalised(outputs, targets, self.__beta)
+
+    def anneal(self, _):
+        self.__beta += 0.5
+
+
+def by_private_slot():
+    loss = Private()
+    return loss, loss.anneal
+
+
 ANNEALED = {
+    "a private slot": by_private_slot,
     "an attribute of a function": by_attribute_of_a_function,
     "a default value": by_default_value,
     "a keyword of a partial": by_keyword_of_a_partial,

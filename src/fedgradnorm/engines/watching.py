@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm.modules import GENERATORS, slots_of
+
 __all__ = ["CannotTell", "Watch"]
 
 MOST_PLACES = 20_000
@@ -79,7 +81,6 @@ VALUES = (
     *(type(None), bool, int, float, complex, str, bytes, slice, range, type(...)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
 class CannotTell(Exception):  # noqa: N818  # it is an answer
@@ -281,7 +282,7 @@ class _Walk:
     def _visit_object(self, value: object) -> Iterator[_Place]:
         attributes = _got(value, "__dict__")
         yield from self._visit_attributes(value, {} if attributes is None else attributes, frozenset())
-        slots = {key: getattr(value, key) for key in _slots_of(type(value)) if hasattr(value, key)}
+        slots = {key: getattr(value, key) for key in slots_of(type(value)) if hasattr(value, key)}
         if slots:
 
             def read() -> dict[str, Any]:
@@ -429,12 +430,6 @@ def _names_in(name: str, namespace: dict[str, Any], names: set[str]) -> _Place:
 def _has_attributes(value: object) -> bool:
     """Whether what an object holds is in attributes that can be read."""
     return _got(value, "__dict__") is not None or any("__slots__" in vars(base) for base in type(value).__mro__)
-
-
-def _slots_of(kind: type) -> Iterator[str]:
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        yield from (key for key in ([slots] if isinstance(slots, str) else slots) if key not in ("__dict__", "__weakref__"))
 
 
 def _read_class(kind: type) -> dict[str, Any]:
