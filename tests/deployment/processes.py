@@ -119,6 +119,10 @@ class Deployment:
         lines = [path.read_text().splitlines() for path in (self.folder / "server" / "runs").glob("*/metrics.jsonl")]
         return 0 if not lines or not lines[0] else len(lines[0]) // len(self.clients)
 
+    def saved_round(self) -> int:
+        """The round of the newest checkpoint."""
+        return max(int(path.name.split("-")[1]) for path in (self.folder / "server" / "runs").glob("*/checkpoints/round-*.safetensors"))
+
     def log(self, name: str) -> str:
         """The log of a process so far."""
         path = self.logs / f"{name}.log"
