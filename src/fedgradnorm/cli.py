@@ -115,15 +115,18 @@ def report(
     """Compare runs: a table here, and one self-contained HTML page."""
     from fedgradnorm.history import Run
     from fedgradnorm.report import comparison_table, write_report
-    from fedgradnorm.report.findings import silent_lines
-    from fedgradnorm.report.loading import labels_of
+    from fedgradnorm.report.findings import silent_lines, state_lines
+    from fedgradnorm.report.loading import load
 
     if output is None:
         output = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     runs = [Run(folder) for folder in folders]
     table, page = comparison_table(runs), write_report(runs, output)
     console.print(table)
-    for line in silent_lines(labels_of(runs), [run.summary() for run in runs]):
+    loaded = load(runs)
+    for line in state_lines(loaded):
+        _say(line)
+    for line in silent_lines([one.label for one in loaded], [one.summary for one in loaded]):
         _warn(line)
     _say(f"report: {page}")
 

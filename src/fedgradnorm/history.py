@@ -11,6 +11,7 @@
     RUN/tensorboard/              the same figures as TensorBoard events
     RUN/profile/                  with --profile, a trace of two rounds
     RUN/report.html               the same as one page
+    RUN/status.json               with clients on other machines: where the run has got to, and who is connected
 """
 
 import errno
@@ -48,6 +49,7 @@ __all__ = [
     "Run",
     "RunWriter",
     "alone_in",
+    "being_written",
     "check_free",
     "create_run",
     "how_to_go_on",
@@ -69,10 +71,17 @@ CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "m
     "metric",
 )
 """What goes to TensorBoard."""
-ENTRIES = {"config.toml", "members.json", "metrics.jsonl", "summary.json", "models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"}
+STATUS = "status.json"
+ENTRIES = {
+    *("config.toml", "members.json", "metrics.jsonl", "summary.json", STATUS),
+    *("models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"),
+}
 """All that a run's folder holds."""
 HELD: dict[Path, int] = {}
 """The folders that runs of this process are writing to, links resolved, and the thread of each."""
+
+TAIL = 2**16
+"""Bytes at the end of metrics.jsonl in which the last round is looked for first."""
 
 Checked = TypeVar("Checked")
 ROWS, SUMMARY, MEMBERS = TypeAdapter(list[Row]), TypeAdapter(Summary), TypeAdapter(MembersRecord)
@@ -247,7 +256,7 @@ def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iter
         if real.parent.exists() and not real.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         real.parent.mkdir(parents=True, exist_ok=True)
-        file = real.with_name(f".{real.name}.lock")
+        file = _lock_of(real)
         file.touch()  # FileLock waits where no file can be made
         if HELD.get(real) == get_ident():
             raise RunError(f"run folder {folder}: a run of this program is writing to it: expected another run to begin after its end")
@@ -266,6 +275,26 @@ def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iter
     finally:
         del HELD[real]
         lock.release()
+
+
+def being_written(folder: Path) -> bool | None:
+    """Whether a process of this machine is writing a run to a folder; None where no lock tells, as in a copy of it elsewhere."""
+    try:
+        real = folder.resolve()
+        if real in HELD:
+            return True
+        if not _lock_of(real).exists():
+            return None
+        with FileLock(_lock_of(real)).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, RuntimeError):  # it may not be opened, or is being tried by another thread
+        return None
+
+
+def _lock_of(real: Path) -> Path:
+    return real.with_name(f".{real.name}.lock")
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -316,9 +345,45 @@ class Run:
 
     def rows(self) -> list[Row]:
         """The lines of metrics.jsonl."""
-        lines = self._text("metrics.jsonl").splitlines()
-        rows = [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
-        return self._checked("metrics.jsonl", ROWS, rows)
+        return self._parsed(self._text("metrics.jsonl").splitlines())
+
+    def whole_rounds(self) -> list[Row]:
+        """The lines of metrics.jsonl less those of a last round that is not there in full, as while it is written or after a kill."""
+        if self.is_finished():
+            return self.rows()
+        try:
+            *lines, torn = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"{self.folder / 'metrics.jsonl'}: cannot be read; {error}") from error
+        return _whole(self._parsed(lines), torn=torn)
+
+    def last_round(self) -> list[Row]:
+        """The last of these rounds, read from the end of the file, however long that is; empty before the first."""
+        size, path = TAIL, self.folder / "metrics.jsonl"
+        try:
+            with path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                while True:
+                    start = file.seek(max(0, end - size))
+                    *lines, torn = file.read(end - start).split(b"\n")
+                    rows = _whole(self._parsed(lines[1:] if start else lines), torn=torn)
+                    numbers = sorted({row["round"] for row in rows})
+                    if start == 0 or len(numbers) > 1:  # of the first of them, lines may be missing here
+                        return [row for row in rows if row["round"] == numbers[-1]]
+                    size *= 4
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read; {error}") from error
+        except RunError:
+            self.whole_rounds()  # names the line
+            raise
+
+    def is_finished(self) -> bool:
+        """Whether summary.json is there, and of as many rounds as the settings say. Raises RunError where it is damaged."""
+        return (self.folder / "summary.json").exists() and self.summary()["rounds"] >= self.config.train.num_rounds
 
     def members(self) -> MembersRecord | None:
         """What members.json holds; None where there is none, for the clients are on other machines."""
@@ -347,13 +412,17 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise RunError(f"{path}: expected a sound safetensors file, as a finished run has it; {error}") from error
 
+    def _parsed(self, lines: Sequence[str | bytes]) -> list[Row]:
+        rows = [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
+        return self._checked("metrics.jsonl", ROWS, rows)
+
     def _text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{self.folder / name}: cannot be read; {error}. Did the run finish?") from error
 
-    def _json(self, name: str, text: str, place: str = "") -> Any:
+    def _json(self, name: str, text: str | bytes, place: str = "") -> Any:
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -369,6 +438,17 @@ class Run:
             where = ".".join(map(str, keys)) or "the whole"
             found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:100]}"
             raise RunError(f"{self.folder / name}{place}: {where}: {first['msg']}{found}") from error
+
+
+def _whole(rows: list[Row], *, torn: bytes) -> list[Row]:
+    """The rows less those of a last round of which lines are missing. A round never has fewer lines than the one before."""
+    if not rows:
+        return rows
+    last = rows[-1]["round"]
+    count, before = (sum(row["round"] == round for row in rows) for round in (last, last - 1))
+    if count < before or (torn and not before and not torn.startswith(b'{"round": %d,' % (last + 1))):
+        return [row for row in rows if row["round"] != last]
+    return rows
 
 
 def load_config_of(folder: Path) -> RunConfig:

@@ -68,6 +68,7 @@ def _record_elsewhere(members: Members, client: Client, with_data: bool) -> Clie
         "task": client.task.name,
         "metric": "" if metric is None else metric.name,
         "higher_is_better": metric is None or metric.higher_is_better,
+        "percent": metric is not None and metric.percent,
         "examples": members.num_examples(client.id) if with_data else 0,
         "head": None,
         "train": None,

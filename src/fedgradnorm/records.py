@@ -90,6 +90,7 @@ class ClientRecord(TypedDict):
     head: list[tuple[str, tuple[int, ...]]] | None
     train: DataRecord | None
     test: DataRecord | None
+    percent: NotRequired[bool]
     loss_floor: NotRequired[FiniteFloat | None]
     modules: NotRequired[list[str] | None]
     model: NotRequired[ModelRecord | None]

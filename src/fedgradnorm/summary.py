@@ -3,13 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Protocol
 
 from rich.filesize import decimal
 
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
-from fedgradnorm.federation import Members
+from fedgradnorm.federation import Client, Members
 from fedgradnorm.records import Heard, Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
@@ -30,6 +30,14 @@ MOST_REASONS, NUMBERS = 3, re.compile(r"[-+]?[0-9][0-9.e+-]*")
 
 SMOOTHED = 5
 """A target counts as reached by the mean of so many rounds: a single noisy round may dip under it by chance."""
+
+
+class WithClients(Protocol):
+    """What has clients, such as `Members`."""
+
+    @property
+    def clients(self) -> Sequence[Client]:
+        """The clients."""
 
 
 def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
@@ -71,7 +79,7 @@ def check_targets(settings: RunSettings, federation: Members) -> None:
 
 
 def summarise(
-    federation: Members,
+    federation: WithClients,
     rows: Sequence[Row],
     guesses: Mapping[str, Mapping[str, float]],
     settings: RunSettings,
@@ -173,7 +181,7 @@ def costs_text(summary: Summary) -> str:
     return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
-def _tasks(federation: Members) -> dict[str, Task]:
+def _tasks(federation: WithClients) -> dict[str, Task]:
     return {client.task.name: client.task for client in federation.clients}
 
 

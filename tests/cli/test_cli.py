@@ -144,6 +144,16 @@ full = {train = {num_rounds = 3}}
 """
 
 
+def test_report_says_how_far_a_run_got_that_has_not_finished(config, call):
+    call("run", config, *QUICK)
+    Path("runs/my/summary.json").unlink()
+    code, out, error = call("report", "runs/my")
+    assert (code, error) == (0, "")
+    assert "stopped after round 2 of 2\n" in out
+    Path("runs/my/metrics.jsonl").write_text("")
+    assert call("report", "runs/my") == (2, "", "error: runs/my: no round of 2 is done yet: there is nothing to report on\n")
+
+
 def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
     config.with_name("two.toml").write_text(STUDY)
     code, out, err = call("compare", "two.toml", "--jobs", "1")

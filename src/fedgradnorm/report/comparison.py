@@ -9,7 +9,8 @@ from rich.text import Text
 
 from fedgradnorm.errors import RunError
 from fedgradnorm.history import Run
-from fedgradnorm.report.loading import labels_of, sound
+from fedgradnorm.records import Summary
+from fedgradnorm.report.loading import labels_of, read, sound
 from fedgradnorm.summary import LOSS_RATIO, SMOOTHED
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "headers_of",
     "heading_of",
     "percentage",
+    "rows_of",
 ]
 
 ABSENT = "–"
@@ -71,13 +73,20 @@ def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
     """What every run made of every task: the tasks in the order of the runs' files, in each task the runs in the order given.
 
     Raises:
-        RunError: no run, or one without a sound summary.json.
+        RunError: no run, one whose files are damaged, or one without a round.
     """
     if not runs:
         raise RunError("expected at least one run to report on, found none")
-    labels = labels_of(runs)
-    rows = [row for label, run in zip(labels, runs, strict=True) for row in _rows_of(label, run)]
-    return [row for group in grouped(rows) for row in group]
+    return [row for group in rows_of(labels_of(runs), [read(run)[1] for run in runs]) for row in group]
+
+
+def rows_of(labels: Sequence[str], summaries: Sequence[Summary]) -> list[list[ComparisonRow]]:
+    """What the runs with these names made of every task, by task."""
+    return grouped(
+        _row(label, name, task, task["metric"] or {})
+        for label, one in zip(labels, summaries, strict=True)
+        for name, task in one["tasks"].items()
+    )
 
 
 @sound
@@ -85,7 +94,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     """The same rows for the terminal; of several runs the best value of a task is bold in every column.
 
     Raises:
-        RunError: no run, or one without a sound summary.json.
+        RunError: as `comparison_rows`.
     """
     groups = grouped(comparison_rows(runs))
     headers, single = headers_of(groups), len(runs) == 1
@@ -172,10 +181,6 @@ def explanation(single: bool) -> str:
         "mean); (at): the round of the best. loss: in training, as a share of the initial loss; ≤: the first round at which the mean of "
         f"the last {SMOOTHED} rounds is at most that, {ABSENT} if none.{bold}"
     )
-
-
-def _rows_of(label: str, run: Run) -> list[ComparisonRow]:
-    return [_row(label, name, task, task["metric"] or {}) for name, task in run.summary()["tasks"].items()]
 
 
 def _row(label: str, name: str, task: Mapping[str, Any], metric: Mapping[str, Any]) -> ComparisonRow:

@@ -11,13 +11,18 @@ from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percen
 from fedgradnorm.report.loading import Loaded
 from fedgradnorm.summary import LOSS_RATIO, silent_texts
 
-__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of", "silent_lines"]
+__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of", "silent_lines", "state_lines"]
 
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
-    """What the runs show, in a sentence or two; first of all who was never or seldom heard."""
-    silent = "".join(f"{line}. " for line in silent_lines([run.label for run in loaded], [run.summary for run in loaded]))
-    return silent + _findings(groups, loaded)
+    """What the runs show, in a sentence or two; first of all which have not finished, and who was never or seldom heard."""
+    lines = [*state_lines(loaded), *silent_lines([run.label for run in loaded], [run.summary for run in loaded])]
+    return "".join(f"{line}. " for line in lines) + _findings(groups, loaded)
+
+
+def state_lines(loaded: Sequence[Loaded]) -> list[str]:
+    """How far the runs have got that have not finished, a line for each, with the run's name where there are several."""
+    return [one.state if len(loaded) == 1 else f"{one.label}: {one.state}" for one in loaded if one.state]
 
 
 def silent_lines(labels: Sequence[str], summaries: Sequence[Summary]) -> list[str]:

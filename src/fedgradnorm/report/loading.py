@@ -3,15 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from torch import nn
+
+from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
-from fedgradnorm.history import Run
-from fedgradnorm.records import Row, Summary
+from fedgradnorm.federation import Client
+from fedgradnorm.history import CHECKPOINTS, Run, being_written
+from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.report.looks import looks_for
+from fedgradnorm.summary import summarise
+from fedgradnorm.task import Metric, Task
 
-__all__ = ["Loaded", "labels_of", "load", "sound"]
+__all__ = ["Loaded", "labels_of", "load", "read", "sound", "state_text"]
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
@@ -19,25 +25,30 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run with its files read, and the name and colour that it has throughout a report."""
+    """A run with its files read, and the name and colour that it has throughout a report; ``state`` is empty where it has finished."""
 
     label: str
     colour: str
     run: Run
     rows: list[Row]
     summary: Summary
+    state: str
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The clients of a run, as far as its files tell who they are."""
+
+    clients: Sequence[Client]
 
 
 def load(runs: Sequence[Run]) -> list[Loaded]:
-    """Read the files of every run, and give it its name and colour. Raises RunError where one is missing or damaged."""
+    """Read the files of every run, and give it its name and colour. Raises RunError where one is damaged, or before a first round."""
     methods = [_method_of(run) for run in runs]
     looks = looks_for(
         [label if methods.count(name) > 1 else name for label, name in zip(labels_of(runs), methods, strict=True)], colours_only=True
     )
-    return [
-        Loaded(label, look.colour, run, _some_rows(run), run.summary())
-        for label, look, run in zip(labels_of(runs), looks, runs, strict=True)
-    ]
+    return [Loaded(label, look.colour, run, *read(run)) for label, look, run in zip(labels_of(runs), looks, runs, strict=True)]
 
 
 def _method_of(run: Run) -> str:
@@ -56,11 +67,45 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
     return [f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
-def _some_rows(run: Run) -> list[Row]:
-    rows = run.rows()
+def read(run: Run) -> tuple[list[Row], Summary, str]:
+    """A run's rows, its summary, made of the rows where it has not finished, and in words how far it has got then.
+
+    Raises:
+        RunError: a file is damaged, or no round is done yet.
+    """
+    rows = run.whole_rounds()
+    if run.is_finished():
+        if not rows:
+            raise RunError(f"{run.folder / 'metrics.jsonl'}: expected a line per round and client, found none")
+        return rows, run.summary(), ""
     if not rows:
-        raise RunError(f"{run.folder / 'metrics.jsonl'}: expected a line per round and client, found none")
-    return rows
+        raise RunError(f"{run.folder}: no round of {run.config.train.num_rounds} is done yet: there is nothing to report on")
+    checkpoint, _, _ = load_newest(run.folder / CHECKPOINTS)
+    members = run.members() or (None if checkpoint is None else checkpoint.members)
+    seconds, costs = (0.0, {}) if checkpoint is None else (checkpoint.seconds, checkpoint.costs)
+    summary = summarise(_Known(_clients_of(rows, members)), rows, {}, run.config.run, seconds, costs)
+    return rows, summary, state_text(run, summary["rounds"])
+
+
+def state_text(run: Run, done: int) -> str:
+    """How far a run has got that has not finished, such as "running: round 7 of 100"."""
+    place = f"round {done} of {run.config.train.num_rounds}"
+    return f"running: {place}" if being_written(run.folder) else f"stopped after {place}"
+
+
+def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
+    """The clients that rows are of. What their tasks measure is in the record of members alone."""
+    tasks, metrics = {row["client"]: row["task"] for row in rows}, dict[str, Metric]()
+    for one in () if members is None else members["clients"].values():
+        if one["metric"]:
+            metrics[one["task"]] = Metric(one["metric"], _nowhere, one["higher_is_better"], one.get("percent", False))
+    return [
+        Client(id, Task(task, nn.Identity, _nowhere, (metrics[task],) if task in metrics else ()), _nowhere) for id, task in tasks.items()
+    ]
+
+
+def _nowhere(*_: object) -> Any:
+    raise LookupError("a run's files hold neither data nor losses")
 
 
 def sound(report: Callable[Arguments, Made]) -> Callable[Arguments, Made]:

@@ -15,14 +15,14 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.history import Run
 from fedgradnorm.report.charts import GREY, charts_of
 from fedgradnorm.report.comparison import (
+    ABSENT,
     ComparisonRow,
     cells_of,
-    comparison_rows,
     explanation,
-    grouped,
     headers_of,
     heading_of,
     percentage,
+    rows_of,
 )
 from fedgradnorm.report.findings import caveat, differing_settings, findings, listed, plural, settings_of
 from fedgradnorm.report.html import json_for_html, key, plotly_source, style, tag, texts
@@ -36,17 +36,20 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     """Write one HTML page on one run, or on several overlaid. It holds all that it needs, and loads nothing.
 
     Args:
-        runs: the finished runs, in the order of the page. A method has the colour that it has in a study; colours repeat after seven.
+        runs: finished or not, in the order of the page. A method has the colour that it has in a study; colours repeat after seven.
         output: the file to write; its folder is made.
 
     Returns:
         The file.
 
     Raises:
-        RunError: no run, one without a sound summary.json and metrics.jsonl, a file that cannot be written, or plotly is not installed.
+        RunError: no run, one whose files are damaged, one without a round, a page that cannot be written, or plotly is not installed.
     """
     plotly = plotly_source()
-    groups, loaded = grouped(comparison_rows(runs)), load(runs)
+    if not runs:
+        raise RunError("expected at least one run to report on, found none")
+    loaded = load(runs)
+    groups = rows_of([one.label for one in loaded], [one.summary for one in loaded])
     charts: list[dict[str, Any]] = []
     parts = {
         "title": escape(listed([one.label for one in loaded]) if len(runs) <= 3 else f"{len(runs)} runs"),
@@ -87,12 +90,12 @@ def _runs_html(loaded: Sequence[Loaded]) -> str:
         facts = (
             one.run.config.train.method.name,
             one.run.config.weighting.name,
-            str(one.summary["rounds"]),
+            f"{one.summary['rounds']} of {one.run.config.train.num_rounds}" if one.state else str(one.summary["rounds"]),
             str(len(one.summary["clients"])),
             percentage(present),
             str(one.summary["dropped"]),
             str(one.run.config.train.seed),
-            f"{one.summary['seconds']:.0f} s",
+            f"{one.summary['seconds']:.0f} s" if one.summary["seconds"] else ABSENT,
         )
         lines.append(tag("tr", tag("td", key(one.label, one.colour)), texts("td", facts)))
     return tag("table", head, tag("tbody", *lines))
