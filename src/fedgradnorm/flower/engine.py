@@ -34,6 +34,7 @@ from fedgradnorm.flower.messages import (
 )
 from fedgradnorm.flower.roster import Roster, roster_of
 from fedgradnorm.flower.states import MemoryStates
+from fedgradnorm.flower.status import Failure, Kind, Watcher
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.threads import kernel_threads
 
@@ -54,6 +55,8 @@ CODES = {
     8: "its app crashed or was killed",
 }
 """Flower's error codes in words."""
+CODE_KINDS: dict[int, Kind] = {1: "error", 2: "error", EXPIRED: "late", 4: "late", 5: "gone", 6: "error", 7: "error", 8: "crashed"}
+"""Flower's error codes by the kind of failure that they are; others are of no kind of their own."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class GridEngine:
     Attributes:
         experiment: the name under which the clients keep their states. It has to be set before anything is sent.
         config: for users' own apps, what goes along with messages for training and for evaluation.
-        failures: by client, why there was no report when it was last instructed.
+        failures: by client, why there was no report when it was last instructed, as a `Failure`, which has its kind.
+        watcher: is told of all that matters to who watches a run.
     """
 
     lockstep = False
@@ -128,6 +132,7 @@ class GridEngine:
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
+        self.watcher = Watcher(roster, max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout))
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
         self._online: set[int] = set()
@@ -166,6 +171,7 @@ class GridEngine:
             found = len(self._nodes if among is None else self._nodes.keys() & among)
             if found >= least:
                 return
+            self.watcher.waits()
             if time.monotonic() >= end:
                 whom = "clients" if among is None else f"of the clients {', '.join(sorted(among))}"
                 refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
@@ -194,7 +200,7 @@ class GridEngine:
         for instruction in instructions:
             id, state = instruction.client, self._states.get(instruction.client, ClientState({}))
             if id not in self._nodes:
-                self.failures[id] = self._refused(id) or "not connected"
+                self.failures[id] = Failure(self._refused(id) or "not connected", "not-connected")
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
             control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
@@ -202,6 +208,8 @@ class GridEngine:
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
             self.messages[id] = self._message(content, "train", self._nodes[id], str(instruction.round))
+        if instructions:
+            self.watcher.round_begins(instructions[0].round, instructions[0].attempt)
         return self.messages
 
     def reports(self, replies: Iterable[Message]) -> list[Report]:
@@ -214,11 +222,13 @@ class GridEngine:
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
             except MessageError as error:
-                self.failures[id] = one_line(error)
+                self.failures[id] = Failure(one_line(error), "refused-report")
                 continue
             reports.append(report)
             self.roster.learn(id, report.num_examples)
             self._took(id, report)
+        self.watcher.heard([report.client for report in reports])
+        self.watcher.reported(self._round, self.failures)
         return reports
 
     def evaluate(
@@ -246,6 +256,7 @@ class GridEngine:
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
             self.messages[id] = self._message(content, "evaluate", node, str(self._round))
+        self.watcher.tests()
         return self.messages
 
     def evaluations(self, replies: Iterable[Message]) -> dict[str, Evaluation]:
@@ -263,6 +274,7 @@ class GridEngine:
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, one_line(error))
         self.failures = failures
+        self.watcher.heard(evaluations)
         return evaluations
 
     def _took(self, id: str, report: Report) -> None:
@@ -288,6 +300,7 @@ class GridEngine:
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
         self._claims = {node: client for node, client in self._claims.items() if node in online}
+        self.watcher.present(self._nodes, self._strangers)
         known = set(self._nodes.values())
         now = time.monotonic()
         new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
@@ -327,6 +340,7 @@ class GridEngine:
                 self._nodes[greeting.client] = node
                 self._states.setdefault(greeting.client, ClientState({}))
                 log.info("client %s is connected, node %d", greeting.client, node)
+        self.watcher.present(self._nodes, self._strangers)
 
     def _refuse(self, node: int, why: str) -> None:
         if self._strangers.get(node) != why:
@@ -353,7 +367,8 @@ class GridEngine:
                 log.warning("a reply to no message of this round is left alone")
             elif reply.has_error():
                 said = one_line(reply.error.reason or "")
-                self.failures[name] = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
+                words = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
+                self.failures[name] = Failure(words, CODE_KINDS.get(reply.error.code, "other"))
                 log.warning("%s %s: %s", whom, name, self.failures[name])
                 if reply.error.code == EXPIRED:
                     self._late.add(messages[name].metadata.dst_node_id)
@@ -365,7 +380,7 @@ class GridEngine:
                 sound[name] = reply
         for name in asked.values():
             self._late.add(messages[name].metadata.dst_node_id)
-            self.failures[name] = f"no answer within {timeout:g} s"
+            self.failures[name] = Failure(f"no answer within {timeout:g} s", "late")
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
 

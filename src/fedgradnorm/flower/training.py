@@ -55,7 +55,8 @@ def train_on_grid(
 ) -> Result:
     """Train the clients of an engine's roster: from the first round on, or from the checkpoint in the run's folder.
 
-    Whatever can be wrong without the clients' data is raised before a node is asked or a folder is touched.
+    Whatever can be wrong without the clients' data is raised before a node is asked or a folder is touched. While the run goes on, and when
+    it ends, its folder's status.json says where it has got to.
 
     Args:
         config: the resolved settings; ``run.dir`` says where the run is written, with a checkpoint for every round.
@@ -79,6 +80,7 @@ def train_on_grid(
 
     def note(rows: Sequence[Row]) -> None:
         log.info(round_line(rows, config.train.num_rounds))
+        engine.watcher.round_ends(rows, engine.failures)
         if on_round is not None:
             on_round(rows)
 
@@ -98,12 +100,17 @@ def train_on_grid(
             # every round has a checkpoint, for clients keep only their last states
             run = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})
             config = config.model_copy(update={"run": run})
-            return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state, locked=True)
+            with engine.watcher.watching(folder, config):
+                return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state, locked=True)
         opened = Run(folder)
         _check_unchanged(opened, config)
         if checkpoint is not None:
             engine.roster.recall(checkpoint.members)
-        return go_on(opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state, locked=True)
+        config = config.model_copy(update={"run": opened.config.run})
+        with engine.watcher.watching(folder, config, done):
+            return go_on(
+                opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state, locked=True
+            )
 
 
 def run_folder(config: RunConfig) -> Path | None:
