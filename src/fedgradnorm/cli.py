@@ -1,13 +1,16 @@
-"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare``, ``list`` and ``flower init``."""
+"""The command line: ``fedgradnorm run``, ``resume``, ``evaluate``, ``report``, ``compare``, ``list`` and ``flower``."""
 
 import io
+import json
 import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +21,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.errors import ClientError, ConfigError, FedGradNormError, FedGradNormWarning, StoppedError
+from fedgradnorm.errors import ClientError, ConfigError, FedGradNormError, FedGradNormWarning, RunError, StoppedError
 
 __all__ = ["app", "main"]
 
@@ -227,6 +230,61 @@ def flower_init(
     _say(f"on this machine: python {folder}/local.py, then in another terminal {folder}/server/run.sh; on several: {folder}/README.md")
 
 
+@flower.command("status")
+def flower_status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A deployment's folder, its server/, or a run's folder.")],
+    run: Annotated[
+        str | None, typer.Option(help="The run's folder seen from server/, or its name; by default the one that was written last.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say where a deployment's run has got to, who takes part, and when its certificates expire.
+
+    Exit status: 0 where the run goes on or has completed; 1 where it was stopped, its process is gone, or a certificate has expired; 2
+    where there is no run, or its status cannot be read.
+    """
+    try:
+        from fedgradnorm.flower.overview import GONE, clients_table, facts, look, state_line, warnings_on
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    overview, now = look(folder, run), time.time()
+    if as_json:
+        typer.echo(json.dumps(facts(overview, now), indent=2))
+    if overview.status is None:
+        raise RunError(overview.faults[0])
+    if not as_json:
+        _say(f"{overview.folder}: {state_line(overview.status, now)}")
+        console.print(clients_table(overview, now))
+        for name, expires in overview.certificates.items():
+            _say(f"{name}: good until {datetime.fromtimestamp(expires, UTC):%Y-%m-%d}")
+        for line in warnings_on(overview, now):
+            _warn(line)
+    if overview.state in ("stopped", GONE) or any(expires <= now for expires in overview.certificates.values()):
+        raise typer.Exit(1)
+
+
+@flower.command("metrics")
+def flower_metrics(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A deployment's folder, its server/, or a run's folder.")],
+    run: Annotated[
+        str | None, typer.Option(help="The run's folder seen from server/, or its name; by default the one that was written last.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on. Whoever reaches it can read the metrics.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 9464,
+) -> None:
+    """Serve a deployment's metrics for Prometheus until Ctrl-C: its files are read at each scrape, whether a run goes on or not."""
+    try:
+        from fedgradnorm.flower.exporter import serve
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    with stop_on_signals() as should_stop:
+        stop = serve(folder, run, host, port)
+        _say(f"metrics of {folder}: http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
+        while not should_stop():
+            time.sleep(0.2)
+        stop()
+
+
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -263,11 +321,11 @@ def _show_warning(
 
 
 def _warn(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False, emoji=False)
 
 
 def _say(message: str) -> None:
-    console.print(message, soft_wrap=True, highlight=False, markup=False)
+    console.print(message, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _show_run(folder: Path) -> None:

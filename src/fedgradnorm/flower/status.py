@@ -26,6 +26,7 @@ from fedgradnorm.records import Row
 
 __all__ = [
     "ANSWERED",
+    "ENDED",
     "KINDS",
     "STATES",
     "ClientStatus",

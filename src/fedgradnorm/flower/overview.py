@@ -1,0 +1,253 @@
+"""What a deployment's folder tells of its run and its certificates, from the files alone: for people, and for the exporter of metrics."""
+
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from rich.table import Table
+from rich.text import Text
+
+from fedgradnorm.errors import FedGradNormError, RunError
+from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, beside, read_status, why_gone
+from fedgradnorm.history import STATUS, Run
+from fedgradnorm.records import Row
+
+__all__ = ["GONE", "SHOWN_STATES", "WARN_DAYS", "Overview", "clients_table", "facts", "look", "printable", "state_line", "warnings_on"]
+
+GONE = "gone"
+"""The state of a run whose process has ended without a word."""
+SHOWN_STATES = (*STATES, GONE)
+
+CERTIFICATES = ("server.crt", "ca.crt")
+WARN_DAYS = 30
+"""A certificate that expires in fewer days is warned of."""
+
+DAY = 86400.0
+SERVER_FILES = ("superlink.env", "superlink.sh", "server.crt")
+"""By any of these the folder of a deployment's server is known."""
+UNITS = ((2 * DAY, DAY, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"))
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What is known of a deployment.
+
+    Attributes:
+        folder: the run's folder; None where there is no run.
+        status: where the run has got to; None where that cannot be read.
+        gone: in words, why the run's process is no longer there; None where it has ended in order or goes on.
+        rows: the lines of the last round.
+        certificates: when the server's certificates expire, in unix seconds, by file name.
+        faults: what could not be read, and why.
+    """
+
+    folder: Path | None
+    status: RunStatus | None
+    gone: str | None
+    rows: Sequence[Row]
+    certificates: dict[str, float]
+    faults: Sequence[str]
+
+    @property
+    def state(self) -> str | None:
+        """The run's state, or that it is gone; None where it is not known."""
+        return None if self.status is None else GONE if self.gone else self.status.state
+
+
+def look(folder: Path, run: str | None = None) -> Overview:
+    """Read what there is. Nothing is raised for what cannot be read: it is among the faults.
+
+    Args:
+        folder: a deployment's folder, its ``server/``, or a run's folder.
+        run: of a deployment, the run's folder seen from ``server/``, or its name; None: the one that was written last.
+    """
+    faults: list[str] = []
+    found, status, gone, rows = None, None, None, list[Row]()
+    server = _server_of(folder)
+    try:
+        found = _run_of(folder, server, run)
+        status = read_status(found)
+        gone = why_gone(status, found)
+        if (found / "config.toml").is_file():
+            opened = Run(found)
+            if opened.config.run.experiment == status.experiment:  # else the run in the folder is one that is to be replaced
+                rows = opened.last_round()
+                last = rows[0]["round"] if rows else 0
+                if last < status.done:
+                    faults.append(
+                        f"{found / 'metrics.jsonl'}: expected the lines of round {status.done}, the last are those of round {last}"
+                    )
+    except (FedGradNormError, OSError) as error:
+        faults.append(str(error))
+    certificates = {}
+    for path in [] if server is None else [server / name for name in CERTIFICATES if (server / name).is_file()]:
+        try:
+            certificates[path.name] = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc.timestamp()
+        except (OSError, ValueError) as error:
+            faults.append(f"{path}: expected a certificate in PEM: {error}")
+    return Overview(found, status, gone, rows, certificates, faults)
+
+
+def _server_of(folder: Path) -> Path | None:
+    """The server's folder: in a deployment's folder, that one itself, or above a run's."""
+    real = folder.expanduser().absolute()
+    places = [real / "server", real, *list(real.parents)[:2]]
+    return next((place for place in places if any((place / name).is_file() for name in SERVER_FILES)), None)
+
+
+def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
+    """The run's folder. Raises RunError where there is none."""
+    folder = folder.expanduser()
+    if _has_run(folder):
+        if run is not None:
+            raise RunError(f"--run: {folder} is a run's folder itself: expected a deployment's folder, or no --run")
+        return folder
+    if server is None:
+        raise RunError(f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, its server/, or a run's folder")
+    server = folder / "server" if (folder / "server").is_dir() else folder
+    if run is not None:
+        named = [place for place in (server / run, server / "runs" / run) if _has_run(place)]
+        if not named:
+            raise RunError(f"--run: there is no run {run!r} in {server}: {_those_in(server)}")
+        return named[0]
+    runs = list(_runs_in(server))
+    if not runs:
+        raise RunError(f"{server}: there is no run yet: server/run.sh starts one")
+    return max(runs, key=_last_written)
+
+
+def _runs_in(server: Path) -> Iterator[Path]:
+    places = {server / "runs" / path.name for path in server.glob("runs/[!.]*")}
+    places |= {path.with_name(path.name[1 : -len(STATUS) - 1]) for path in server.glob(f"runs/.*.{STATUS}")}
+    try:
+        app = tomllib.loads((server.parent / "app" / "pyproject.toml").read_text(encoding="utf-8"))
+        places.add(server / str(app["tool"]["flwr"]["app"]["config"]["run-dir"]))
+    except (OSError, ValueError, KeyError, TypeError):  # the app may be elsewhere
+        pass
+    return (place for place in sorted(places) if _has_run(place))
+
+
+def _those_in(server: Path) -> str:
+    names = [os.path.relpath(place, server) for place in _runs_in(server)]
+    return f"there are {', '.join(names)}" if names else "there is none"
+
+
+def _files_of(run: Path) -> list[Path]:
+    return [path for path in (run / STATUS, beside(run), run / "config.toml", run / "metrics.jsonl") if path.is_file()]
+
+
+def _has_run(folder: Path) -> bool:
+    return any(path.name != "metrics.jsonl" for path in _files_of(folder))
+
+
+def _last_written(run: Path) -> float:
+    return max(path.stat().st_mtime for path in _files_of(run))
+
+
+def state_line(status: RunStatus, now: float) -> str:
+    """A run's state, its rounds and their ages, as a line to read."""
+    place = f"round {status.round} of {status.num_rounds}"
+    text = {
+        "waiting": f"waiting for clients before round {min(status.done + 1, status.num_rounds)} of {status.num_rounds}",
+        "training": f"training, {place}",
+        "testing": f"testing, {place}",
+        "completed": f"completed, {place}",
+        "stopped": f"stopped after round {status.done} of {status.num_rounds}: {printable(status.reason or 'no reason is known')}",
+    }[status.state]
+    last = "no round has ended" if status.round_ended is None else f"the last round ended {ago(status.round_ended, now)}"
+    return f"{text}; {last}; started {ago(status.started, now)} ({_utc(status.started)})"
+
+
+def clients_table(overview: Overview, now: float) -> Table:
+    """The clients: connected or not, when they answered last, their last figures, why they were dropped last."""
+    table = Table("client", "task", "connected", "last seen", "loss", "weight", "last drop", "notes")
+    rows = {row["client"]: row for row in overview.rows}
+    for id, client in ({} if overview.status is None else overview.status.clients).items():
+        row = rows.get(id)
+        loss = ABSENT if row is None or row["loss"] is None else f"{row['loss']:.4g}"
+        weight = ABSENT if row is None else f"{row['weight']:.3f}"
+        rest = [] if client.resting_until is None else [f"rests until round {client.resting_until}"]
+        seen = "never" if client.last_seen is None else ago(client.last_seen, now)
+        connected = _connected(client, now, over=overview.state in (*ENDED, GONE))
+        cells = (id, client.task, connected, seen, loss, weight, _drops(client, now), "; ".join([*rest, *client.notes]))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def warnings_on(overview: Overview, now: float) -> list[str]:
+    """What somebody should look after, a line for each."""
+    lines = list(overview.faults)
+    if overview.gone:
+        lines.append(f"{overview.gone}: start the run again, with server/run.sh or its Flower app; it goes on from its checkpoint")
+    lines += [f"node {node} stays out: {why}" for node, why in ({} if overview.status is None else overview.status.strangers).items()]
+    for name, expires in overview.certificates.items():
+        if expires <= now:
+            lines.append(f"{name} expired on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it")
+        elif expires < now + WARN_DAYS * DAY:
+            lines.append(
+                f"{name} expires in {duration(expires - now)}, on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it"
+            )
+    return [printable(line) for line in lines]
+
+
+def facts(overview: Overview, now: float) -> dict[str, Any]:
+    """All of it as JSON has it."""
+    return {
+        "run": None if overview.folder is None else str(overview.folder),
+        "state": overview.state,
+        "gone": overview.gone,
+        "status": None if overview.status is None else overview.status.model_dump(),
+        "last_round": list(overview.rows),
+        "certificates": {
+            name: {"expires": expires, "days": int((expires - now) // DAY)} for name, expires in overview.certificates.items()
+        },
+        "warnings": warnings_on(overview, now),
+    }
+
+
+def printable(text: str) -> str:
+    """A text of someone else for a terminal: what is no printable character, such as an escape, is spelt out."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them.
+
+    >>> duration(45.2), duration(600), duration(86400), duration(9e6)
+    ('45 s', '10 min', '24 h', '104 d')
+    """
+    for least, unit, name in UNITS:
+        if seconds >= least:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def ago(then: float, now: float) -> str:
+    """How long ago that was."""
+    return f"{duration(now - then)} ago"
+
+
+def _connected(client: ClientStatus, now: float, *, over: bool) -> str:
+    if client.since is None:
+        return "never"
+    if over and client.connected:
+        return "at its end"
+    return f"{'yes' if client.connected else 'no'}, for {duration(now - client.since)}"
+
+
+def _drops(client: ClientStatus, now: float) -> str:
+    last = client.last_drop
+    if last is None:
+        return ""
+    counts = ", ".join(f"{kind} {count}" for kind, count in client.drops.items())
+    return f"round {last.round}, {ago(last.time, now)}: {last.reason} (in all: {counts})"
+
+
+def _utc(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
