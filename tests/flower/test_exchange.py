@@ -22,7 +22,7 @@ LONG = 600.0
 
 
 class Apart(Grid):
-    """A site's wire behind calls that wait, as Flower's do while a reply is on its way: for the nodes in ``held``, until ``release`` is set."""
+    """A site's wire behind calls that wait, as Flower's do while a reply is on its way: for ``held`` nodes, until ``release`` is set."""
 
     def __init__(self, site, held=()):
         self.wire, self.held, self.release = site.wire, set(held), threading.Event()

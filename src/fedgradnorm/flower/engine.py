@@ -146,6 +146,7 @@ class GridEngine:
         self._untested: set[str] = set()
         self._claims: dict[int, str] = {}
         self._late: set[int] = set()
+        self._sent: Mapping[str, Tensor] = {}
         self._rests = Rests(limits.max_rest)
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
@@ -210,6 +211,7 @@ class GridEngine:
         if instructions and self.federated:
             self._training = instructions[0].training.model_dump_json()
         arrays = self.layout.arrays(instructions[0].encoder) if instructions else arrays_of({})
+        self._sent = instructions[0].buffers if instructions else {}
         self.messages, resting = {}, self._resting(instructions)
         for instruction in instructions:
             id, state = instruction.client, self._states.get(instruction.client, ClientState({}))
@@ -246,7 +248,7 @@ class GridEngine:
                 self._note_late(id)
         for id, reply in sound.items():
             try:
-                report = read_report(reply, self.layout)
+                report = read_report(reply, self.layout, self._sent)
                 answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
@@ -375,6 +377,7 @@ class GridEngine:
                 log.info("client %s is connected, node %d", greeting.client, node)
 
     def _refuse(self, node: int, why: str) -> None:
+        why = one_line(why)
         if self._strangers.get(node) != why:
             log.warning("node %d stays out: %s", node, why)
         self._strangers[node] = why

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
@@ -59,7 +60,7 @@ def exchange(grid: Grid, messages: Sequence[Message], timeout: float, enough: in
     def send() -> None:
         ids = [id for id in grid.push_messages(messages) if id]
         for id in ids:
-            begin(lambda id=id: fetch(id))  # type: ignore[misc]
+            begin(partial(fetch, id))
         for _ in range(len(messages) - len(ids)):
             came.put(None)  # it could not be sent
 
