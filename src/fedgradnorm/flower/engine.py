@@ -118,6 +118,7 @@ class GridEngine:
         experiment: the name under which the clients keep their states. It has to be set before anything is sent.
         config: for users' own apps, what goes along with messages for training and for evaluation.
         failures: by client, why there was no report when it was last instructed.
+        notes: by client, what is odd about it and drops no report, since `take_notes` was called.
     """
 
     lockstep = False
@@ -138,6 +139,7 @@ class GridEngine:
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
+        self.notes: dict[str, list[str]] = {}
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
         self._online: set[int] = set()
@@ -375,6 +377,16 @@ class GridEngine:
                 self._states.setdefault(greeting.client, ClientState({}))
                 self._rests.answered(greeting.client)
                 log.info("client %s is connected, node %d", greeting.client, node)
+
+    def take_notes(self) -> dict[str, list[str]]:
+        """What was noted of clients since the last call, by key."""
+        notes, self.notes = self.notes, {}
+        return notes
+
+    def _note(self, client: str, text: str) -> None:
+        """Log what is odd about a client and drops no report, and keep it for the run's records."""
+        log.warning("client %s: %s", client, text)
+        self.notes.setdefault(client, []).append(text)
 
     def _refuse(self, node: int, why: str) -> None:
         why = one_line(why)
