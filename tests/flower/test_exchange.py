@@ -114,15 +114,27 @@ def test_an_error_is_an_answer_and_not_one_of_enough(site):
     assert not came.early
 
 
-def test_what_the_grid_raises_is_raised(site, monkeypatch):
-    grid = Apart(site)
-    messages = [hello(grid, 2)]
+def test_a_fetch_that_fails_is_tried_again(site, monkeypatch, caplog):
+    grid, pull, failures = Apart(site), site.wire.pull_messages, [OSError("busy"), OSError("busy")]
+
+    def failing(ids):
+        if failures:
+            raise failures.pop()
+        return pull(ids)
+
+    monkeypatch.setattr(site.wire, "pull_messages", failing)
+    came = exchange(grid, [hello(grid, 2)], timeout=LONG)
+    assert len(came.replies) == 1
+    assert "fetching replies failed, and was tried again: OSError (2)" in caplog.text
     monkeypatch.setattr(site.wire, "pull_messages", lambda ids: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        exchange(grid, messages, timeout=LONG)
-    monkeypatch.setattr(site.wire, "push_messages", lambda ids: {}["gone"])
-    with pytest.raises(KeyError):
-        exchange(grid, messages, timeout=LONG)
+    assert list(exchange(grid, [hello(grid, 2)], timeout=0.2).replies) == []
+
+
+def test_what_the_grid_raises_while_messages_are_sent_is_raised(site, monkeypatch):
+    grid = Apart(site)
+    monkeypatch.setattr(site.wire, "push_messages", lambda _: {}["gone"])
+    with pytest.raises(KeyError, match="gone"):
+        exchange(grid, [hello(grid, 2)], timeout=LONG)
 
 
 def test_a_message_that_flower_does_not_take_is_not_waited_for(site, monkeypatch):

@@ -110,7 +110,9 @@ def _dropped_html(loaded: Sequence[Loaded]) -> str:
 
 def _notes_html(loaded: Sequence[Loaded]) -> str:
     """What was odd about clients, and when."""
-    items = [f"{one.label}: round {row['round']}, {row['client']}: {note}" for one in loaded for row in one.rows for note in row.get("notes", ())]
+    items = [
+        f"{one.label}: round {row['round']}, {row['client']}: {note}" for one in loaded for row in one.rows for note in row.get("notes", ())
+    ]
     return tag("details", tag("summary", "Notes"), tag("ul", texts("li", items)), open="open") if items else ""
 
 
