@@ -50,6 +50,8 @@ class Row(TypedDict):
     seconds: FiniteFloat
     missing: NotRequired[Mapping[str, str]]
     """By metric, why it could not be taken."""
+    notes: NotRequired[list[str]]
+    """What is odd about the client and drops no report, such as that its data changed."""
 
 
 Sketch = list[FiniteFloat]

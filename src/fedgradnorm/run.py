@@ -525,6 +525,7 @@ class _Job:
                 state, record = run_round(self.state, self.federation, engine, self.weighting, self.aggregate, training)
             evaluations = _evaluations(engine, state, training)
             rows = rows_of(self.federation, state, record, evaluations)
+            _add_notes(rows, self.engine)
         except BaseException:
             self.engine.restore(self._states)
             raise
@@ -716,6 +717,15 @@ def rows_of(federation: Members, state: ServerState, record: RoundRecord, evalua
         if evaluation and evaluation.failed:
             rows[-1]["missing"] = dict(evaluation.failed)
     return rows
+
+
+def _add_notes(rows: Sequence[Row], engine: Engine) -> None:
+    """Put what the engine has noted of a client since the last round into the client's line."""
+    take = getattr(engine, "take_notes", None)
+    notes: Mapping[str, list[str]] = take() if take is not None else {}
+    for row in rows:
+        if row["client"] in notes:
+            row["notes"] = notes[row["client"]]
 
 
 def _finite(value: float) -> float | None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedgradnorm import ConfigError, FedGradNormError, RunError, StoppedError
+from fedgradnorm import ConfigError, FedGradNormError, FedGradNormWarning, RunError, StoppedError
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import client_app, server_app, training
@@ -144,6 +144,20 @@ def test_a_node_that_is_gone_does_not_hold_up_the_others(tmp_path):
     }
 
 
+def test_a_client_that_is_late_rests_as_the_server_is_told(tmp_path):
+    asked = {}
+    for rest in (16, 0):
+        folder = tmp_path / str(rest)
+        folder.mkdir()
+        place, asked[rest] = Place(folder), []
+        place.wire.twists[3] = lambda message, answer, to=asked[rest]: (
+            answer(message) if message.metadata.group_id == "hello" else to.append(message.metadata.group_id)
+        )
+        with pytest.warns(FedGradNormWarning, match="never counted"):
+            place.deployed(**{"max-rest": rest})
+    assert asked == {16: ["1", "2"], 0: ["1", "2", "3"]}
+
+
 def test_min_nodes_holds_for_every_round(tmp_path):
     place = Place(tmp_path)
     place.wire.nodes.pop(3)
@@ -157,6 +171,9 @@ def test_min_nodes_holds_for_every_round(tmp_path):
         ({"min-nodes": "two"}, "run config: min-nodes: expected a whole number, found 'two'"),
         ({"node-timeout": -1}, "run config: node-timeout: expected a whole number"),
         ({"round-timeout": 0}, "round_timeout: expected seconds, more than 0"),
+        ({"min-replies": 0}, "run config: min-replies: expected a share, more than 0 and at most 1, found 0"),
+        ({"min-replies": True}, "run config: min-replies: expected a share, more than 0 and at most 1, found True"),
+        ({"max-rest": 0.5}, "run config: max-rest: expected a whole number, found 0.5"),
         ({"start-round": 5}, "start_round: expected 1, as 0 rounds are done"),
         ({"settings": "train.num_rnds=5"}, "unknown key 'train.num_rnds'"),
     ],

@@ -127,6 +127,27 @@ def with_strange_buffers(content):
     content["buffers"] = ArrayRecord({"x": Array(np.zeros(1))})
 
 
+def with_more_in_it(content):
+    content["stuff"] = ArrayRecord({"x": Array(np.zeros(10**6))})
+
+
+def with_another_metric(content):
+    content["metrics"]["x"] = [0.5] * 10**6
+
+
+def with_more_in_an_array(content):
+    array = content["arrays"]["2.bias"]
+    content["arrays"]["2.bias"] = Array(array.dtype, array.shape, array.stype, array.data + b"\0" * 10**6)
+
+
+def with_more_in_its_name(content):
+    content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "x": "x" * 10**6})
+
+
+def raising_at_a_terminal(_message, _answer):
+    raise RuntimeError("no\x1b[2J\x07\u202e luck")
+
+
 def raising_at_length(_message, _answer):
     raise RuntimeError("no\n" * 10**6)
 
@@ -152,14 +173,25 @@ FAILURES = {
     "no metrics": (changed(without_metrics), "no report: expected a record 'metrics', found ['arrays', 'fedgradnorm']"),
     "no arrays": (changed(without_arrays), "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']"),
     "no seconds": (changed(without_seconds), "no report: metrics.seconds: expected a number, found None"),
-    "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, found nan"),
-    "a lifetime": (changed(with_a_lifetime_of_seconds), "no report: metrics.seconds: expected seconds, found 1e+308"),
+    "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, at least 0 and at most 1e+09, found nan"),
+    "a lifetime": (
+        changed(with_a_lifetime_of_seconds),
+        "no report: metrics.seconds: expected seconds, at least 0 and at most 1e+09, found 1e+308",
+    ),
+    "unknown record": (
+        changed(with_more_in_it),
+        "no report: records: expected none but arrays, buffers, metrics, fedgradnorm, found 'stuff'",
+    ),
+    "unknown metric": (changed(with_another_metric), "no report: metrics: expected none but loss, initial-loss, "),
+    "unknown field": (changed(with_more_in_its_name), "no report: fedgradnorm.x: Extra inputs are not permitted, found 'xxx"),
+    "too many bytes": (changed(with_more_in_an_array), "no report: array '2.bias': expected at most 4,112 bytes, found 1,000,144"),
+    "control characters": (raising_at_a_terminal, "no report: its app raised an error: RuntimeError: no?[2J?? luck"),
     "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
     "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
     "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
     "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number, found 0.5"),
     "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a finite number, found nan"),
-    "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),
+    "buffers": (changed(with_strange_buffers), "no report: buffers: expected [], found ['x']"),
 }
 
 

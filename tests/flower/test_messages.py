@@ -84,12 +84,33 @@ def test_buffers_of_any_type_come_back_as_they_were():
 def test_a_report_comes_back_as_it_was():
     buffers = {"1.running_mean": torch.ones(3)}
     sent = Report("a", "sign", torch.arange(92.0), 0.5, 1.5, 0.25, 20, buffers, seconds=2.0, round=3, head_seconds=1.0)
-    found = read_report(report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict())), LAYOUT)
+    found = read_report(report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict())), LAYOUT, buffers)
     for field in fields(Report):
         if field.name not in ("gradient", "buffers"):
             assert getattr(found, field.name) == getattr(sent, field.name)
     assert torch.equal(found.gradient, sent.gradient)
     assert found.buffers.keys() == buffers.keys()
+
+
+def test_a_reply_has_no_more_in_it_than_it_needs():
+    """Whatever nobody reads may be of any size, and is refused before its numbers are looked at."""
+    sent = Report("a", "sign", torch.arange(92.0), 0.5, 1.5, 0.25, 20, {"1.running_mean": torch.ones(30_000)}, round=3)
+    report = report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict()))
+    with pytest.raises(MessageError, match=r"^buffer '1.running_mean': expected at most 4,108 bytes, found 120,128$"):
+        read_report(report, LAYOUT, {"1.running_mean": torch.ones(3)})
+    evaluation = evaluation_reply("a", "sign", 3, Evaluation(0.5, {}, 20), message(RecordDict()))
+    greeting = greeting_reply(Greeting(client="a", task="x"), message(RecordDict()))
+    for reply, read, known in ((evaluation, read_evaluation, "metrics, fedgradnorm"), (greeting, greeting_of, "fedgradnorm")):
+        reply.content["stuff"] = ConfigRecord({"x": b"x" * 10**6})
+        with pytest.raises(MessageError, match=f"^records: expected none but {known}, found 'stuff'$"):
+            read(reply)
+
+
+@pytest.mark.parametrize("field", ["task", "metric"])
+def test_a_name_that_would_move_a_terminals_cursor_is_none(field):
+    content = RecordDict({"fedgradnorm": ConfigRecord({"client": "a", "task": "x", field: "x\x1b[2J"})})
+    with pytest.raises(MessageError, match=rf"^fedgradnorm.{field}: Value error, expected printable characters, found 'x\\x1b\[2J'$"):
+        greeting_of(message(content))
 
 
 @pytest.mark.parametrize("metrics", [{}, {"accuracy": 0.5}, {"accuracy": float("nan"), "ä": float("inf")}])

@@ -215,17 +215,35 @@ def test_a_run_that_is_put_back_has_its_own_status_and_the_failed_one_is_beside_
     assert not beside(tmp_path / "run").exists()
 
 
-def test_notes_and_rests_are_written_with_what_comes_next(site, tmp_path):
+def test_notes_are_kept_with_their_round(site, tmp_path):
     engine = site.engine()
 
-    def act(rows):
-        engine.watcher.note("b", f"round {rows[0]['round']}")
-        engine.watcher.rests("b", 5)
+    def act(_):
+        engine._note("b", "its data changed")
 
     site.train(tmp_path / "run", num_rounds=30, on_round=act, engine=engine, eval_every=30)
     b = read_status(tmp_path / "run").clients["b"]
-    assert b.notes == [f"round {number}" for number in range(11, 31)]
-    assert b.resting_until == 5
+    assert b.notes == [f"round {number}: its data changed" for number in range(11, 31)]
+
+
+def test_a_client_that_rests_says_until_when(site, tmp_path):
+    site.wire.twists[3] = lost
+    seen = []
+
+    def act(_):
+        b = read_status(tmp_path / "run").clients["b"]
+        seen.append((b.resting_until, dict(b.drops)))
+
+    with pytest.warns(FedGradNormWarning, match="client 'b' never counted"):
+        site.train(tmp_path / "run", num_rounds=6, on_round=act, eval_every=9)
+    assert seen == [
+        (None, {"late": 1}),
+        (3, {"late": 2}),
+        (None, {"late": 2, "resting": 1}),
+        (6, {"late": 3, "resting": 1}),
+        (6, {"late": 3, "resting": 2}),
+        (None, {"late": 3, "resting": 3}),
+    ]
 
 
 def test_a_status_that_cannot_be_written_ends_no_run_and_is_said_once(site, tmp_path, monkeypatch, caplog):

@@ -26,6 +26,13 @@ def test_importing_and_training_import_no_flower(tmp_path, blocked):
     assert process.returncode == 0, process.stderr
 
 
+def test_a_nodes_process_imports_no_solvers(tmp_path):
+    """Every message to a node starts a process, and what that does not need it does not load."""
+    modules = "{'scipy.optimize', 'scipy.linalg', 'scipy.special', 'scipy.stats', 'sklearn', 'matplotlib', 'plotly'}"
+    process = python(tmp_path, f"import sys, fedgradnorm.flower.client; print(sorted({modules} & sys.modules.keys()))", blocked=False)
+    assert (process.stdout, process.stderr) == ("[]\n", "")
+
+
 def test_a_run_works(tmp_path):
     (tmp_path / "config.toml").touch()
     process = python(tmp_path, CLI, *RUN, "run.dir=run")

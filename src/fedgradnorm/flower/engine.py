@@ -17,6 +17,7 @@ from fedgradnorm.errors import MessageError, StoppedError, require
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.client import WRONG_CLIENT, Node
+from fedgradnorm.flower.exchange import Exchange, exchange
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.messages import (
     ARRAYS,
@@ -32,6 +33,7 @@ from fedgradnorm.flower.messages import (
     read_evaluation,
     read_report,
 )
+from fedgradnorm.flower.rests import Rests
 from fedgradnorm.flower.roster import Roster, roster_of
 from fedgradnorm.flower.states import MemoryStates
 from fedgradnorm.flower.status import Failure, Kind, Watcher
@@ -66,7 +68,11 @@ class Limits:
     Attributes:
         min_nodes: clients that have to be connected before a round.
         node_timeout: seconds to wait for them; then the run stops, and can be resumed.
-        round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
+        round_timeout: seconds to wait for the replies of a round, an upper bound; who has not answered then counts as dropped.
+        min_replies: a share of the clients that were asked: when so many have answered, the others have as long again as that took. 1: the
+            others have all of ``round_timeout``.
+        max_rest: a client that is late again rests for 1 round, and for twice as many each time that it is late after that, at most so
+            many; 0: none ever rests.
         greeting_timeout: seconds to wait until new nodes have said who they are.
         poll: seconds between looks for new nodes.
         ask_again: seconds until a node that stays out is asked once more who it is; each time twice as many for one that does not answer.
@@ -78,6 +84,8 @@ class Limits:
     min_nodes: int = 1
     node_timeout: float = 600.0
     round_timeout: float = 3600.0
+    min_replies: float = 1.0
+    max_rest: int = 16
     greeting_timeout: float = 120.0
     poll: float = 1.0
     ask_again: float = 60.0
@@ -86,6 +94,8 @@ class Limits:
         require(self.min_nodes >= 1, "min_nodes", "a number of at least 1", self.min_nodes)
         require(self.node_timeout >= 0, "node_timeout", "seconds, at least 0", self.node_timeout)
         require(self.round_timeout > 0, "round_timeout", "seconds, more than 0", self.round_timeout)
+        require(0 < self.min_replies <= 1, "min_replies", "a share, more than 0 and at most 1", self.min_replies)
+        require(self.max_rest >= 0, "max_rest", "a number of rounds, at least 0", self.max_rest)
 
 
 class GridEngine:
@@ -111,6 +121,7 @@ class GridEngine:
         experiment: the name under which the clients keep their states. It has to be set before anything is sent.
         config: for users' own apps, what goes along with messages for training and for evaluation.
         failures: by client, why there was no report when it was last instructed, as a `Failure`, which has its kind.
+        notes: by client, what is odd about it and drops no report, since `take_notes` was called.
         watcher: is told of all that matters to who watches a run.
     """
 
@@ -132,6 +143,7 @@ class GridEngine:
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
+        self.notes: dict[str, list[str]] = {}
         self.watcher = Watcher(roster, max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout))
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
@@ -141,9 +153,11 @@ class GridEngine:
         self._untested: set[str] = set()
         self._claims: dict[int, str] = {}
         self._late: set[int] = set()
+        self._sent: Mapping[str, Tensor] = {}
+        self._rests = Rests(limits.max_rest)
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
-        self._round, self._training = 0, ""
+        self._round, self._attempt, self._training = 0, 0, ""
 
     @property
     def clients(self) -> list[str]:
@@ -186,7 +200,16 @@ class GridEngine:
         self.wait()
         if instructions and instructions[0].attempt:  # there were too few before, and at once there would be again
             self.wait(min(instructions[0].training.min_clients, len(instructions)), {one.client for one in instructions})
-        return self.reports(self._send(self.messages_for(instructions)))
+        messages = self.messages_for(instructions)
+        came = self._send(messages, enough=self._enough(len(messages), instructions))
+        return self.reports(came.replies, came)
+
+    def _enough(self, asked: int, instructions: Sequence[Instruction]) -> int | None:
+        """How many answers are enough for the others to have no more than as long again."""
+        if self.limits.min_replies == 1:
+            return None
+        least = instructions[0].training.min_clients if instructions else 1
+        return max(math.ceil(self.limits.min_replies * asked - 1e-9), least)
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
@@ -196,11 +219,15 @@ class GridEngine:
         if instructions and self.federated:
             self._training = instructions[0].training.model_dump_json()
         arrays = self.layout.arrays(instructions[0].encoder) if instructions else arrays_of({})
-        self.messages = {}
+        self._sent = instructions[0].buffers if instructions else {}
+        self.messages, resting = {}, self._resting(instructions)
         for instruction in instructions:
             id, state = instruction.client, self._states.get(instruction.client, ClientState({}))
             if id not in self._nodes:
                 self.failures[id] = Failure(self._refused(id) or "not connected", "not-connected")
+                continue
+            if id in resting:
+                self.failures[id] = Failure("it rests, as it was late again and again", "resting")
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
             control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
@@ -212,12 +239,26 @@ class GridEngine:
             self.watcher.round_begins(instructions[0].round, instructions[0].attempt)
         return self.messages
 
-    def reports(self, replies: Iterable[Message]) -> list[Report]:
+    def _resting(self, instructions: Sequence[Instruction]) -> Mapping[str, int]:
+        """Who rests in this round, and until when: nobody where the others are too few, or the round is repeated."""
+        resting = self._rests.resting(self._round)
+        awake = sum(one.client in self._nodes and one.client not in resting for one in instructions)
+        if not resting or self._attempt or awake < max(1, instructions[0].training.min_clients):
+            return {}
+        return resting
+
+    def reports(self, replies: Iterable[Message], came: Exchange | None = None) -> list[Report]:
         """The reports in the replies to the last ``messages_for``; the other clients have a reason in ``failures``."""
         reports = []
-        for id, reply in self._sound(self.messages, replies).items():
+        sound = self._sound(self.messages, replies, came=came)
+        for id, message in self.messages.items():
+            if message.metadata.dst_node_id not in self._late:
+                self._rests.answered(id)
+            elif self._attempt == 0:
+                self._note_late(id)
+        for id, reply in sound.items():
             try:
-                report = read_report(reply, self.layout)
+                report = read_report(reply, self.layout, self._sent)
                 answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
@@ -228,6 +269,7 @@ class GridEngine:
             self.roster.learn(id, report.num_examples)
             self._took(id, report)
         self.watcher.heard([report.client for report in reports])
+        self.watcher.rest(self._rests.resting(self._round + 1))
         self.watcher.reported(self._round, self.failures)
         return reports
 
@@ -242,13 +284,14 @@ class GridEngine:
         How many examples pass through a model at once is in the settings of training, which every message has.
         """
         self._greet()
-        return self.evaluations(self._send(self.tests_for(encoder, buffers)))
+        came = self._send(self.tests_for(encoder, buffers))
+        return self.evaluations(came.replies, came)
 
     def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
-        """The messages that ask the connected clients to test, by key: less those that were too late in this round, and may hang."""
-        arrays, self.messages = self.layout.arrays(encoder), {}
+        """The messages that ask the connected clients to test, by key: less those that rest or were late in this round, and may hang."""
+        arrays, self.messages, resting = self.layout.arrays(encoder), {}, self._rests.resting(self._round)
         for id, node in self._nodes.items():
-            if id in self._untested or node in self._late:
+            if id in self._untested or id in resting or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
             control = self._control("evaluate", client=id, round=self._round, base=base)
@@ -259,10 +302,10 @@ class GridEngine:
         self.watcher.tests()
         return self.messages
 
-    def evaluations(self, replies: Iterable[Message]) -> dict[str, Evaluation]:
+    def evaluations(self, replies: Iterable[Message], came: Exchange | None = None) -> dict[str, Evaluation]:
         """The evaluations in the replies to the last ``tests_for``."""
         evaluations, failures = {}, dict(self.failures)
-        for id, reply in self._sound(self.messages, replies).items():
+        for id, reply in self._sound(self.messages, replies, came=came).items():
             try:
                 who, evaluation = read_evaluation(reply)
                 main = self.roster.client(id).task.main_metric
@@ -277,6 +320,12 @@ class GridEngine:
         self.watcher.heard(evaluations)
         return evaluations
 
+    def _note_late(self, id: str) -> None:
+        rest = self._rests.was_late(id, self._round)
+        if rest:
+            times, until = self._rests.times[id], self._round + rest
+            log.warning("client %s was late in %d of its rounds on end: it rests until round %d", id, times, until)
+
     def _took(self, id: str, report: Report) -> None:
         self._states[id] = ClientState({}, report.initial_loss, round=report.round)
 
@@ -289,7 +338,7 @@ class GridEngine:
             bases = self._bases.setdefault(instruction.client, [0] * (self.keep + 1))
             bases.append(self._states.get(instruction.client, ClientState({})).round)
             del bases[: -self.keep - 1]
-        self._round = instruction.round
+        self._round, self._attempt = instruction.round, instruction.attempt
 
     def _greet(self) -> None:
         """Ask new nodes who they are, and forget those that are gone."""
@@ -309,7 +358,8 @@ class GridEngine:
         content = RecordDict({ARRAYS: arrays_of({}), CONTROL: self._control("hello"), CONFIG: self._config("train", 0)})
         timeout = min(self.limits.round_timeout, self.limits.greeting_timeout)
         asked = {str(node): self._message(content, "train", node, "hello", timeout) for node in new}
-        answers = self._sound(asked, self._send(asked, timeout), "node", timeout)
+        came = self._send(asked, timeout)
+        answers = self._sound(asked, came.replies, "node", came)
         greetings: dict[int, Greeting] = {}
         for node in new:
             try:
@@ -339,10 +389,22 @@ class GridEngine:
                 (self._untested.discard if greeting.tests else self._untested.add)(greeting.client)
                 self._nodes[greeting.client] = node
                 self._states.setdefault(greeting.client, ClientState({}))
+                self._rests.answered(greeting.client)
                 log.info("client %s is connected, node %d", greeting.client, node)
         self.watcher.present(self._nodes, self._strangers)
 
+    def take_notes(self) -> dict[str, list[str]]:
+        """What was noted of clients since the last call, by key."""
+        notes, self.notes = self.notes, {}
+        return notes
+
+    def _note(self, client: str, text: str) -> None:
+        """Log what is odd about a client and drops no report, and keep it for the run's records."""
+        log.warning("client %s: %s", client, text)
+        self.notes.setdefault(client, []).append(text)
+
     def _refuse(self, node: int, why: str) -> None:
+        why = one_line(why)
         if self._strangers.get(node) != why:
             log.warning("node %d stays out: %s", node, why)
         self._strangers[node] = why
@@ -351,14 +413,17 @@ class GridEngine:
         """Why nobody stands for a client, if a node that was refused says so."""
         return next((why for why in self._strangers.values() if f"'{client}'" in why), None)
 
-    def _send(self, messages: Mapping[str, Message], timeout: float | None = None) -> Iterable[Message]:
-        sent = list(messages.values())
-        return self.grid.send_and_receive(sent, timeout=timeout or self.limits.round_timeout) if sent else []
+    def _send(self, messages: Mapping[str, Message], timeout: float | None = None, enough: int | None = None) -> Exchange:
+        return exchange(self.grid, list(messages.values()), timeout or self.limits.round_timeout, enough)
 
     def _sound(
-        self, messages: Mapping[str, Message], replies: Iterable[Message], whom: str = "client", timeout: float | None = None
+        self, messages: Mapping[str, Message], replies: Iterable[Message], whom: str = "client", came: Exchange | None = None
     ) -> dict[str, Message]:
-        timeout = timeout or self.limits.round_timeout
+        if came is not None and came.early:
+            waited = "no answer within twice the time of enough others"
+            log.info("enough have answered: the others had %.1f s in all", came.seconds)
+        else:
+            waited = f"no answer within {came.seconds if came else self.limits.round_timeout:g} s"
         asked = {message.metadata.message_id: name for name, message in messages.items()}
         sound: dict[str, Message] = {}
         for reply in replies:
@@ -380,7 +445,7 @@ class GridEngine:
                 sound[name] = reply
         for name in asked.values():
             self._late.add(messages[name].metadata.dst_node_id)
-            self.failures[name] = Failure(f"no answer within {timeout:g} s", "late")
+            self.failures[name] = Failure(waited, "late")
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
 

@@ -7,13 +7,13 @@ along) and ``fedgradnorm`` (who and when). A reply has ``arrays`` (the mean grad
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from fedgradnorm.config import TrainConfig, validated
@@ -51,6 +51,11 @@ Checked = TypeVar("Checked", bound=BaseModel)
 ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
 LONGEST, LARGEST = 1e9, 1e100
 """No client works for more seconds, and no finite figure of a test is larger: beyond them, sums and means could overflow."""
+EXAMPLES = "num-examples"
+NUMBERS = ("loss", "initial-loss", "grad-norm", EXAMPLES, "seconds", "head-seconds", "loss-floor")
+"""What the metrics of a report hold."""
+HEADER = 4096
+"""Bytes that an array in a message may have beyond its numbers: the header of its format."""
 
 
 class Control(BaseModel):
@@ -104,6 +109,13 @@ class Greeting(BaseModel):
     metric: str = Field("", max_length=200)
     higher_is_better: bool = True
 
+    @field_validator("task", "metric")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        if not text.isprintable():
+            raise ValueError("expected printable characters")
+        return text
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -138,10 +150,12 @@ class Layout:
         Raises:
             MessageError: other names, shapes or types than the encoder's.
         """
+        if record.keys() != self.shapes.keys():
+            odd = sorted(record.keys() ^ self.shapes.keys())[0]
+            raise MessageError(f"arrays: expected those of the encoder, found {len(record)}; '{odd}' is in one alone")
+        for name, shape in self.shapes.items():
+            _check_size(f"array '{name}'", len(record[name].data), math.prod(shape) * self.dtype.itemsize)
         tensors = tensors_of(record)
-        if tensors.keys() != self.shapes.keys():
-            odd = sorted(tensors.keys() ^ self.shapes.keys())[0]
-            raise MessageError(f"arrays: expected those of the encoder, found {len(tensors)}; '{odd}' is in one alone")
         for name, shape in self.shapes.items():
             found = tensors[name]
             if tuple(found.shape) != shape or found.dtype != self.dtype:
@@ -206,7 +220,9 @@ def greeting_reply(greeting: Greeting, message: Message) -> Message:
 
 def greeting_of(reply: Message) -> Greeting:
     """Who answered to a hello. Raises MessageError."""
-    return _checked(Greeting, reply, CONTROL)
+    greeting = _checked(Greeting, reply, CONTROL)
+    _check_records(reply, (CONTROL,))
+    return greeting
 
 
 def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Message:
@@ -232,13 +248,28 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
     return Message(content, reply_to=message)
 
 
-def read_report(reply: Message, layout: Layout) -> Report:
-    """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
-    who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
-    numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds", "loss-floor")}
+def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | None = None) -> Report:
+    """The report in a reply. Its numbers are for `server.screen` to judge.
+
+    Args:
+        reply: the reply.
+        layout: of the encoder.
+        sent: the buffers that went out, by name.
+
+    Raises:
+        MessageError: a number is missing, or there is more in it than a report has.
+    """
+    who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply, NUMBERS)
+    _check_records(reply, (ARRAYS, BUFFERS, METRICS, CONTROL))
+    buffers, expected = reply.content.array_records.get(BUFFERS, ArrayRecord()), sent or {}
+    if not buffers.keys() <= expected.keys():
+        raise MessageError(f"buffers: expected {sorted(expected)}, found {sorted(buffers)!r:.100}")
+    for name, buffer in buffers.items():
+        _check_size(f"buffer '{name}'", len(buffer.data), expected[name].nbytes)
+    numbers = {name: _number(metrics, name) for name in NUMBERS if name != EXAMPLES}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
-            raise MessageError(f"metrics.{name}: expected seconds, found {numbers[name]}")
+            raise MessageError(f"metrics.{name}: expected seconds, at least 0 and at most {LONGEST:g}, found {numbers[name]}")
     return Report(
         client=who.client,
         task=who.task,
@@ -266,7 +297,8 @@ def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation,
 
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
-    who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply)
+    who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply, ("loss", EXAMPLES))
+    _check_records(reply, (METRICS, CONTROL))
     metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
         raise MessageError(f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}")
@@ -275,8 +307,12 @@ def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
 
 
 def one_line(text: object) -> str:
-    """The beginning of a text of someone else, as a line for logs and records."""
-    return " ".join(str(text).split())[:300]
+    r"""The beginning of a text of someone else, as a line for logs and records: what is not printable is a question mark.
+
+    >>> one_line("no\n luck\x1b[2J")
+    'no luck?[2J'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text)[:10_000].split())[:300])
 
 
 def _figure(name: str, value: Any) -> float:
@@ -295,13 +331,29 @@ def _checked(model: type[Checked], message: Message, record: str) -> Checked:
         return model.model_validate(dict(found))
     except ValidationError as error:
         first = error.errors()[0]
-        raise MessageError(f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.100}") from error
+        given = first["input"][:100] if isinstance(first["input"], str | bytes | list) else first["input"]  # it may be of any length
+        raise MessageError(f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {given!r:.100}") from error
 
 
-def _metrics(reply: Message) -> MetricRecord:
+def _check_records(reply: Message, known: Collection[str]) -> None:
+    """Raise MessageError for a record that nobody reads: it may be of any size."""
+    unknown = sorted(reply.content.keys() - known)
+    if unknown:
+        raise MessageError(f"records: expected none but {', '.join(known)}, found {unknown[0]!r:.100}")
+
+
+def _check_size(what: str, found: int, expected: int) -> None:
+    if found > expected + HEADER:
+        raise MessageError(f"{what}: expected at most {expected + HEADER:,} bytes, found {found:,}")
+
+
+def _metrics(reply: Message, known: Collection[str]) -> MetricRecord:
     found = reply.content.metric_records.get(METRICS)
     if found is None:
         raise MessageError(f"expected a record '{METRICS}', found {sorted(reply.content)}")
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise MessageError(f"metrics: expected none but {', '.join(known)}, found {unknown[0]!r:.100}")
     return found
 
 
@@ -313,9 +365,9 @@ def _number(record: MetricRecord, name: str) -> float:
 
 
 def _count(record: MetricRecord) -> int:
-    found = record.get("num-examples")
+    found = record.get(EXAMPLES)
     if not isinstance(found, int) or found < 0:
-        raise MessageError(f"metrics.num-examples: expected a whole number, found {found!r:.100}")
+        raise MessageError(f"metrics.{EXAMPLES}: expected a whole number, found {found!r:.100}")
     return found
 
 

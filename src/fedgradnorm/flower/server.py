@@ -32,6 +32,8 @@ def server_app(config: str | Path) -> ServerApp:
       what they say on training, the federation and the model.
     - ``min-nodes``: clients to wait for before a round; by default, and for 0, all of the federation at the start, and one from then on.
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
+    - ``min-replies``: a share of the clients: when so many have answered, the others have as long again as that took; 1 by default.
+    - ``max-rest``: rounds that a client which is late again and again rests at most; 16 by default, 0 for none.
     - ``start-round``: 1 begins anew; by default, and for 0, a run that is there goes on.
 
     Args:
@@ -53,6 +55,8 @@ def server_app(config: str | Path) -> ServerApp:
             min_nodes=_number(context, "min-nodes", 0) or 1,
             node_timeout=_number(context, "node-timeout", 600),
             round_timeout=_number(context, "round-timeout", 3600),
+            min_replies=_share(context, "min-replies"),
+            max_rest=_number(context, "max-rest", Limits.max_rest),
         )
         shared = " ".join(word for word in words if table_of(word) in SHARED)
         layout = Layout.of(roster.make_encoder(settings.train.seed))
@@ -70,3 +74,10 @@ def _number(context: Context, name: str, default: int) -> int:
     if type(value) is not int or value < 0:
         raise ConfigError(f"run config: {name}: expected a whole number, found {value!r}")
     return value
+
+
+def _share(context: Context, name: str) -> float:
+    value = context.run_config.get(name, 1.0)
+    if isinstance(value, bool | str | bytes) or not 0 < value <= 1:
+        raise ConfigError(f"run config: {name}: expected a share, more than 0 and at most 1, found {value!r}")
+    return float(value)

@@ -55,7 +55,7 @@ ENDED: tuple[State, ...] = ("completed", "stopped")
 Time = Annotated[FiniteFloat, Field(ge=0, lt=2.5e11)]
 """Unix seconds, up to the year 9892: no calendar has later ones."""
 
-Kind = Literal["late", "gone", "not-connected", "error", "crashed", "refused-report", "other"]
+Kind = Literal["late", "gone", "not-connected", "resting", "error", "crashed", "refused-report", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANSWERED: tuple[Kind, ...] = ("error", "crashed", "refused-report")
 """Kinds of failures with which a client's node has answered all the same."""
@@ -97,8 +97,8 @@ class ClientStatus(_Record):
         last_seen: when it last answered anything; None where it never did.
         last_drop: its last drop.
         drops: how often it was dropped, by kind.
-        resting_until: the round until which it is not asked; None where it is.
-        notes: what else there is to know of it, the latest last.
+        resting_until: the last round in which it is not asked, as it was late again and again; None where it is asked.
+        notes: what else there is to know of it, with the round, the latest last.
     """
 
     task: str
@@ -242,22 +242,20 @@ class Watcher:
         self._write()
 
     def round_ends(self, rows: Sequence[Row], failures: Mapping[str, str]) -> None:
-        """A round is done. Who was dropped and is not among the failures sent a report that was refused."""
+        """A round is done, with these notes on clients. Who was dropped and is not among the failures sent a report that was refused."""
         status, round = self._status, rows[0]["round"]
         status.state, status.done, status.round_ended = "training", round, time.time()
         for row in rows:
             if row["dropped"] is not None and row["client"] not in failures:
                 self._drop(row["client"], round, "refused-report", row["dropped"])
+            client = self._client(row["client"])
+            client.notes = [*client.notes, *(f"round {round}: {note}" for note in row.get("notes", ()))][-MOST_NOTES:]
         self._write()
 
-    def note(self, client: str, text: str) -> None:
-        """Note something else about a client, in a few words. It is written with what comes next."""
-        one = self._client(client)
-        one.notes = [*one.notes, text][-MOST_NOTES:]
-
-    def rests(self, client: str, until: int | None) -> None:
-        """The client is not asked until this round; None: it is. It is written with what comes next."""
-        self._client(client).resting_until = until
+    def rest(self, until: Mapping[str, int]) -> None:
+        """These clients are not asked before the round after this one; all others are. It is written with what comes next."""
+        for id in self._status.clients:
+            self._client(id).resting_until = until.get(id)
 
     def _client(self, id: str) -> ClientStatus:
         if id not in self._status.clients:

@@ -64,6 +64,8 @@ class FedGradNorm(Strategy):
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
         round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
+        min_replies: a share of the clients: when so many have answered, the others have as long again as that took.
+        max_rest: rounds that a client which is late again and again rests at most; 0: none ever rests.
         evaluate_every: the clients test after the first and the last round, and after every so many.
         seed: of the draws of clients.
 
@@ -84,6 +86,8 @@ class FedGradNorm(Strategy):
         min_clients: int = 1,
         node_timeout: float = 600.0,
         round_timeout: float = 3600.0,
+        min_replies: float = 1.0,
+        max_rest: int = Limits.max_rest,
         evaluate_every: int = 1,
         seed: int = 0,
     ) -> None:
@@ -91,7 +95,7 @@ class FedGradNorm(Strategy):
         self.weighting, self._weighting = weighting_of(weighting)
         self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
         self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
-        self.limits = Limits(min_nodes=min_nodes, node_timeout=node_timeout, round_timeout=round_timeout)
+        self.limits = Limits(min_nodes, node_timeout, round_timeout, min_replies, max_rest)
         self.run_dir = None if run_dir is None else str(run_dir)
         self._training: dict[str, Any] = {
             "encoder_steps": 1,

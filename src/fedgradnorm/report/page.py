@@ -58,6 +58,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         "explanation": escape(explanation(single=len(runs) == 1)),
         "runs": _runs_html(loaded),
         "dropped": _dropped_html(loaded),
+        "notes": _notes_html(loaded),
         "table": _table_html(groups, loaded),
         "tasks": "\n".join(_task_html(group, loaded, charts) for group in groups),
         "settings": _settings_html(loaded),
@@ -108,6 +109,14 @@ def _dropped_html(loaded: Sequence[Loaded]) -> str:
         reasons = Counter((row["client"], row["dropped"]) for row in one.rows if row["dropped"] is not None)
         items += [f"{one.label}: {plural(count, 'report')} of {client} dropped: {reason}" for (client, reason), count in reasons.items()]
     return tag("details", tag("summary", "Dropped reports"), tag("ul", texts("li", items))) if items else ""
+
+
+def _notes_html(loaded: Sequence[Loaded]) -> str:
+    """What was odd about clients, and when."""
+    items = [
+        f"{one.label}: round {row['round']}, {row['client']}: {note}" for one in loaded for row in one.rows for note in row.get("notes", ())
+    ]
+    return tag("details", tag("summary", "Notes"), tag("ul", texts("li", items)), open="open") if items else ""
 
 
 def _table_html(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy.optimize import brentq
+import scipy
 
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
@@ -84,6 +84,6 @@ def conflict_averse(gram: np.ndarray, c: float) -> np.ndarray:
     least, most = NO_LENGTH, 1.0 + NO_LENGTH
     if best(least)[1] <= least:
         return mean
-    weights, length = best(brentq(lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13, maxiter=500))
+    weights, length = best(scipy.optimize.brentq(lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13, maxiter=500))
     coefficients: np.ndarray = mean + reach / length * weights
     return coefficients

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.special import softmax
+import scipy
 
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
@@ -62,4 +62,4 @@ class DWA:
         now = dict(zip((report.client for report in reports), losses_of(reports, positive=True).tolist(), strict=True))
         before = {**now, **state.memory["losses"]}
         rates = np.array([min(loss / before[client], LARGEST_RATE) for client, loss in now.items()])
-        return proportional(state, reports, softmax(rates / self.temperature), {"losses": {**before, **now}})
+        return proportional(state, reports, scipy.special.softmax(rates / self.temperature), {"losses": {**before, **now}})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+import scipy
 
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
@@ -81,7 +81,7 @@ def bargain(gram: np.ndarray) -> np.ndarray:
     solution = np.full(count, 1 / np.sqrt(max(cosines.sum() / count, RIDGE)))
     for _ in range(MOST_STEPS):
         slope = cosines @ solution - 1 / solution
-        step = cho_solve(cho_factor(cosines + np.diag(1 / solution**2)), slope)
+        step = scipy.linalg.cho_solve(scipy.linalg.cho_factor(cosines + np.diag(1 / solution**2)), slope)
         decrement = np.sqrt(max(slope @ step, 0.0))
         solution = solution - step / (1 + decrement if decrement > 0.25 else 1)
         if decrement < 1e-12:

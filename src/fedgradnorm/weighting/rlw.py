@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from scipy.special import softmax
+import scipy
 
 from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
@@ -52,4 +52,4 @@ class RLW:
         """New random weights, whatever the clients report."""
         round = state.memory["round"] + 1
         draws = [generator(self.seed, round, report.client, "rlw").standard_normal() for report in reports]
-        return proportional(state, reports, softmax(draws), {"round": round})
+        return proportional(state, reports, scipy.special.softmax(draws), {"round": round})

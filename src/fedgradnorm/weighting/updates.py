@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import lsq_linear, nnls
 from torch import Tensor
 
 from fedgradnorm.errors import require
@@ -106,7 +106,7 @@ def least_norm(gram: np.ndarray) -> np.ndarray:
     if _is_least(even, gram):
         return even
     root = np.vstack([_root(gram), np.ones(count)])
-    solution, _ = nnls(root, np.append(np.zeros(count), 1.0), maxiter=100 * count)
+    solution, _ = scipy.optimize.nnls(root, np.append(np.zeros(count), 1.0), maxiter=100 * count)
     weights: np.ndarray = solution / solution.sum()
     return weights
 
@@ -126,7 +126,8 @@ def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.nda
     root = np.vstack([_root(gram), np.full(count, SUM_WEIGHT)])
     bounds, aim = (np.maximum(base - radius, 0.0), np.minimum(base + radius, 1.0)), 1.0
     for _ in range(TRIES):
-        weights = lsq_linear(root, np.append(np.zeros(count), SUM_WEIGHT * aim), bounds, method="bvls", tol=1e-14, max_iter=10 * count).x
+        sides = np.append(np.zeros(count), SUM_WEIGHT * aim)
+        weights = scipy.optimize.lsq_linear(root, sides, bounds, method="bvls", tol=1e-14, max_iter=10 * count).x
         lacking = 1.0 - weights.sum()
         if abs(lacking) < 1e-13:
             break

@@ -1,0 +1,233 @@
+"""Messages out and replies back: what is late holds nobody up, and enough answers shorten the wait for the others."""
+
+import threading
+
+import pytest
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedgradnorm import StoppedError
+from fedgradnorm.flower import GridEngine
+from fedgradnorm.flower.engine import Limits
+from fedgradnorm.flower.exchange import exchange
+from fedgradnorm.flower.roster import roster_of
+from tests.flower.nodes import AT_ONCE, Site, dropped, in_round, lost, raising
+from tests.helpers import small_federation
+
+pytestmark = pytest.mark.filterwarnings("ignore:client '.' (never|seldom) counted")
+
+LONG = 600.0
+"""Seconds that no test waits: it would be stuck."""
+
+
+class Apart(Grid):
+    """A site's wire behind calls that wait, as Flower's do while a reply is on its way: for ``held`` nodes, until ``release`` is set."""
+
+    def __init__(self, site, held=()):
+        self.wire, self.held, self.release = site.wire, set(held), threading.Event()
+        self.to, self.lock = {}, threading.Lock()
+
+    def set_run(self, run):
+        self.wire.set_run(run)
+
+    @property
+    def run(self):
+        return self.wire.run
+
+    def create_message(self, *words):
+        return self.wire.create_message(*words)
+
+    def get_node_ids(self):
+        return self.wire.get_node_ids()
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        with self.lock:
+            ids = self.wire.push_messages(messages)
+        self.to |= {id: message.metadata.dst_node_id for id, message in zip(ids, messages, strict=True)}
+        return ids
+
+    def pull_messages(self, message_ids):
+        if any(self.to[id] in self.held for id in message_ids):
+            self.release.wait(LONG)
+        with self.lock:
+            return self.wire.pull_messages(message_ids)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise AssertionError("Flower's own call waits for too long")
+
+
+class ApartEngine(GridEngine):
+    def _message(self, content, kind, node, group, ttl=None):
+        return self.grid.create_message(content, kind, node, group, ttl or self.limits.round_timeout)
+
+
+def apart_engine(site, held=(), **limits):
+    grid = Apart(site, held)
+    engine = ApartEngine(grid, roster_of(site.federation), site.engine().layout, Limits(**{**AT_ONCE, "min_nodes": 3, **limits}))
+    engine.experiment = "experiment"
+    return engine
+
+
+def hello(grid, node):
+    return grid.create_message(RecordDict({}), "train", node, "1", LONG)
+
+
+@pytest.fixture
+def site():
+    site = Site(small_federation())
+    for number in (2, 3, 4):
+        site.wire.nodes[number] = lambda message, _: Message(RecordDict({}), reply_to=message)
+    return site
+
+
+def test_a_reply_that_is_on_its_way_holds_nobody_longer_than_the_time(site):
+    grid = Apart(site, held={3})
+    came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=0.5)
+    assert not grid.release.is_set()
+    assert {reply.metadata.src_node_id for reply in came.replies} == {2, 4}
+    assert (came.seconds, came.early) == (0.5, False)
+
+
+def test_when_enough_have_answered_the_others_have_as_long_again(site):
+    grid = Apart(site, held={3})
+    came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=LONG, enough=2)
+    assert {reply.metadata.src_node_id for reply in came.replies} == {2, 4}
+    assert came.seconds < LONG
+    assert came.early
+
+
+def test_who_is_only_a_little_slower_than_enough_others_counts(site):
+    grid = Apart(site, held={3})
+    threading.Timer(0.3, grid.release.set).start()
+    came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=LONG, enough=2)
+    assert {reply.metadata.src_node_id for reply in came.replies} == {2, 3, 4}
+    assert not came.early
+
+
+def test_an_error_is_an_answer_and_not_one_of_enough(site):
+    site.wire.nodes[2] = lambda message, _: Message(Error(2, "no"), reply_to=message)
+    grid = Apart(site, held={3})
+    came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=1.5, enough=2)
+    assert len(came.replies) == 2
+    assert not came.early
+
+
+def test_a_fetch_that_fails_is_tried_again(site, monkeypatch, caplog):
+    grid, pull, failures = Apart(site), site.wire.pull_messages, [OSError("busy"), OSError("busy")]
+
+    def failing(ids):
+        if failures:
+            raise failures.pop()
+        return pull(ids)
+
+    monkeypatch.setattr(site.wire, "pull_messages", failing)
+    came = exchange(grid, [hello(grid, 2)], timeout=LONG)
+    assert len(came.replies) == 1
+    assert "fetching replies failed, and was tried again: OSError (2)" in caplog.text
+    monkeypatch.setattr(site.wire, "pull_messages", lambda ids: 1 / 0)
+    assert list(exchange(grid, [hello(grid, 2)], timeout=0.2).replies) == []
+
+
+def test_what_the_grid_raises_while_messages_are_sent_is_raised(site, monkeypatch):
+    grid = Apart(site)
+    monkeypatch.setattr(site.wire, "push_messages", lambda _: {}["gone"])
+    with pytest.raises(KeyError, match="gone"):
+        exchange(grid, [hello(grid, 2)], timeout=LONG)
+
+
+def test_a_message_that_flower_does_not_take_is_not_waited_for(site, monkeypatch):
+    grid = Apart(site)
+    messages = [hello(grid, 2)]
+    monkeypatch.setattr(grid, "push_messages", lambda _: [None])
+    assert list(exchange(grid, messages, timeout=LONG).replies) == []
+
+
+def test_threads_change_no_number():
+    site, same = Site(small_federation(), seed=3), Site(small_federation(), seed=3)
+    result, expected = site.train(engine=apart_engine(site), num_rounds=3), same.train(num_rounds=3)
+    assert torch.equal(result.state.encoder, expected.state.encoder)
+    assert result.weights == expected.weights
+
+
+def test_a_share_of_replies_ends_a_round_without_the_slow_one():
+    site = Site(small_federation())
+    engine = apart_engine(site, round_timeout=LONG, min_replies=0.6)
+    site.train(engine=engine, num_rounds=1)  # all are known
+    engine.grid.held = {3}
+    result = site.train(engine=engine, num_rounds=1)
+    assert dropped(result.rows, "b") == {1: "no report: no answer within twice the time of enough others"}
+    assert not dropped(result.rows, "a") | dropped(result.rows, "c")
+
+
+def test_fewer_than_the_sound_reports_that_a_round_needs_are_never_enough():
+    site = Site(small_federation())
+    engine = apart_engine(site, round_timeout=2.0, min_replies=0.1)
+    engine.wait(3)
+    engine.grid.held = {3}
+    with pytest.raises(StoppedError, match=r"2 sound reports, expected at least 3: b: no report: no answer within 2 s"):
+        site.train(engine=engine, num_rounds=1, min_clients=3, max_retries=0)
+
+
+# ------------------------------------------------------------------------------------------------ rests
+
+
+def test_a_client_that_is_late_again_and_again_rests_for_twice_as_long_each_time(caplog):
+    site = Site(small_federation())
+    asked = []
+    site.wire.twists[3] = lambda message, answer: (
+        asked.append(int(message.metadata.group_id)) if message.metadata.group_id != "hello" else answer(message)
+    )
+    result = site.train(num_rounds=20)
+    assert asked == [1, 2, 4, 7, 12]  # 0, 1, 2, 4, 8 rounds of rest
+    reasons = dropped(result.rows, "b")
+    assert reasons[2] == "no report: no answer within 3600 s"
+    assert {reasons[round] for round in (3, 5, 13, 20)} == {"no report: it rests, as it was late again and again"}
+    assert "client b was late in 3 of its rounds on end: it rests until round 6" in caplog.text
+    assert all(row["test_loss"] is None for row in result.rows if row["client"] == "b" and row["round"] > 1)
+    assert not dropped(result.rows, "a")
+
+
+def test_one_answer_ends_the_count_and_so_does_an_error_of_its_app():
+    site = Site(small_federation())
+    turns = {1: lost, 2: raising, 3: lost, 4: None, 5: lost, 6: lost}
+
+    def twist(message, answer):
+        turn = turns.get(int(message.metadata.group_id)) if message.metadata.group_id != "hello" else None
+        return turn(message, answer) if turn else answer(message)
+
+    site.wire.twists[3] = twist
+    result = site.train(num_rounds=8)
+    rests = [round for round, reason in dropped(result.rows, "b").items() if "rests" in reason]
+    assert rests == [7]  # late in 1, 3, 5 and 6
+
+
+@pytest.mark.parametrize(("limits", "training"), [({}, {"min_clients": 2}), ({"max_rest": 0}, {})])
+def test_nobody_rests_where_the_others_are_too_few_or_where_it_is_switched_off(limits, training):
+    site = Site(small_federation())
+    late = [in_round(number, lost) for number in (1, 2)]
+    site.wire.twists[3] = lambda message, answer: late[0](message, lambda one: late[1](one, answer))
+    site.leave(2)  # only two are left
+    result = site.train(num_rounds=3, limits=limits, **training)
+    assert [row["round"] for row in result.rows if row["client"] == "b" and row["retries"]] == ([1, 2] if training else [])
+    assert 3 not in dropped(result.rows, "b")
+
+
+def test_another_node_for_a_client_that_rests_is_asked_at_once():
+    site = Site(small_federation())
+    site.wire.twists[3] = lambda message, answer: lost(message, answer) if message.metadata.group_id in "124" else answer(message)
+
+    def on_round(rows):
+        if rows[0]["round"] == 4:
+            site.leave(3)
+            site.join(9, "b")
+
+    result = site.train(num_rounds=6, on_round=on_round)
+    assert sorted(dropped(result.rows, "b")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("limits", [{"min_replies": 0.0}, {"min_replies": 1.5}, {"max_rest": -1}])
+def test_limits_out_of_range_are_named(limits):
+    with pytest.raises(ValueError, match=next(iter(limits))):
+        Limits(**limits)
