@@ -238,7 +238,7 @@ def read_report(reply: Message, layout: Layout) -> Report:
     numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds", "loss-floor")}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
-            raise MessageError(f"metrics.{name}: expected seconds, found {numbers[name]}")
+            raise MessageError(f"metrics.{name}: expected seconds, from 0 to {LONGEST:g}, found {numbers[name]}")
     return Report(
         client=who.client,
         task=who.task,
@@ -283,7 +283,7 @@ def _figure(name: str, value: Any) -> float:
     """A figure of a test; what is no finite number is a gap in a curve, as it is for clients in this process."""
     gap = isinstance(value, float) and not math.isfinite(value)
     if not gap and (not isinstance(value, int | float) or abs(value) > LARGEST):
-        raise MessageError(f"{name}: expected a number of at most {LARGEST:g}, found {value!r:.100}")
+        raise MessageError(f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {value!r:.100}")
     return float(value)
 
 
@@ -315,7 +315,7 @@ def _number(record: MetricRecord, name: str) -> float:
 def _count(record: MetricRecord) -> int:
     found = record.get("num-examples")
     if not isinstance(found, int) or found < 0:
-        raise MessageError(f"metrics.num-examples: expected a whole number, found {found!r:.100}")
+        raise MessageError(f"metrics.num-examples: expected a whole number from 0, found {found!r:.100}")
     return found
 
 
