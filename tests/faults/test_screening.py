@@ -120,7 +120,10 @@ LIMITS = [
     ({"loss_floor": NAN}, "loss_floor: expected a number from -1e+100 to 1e+100, found nan"),
     ({"grad_norm": 1e300}, "grad_norm: expected a number from 0 to 1e+100, found 1e+300"),
     ({"loss": 1e90, "initial_loss": 1e-25}, "inverse_training_rate: expected at most 1e+100, found loss 1e+90 with initial_loss 1e-25"),
-    ({"gradient": torch.tensor([0.0, 1e200, 0.0], dtype=torch.float64)}, "gradient: expected a length of at most 1e+100, found a longer one"),
+    (
+        {"gradient": torch.tensor([0.0, 1e200, 0.0], dtype=torch.float64)},
+        "gradient: expected a length of at most 1e+100, found a longer one",
+    ),
     ({"gradient": torch.tensor([0.0, INF, 0.0]).double()}, "gradient: not finite"),
 ]
 

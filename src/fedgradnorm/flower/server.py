@@ -32,7 +32,8 @@ def server_app(config: str | Path) -> ServerApp:
       what they say on training, the federation and the model.
     - ``min-nodes``: clients to wait for before a round; by default, and for 0, all of the federation at the start, and one from then on.
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
-    - ``start-round``: 1 begins anew; by default, and for 0, a run that is there goes on.
+    - ``start-round``: 1 begins anew; one more than the round of a checkpoint goes back to it; by default, and for 0, a run that is there
+      goes on from its newest checkpoint.
 
     Args:
         config: the file, such as ``Path(__file__).with_name("federation.toml")``.

@@ -133,8 +133,9 @@ class FedGradNorm(Strategy):
             train_config: goes along with messages for training, with ``server-round``.
             evaluate_config: goes along with messages for evaluation.
             evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
-            start_round: 1 begins, and replaces a run in ``run_dir``; one more than that run has done goes on with it; None goes on where
-                there is a checkpoint, and begins where there is none.
+            start_round: 1 begins, and replaces a run in ``run_dir``; one more than the round of one of its checkpoints goes on from that
+                checkpoint, and sets what is of later rounds aside, in ``undone/`` of ``run_dir``; None goes on from the newest
+                checkpoint, and begins where there is none.
             should_stop: asked after every round with what there is so far; True ends the training.
 
         Returns:
