@@ -23,14 +23,17 @@ from fedgradnorm.flower.messages import (
     BUFFERS,
     CONFIG,
     CONTROL,
+    VERSIONS,
     Control,
     Greeting,
     Layout,
+    Reply,
     arrays_of,
     greeting_of,
     one_line,
     read_evaluation,
     read_report,
+    reply_of,
 )
 from fedgradnorm.flower.roster import Roster, roster_of
 from fedgradnorm.flower.states import MemoryStates
@@ -108,6 +111,7 @@ class GridEngine:
         experiment: the name under which the clients keep their states. It has to be set before anything is sent.
         config: for users' own apps, what goes along with messages for training and for evaluation.
         failures: by client, why there was no report when it was last instructed.
+        notes: by client, what else there is to know of this round, such as that its data have changed.
     """
 
     lockstep = False
@@ -128,6 +132,7 @@ class GridEngine:
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
+        self.notes: dict[str, list[str]] = {}
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
         self._online: set[int] = set()
@@ -139,6 +144,10 @@ class GridEngine:
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._training = 0, ""
+        self._versions: dict[str, str] = {}
+        self._other_versions: dict[str, list[str]] = {}
+        self._unheard: set[str] = set()
+        self._changed: dict[str, tuple[int, str]] = {}
 
     @property
     def clients(self) -> list[str]:
@@ -184,7 +193,7 @@ class GridEngine:
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
-        self.failures, self._late = {}, set()
+        self.failures, self.notes, self._late = {}, {}, set()
         for instruction in instructions:
             self._remember(instruction)
         if instructions and self.federated:
@@ -197,7 +206,8 @@ class GridEngine:
                 self.failures[id] = self._refused(id) or "not connected"
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
-            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
+            begin = {"base": state.round, "keep": keep, "initial_loss": self._initial_loss(id)}
+            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, **begin)
             content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)})
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
@@ -213,11 +223,13 @@ class GridEngine:
                 answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
+                self._heed(id, reply_of(reply), report.num_examples)
             except MessageError as error:
                 self.failures[id] = one_line(error)
                 continue
             reports.append(report)
             self.roster.learn(id, report.num_examples)
+            self._unheard.discard(id)
             self._took(id, report)
         return reports
 
@@ -241,7 +253,7 @@ class GridEngine:
             if id in self._untested or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = self._control("evaluate", client=id, round=self._round, base=base)
+            control = self._control("evaluate", client=id, round=self._round, base=base, initial_loss=self._initial_loss(id))
             content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)})
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
@@ -259,6 +271,7 @@ class GridEngine:
                     raise MessageError(f"it answered as client '{who}'")
                 if main is not None and main.name not in evaluation.metrics:
                     raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
+                self._heed(id, reply_of(reply), None)
                 evaluations[id] = evaluation
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, one_line(error))
@@ -267,6 +280,54 @@ class GridEngine:
 
     def _took(self, id: str, report: Report) -> None:
         self._states[id] = ClientState({}, report.initial_loss, round=report.round)
+
+    def _note(self, client: str, text: str) -> None:
+        """Log a warning of a client, and note it for this round's line."""
+        log.warning("client %s: %s", client, text)
+        self.notes.setdefault(client, []).append(text)
+
+    def _initial_loss(self, client: str) -> float | None:
+        """A client's F(0); None before it has one, and for a client of a version that would refuse a message with it."""
+        state = self._states.get(client)
+        return None if state is None or state.round == 0 or not self._versions.get(client) else state.initial_loss
+
+    def _heed(self, client: str, reply: Reply, examples: int | None) -> None:
+        """Note what a client says of the state that it began with, and of its data; ``examples`` is None where it was tested.
+
+        Raises MessageError for what cannot be.
+        """
+        base, did = self._states.get(client, ClientState({})).round, "was tested" if examples is None else "trained"
+        for name, round, last in (("began", reply.began, base - 1), ("data_since", reply.data_since, base)):
+            if round is not None and round > last:
+                raise MessageError(f"{name}: expected a round before {last + 1}, found {round}")
+        if reply.began is not None:
+            first = self._initial_loss(client)
+            fresh = "a fresh head" + (", its F(0) measured anew" if first is None else f" and its F(0) of {first:.4g}")
+            start = f"that of round {reply.began}" if reply.began else fresh
+            self._note(client, f"its state of round {base} is lost: it {did} with {start}")
+        if reply.data_since is not None and examples is not None:
+            many = f"{examples} examples, before {reply.data_before}" if examples != reply.data_before else f"{examples} other examples"
+            text = f"its training data changed after round {reply.data_since}: {many}"
+            round, said = self._changed.get(client, (self._round, ""))
+            if text != said or round == self._round:  # where its report was dropped, it says the same in the next round
+                self._changed[client] = self._round, text
+                self._note(client, text)
+
+    def _compare_versions(self, greeting: Greeting) -> None:
+        """Warn once of a client that runs another version than the server; the line of its next report notes it."""
+        client, own, texts = greeting.client, VERSIONS["version"], list[str]()
+        self._versions[client] = greeting.version
+        if greeting.version != own:
+            version = greeting.version or "of an older version that does not say which"
+            texts.append(f"runs fedgradnorm {version}, this server {own}: expected one version on every machine")
+        if greeting.torch_version not in ("", VERSIONS["torch_version"]):
+            what = f"runs torch {greeting.torch_version}, this server {VERSIONS['torch_version']}"
+            texts.append(f"{what}: its figures may differ by more than rounding")
+        if texts != self._other_versions.get(client, []):
+            self._other_versions[client] = texts
+            (self._unheard.add if texts else self._unheard.discard)(client)
+            for text in texts:
+                log.warning("client '%s' %s", client, text)
 
     def _remember(self, instruction: Instruction) -> None:
         """Note which state each client had before a round: a checkpoint of that moment may have to be gone back to.
@@ -278,6 +339,8 @@ class GridEngine:
             bases.append(self._states.get(instruction.client, ClientState({})).round)
             del bases[: -self.keep - 1]
         self._round = instruction.round
+        if instruction.client in self._unheard:
+            self.notes[instruction.client] = list(self._other_versions[instruction.client])
 
     def _greet(self) -> None:
         """Ask new nodes who they are, and forget those that are gone."""
@@ -327,6 +390,7 @@ class GridEngine:
                 self._nodes[greeting.client] = node
                 self._states.setdefault(greeting.client, ClientState({}))
                 log.info("client %s is connected, node %d", greeting.client, node)
+                self._compare_versions(greeting)
 
     def _refuse(self, node: int, why: str) -> None:
         if self._strangers.get(node) != why:

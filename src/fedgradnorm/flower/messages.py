@@ -16,9 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from fedgradnorm import __version__
 from fedgradnorm.config import TrainConfig, validated
 from fedgradnorm.errors import ConfigError, FederationError, MessageError
 from fedgradnorm.evaluation import Evaluation
+from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -28,9 +30,11 @@ __all__ = [
     "CONFIG",
     "CONTROL",
     "METRICS",
+    "VERSIONS",
     "Control",
     "Greeting",
     "Layout",
+    "Reply",
     "arrays_of",
     "buffers_in",
     "control_of",
@@ -42,6 +46,7 @@ __all__ = [
     "read_evaluation",
     "read_instruction",
     "read_report",
+    "reply_of",
     "report_reply",
     "tensors_of",
     "training_of",
@@ -51,6 +56,9 @@ Checked = TypeVar("Checked", bound=BaseModel)
 ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
 LONGEST, LARGEST = 1e9, 1e100
 """No client works for more seconds, and no finite figure of a test is larger: beyond them, sums and means could overflow."""
+VERSION = r"^[A-Za-z0-9.+!_-]{0,50}$"
+VERSIONS: dict[str, Any] = {"version": __version__, "torch_version": ".".join(torch.__version__.split(".")[:2])}
+"""What this process runs."""
 
 
 class Control(BaseModel):
@@ -66,6 +74,7 @@ class Control(BaseModel):
         keep: the rounds whose states the server may come back to; with 0 among them, all.
         training: how to train, as JSON; empty for a user's own app, and before the first round.
         settings: the server's words on the federation and the model, such as ``federation.alpha=0.2``, which win over the client's file.
+        initial_loss: the client's F(0), as the server knows it; a client that has lost its state may go on with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -78,10 +87,11 @@ class Control(BaseModel):
     keep: tuple[int, ...] = Field((0,), strict=False)
     training: str = ""
     settings: str = ""
+    initial_loss: float | None = Field(None, ge=-BOUND, le=BOUND)
 
     def record(self) -> ConfigRecord:
-        """As a record."""
-        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self})
+        """As a record, without what is None."""
+        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self if value is not None})
 
 
 class Greeting(BaseModel):
@@ -94,6 +104,8 @@ class Greeting(BaseModel):
         tests: whether it has test data.
         metric: the name of its main metric, where the server cannot know it; empty for none.
         higher_is_better: of that metric.
+        version: the version of fedgradnorm that it runs; empty where that is too old to say so.
+        torch_version: the version of torch, such as 2.13; empty likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -103,15 +115,33 @@ class Greeting(BaseModel):
     tests: bool = True
     metric: str = Field("", max_length=200)
     higher_is_better: bool = True
+    version: str = Field("", pattern=VERSION)
+    torch_version: str = Field("", pattern=VERSION)
 
 
-class _Reply(BaseModel):
+class Reply(BaseModel):
+    """What a reply to a message for training or for testing says beside its arrays and figures.
+
+    Attributes:
+        client: the key of the client that answers.
+        task: the name of its task.
+        round: the round that it answers for.
+        metrics: the metrics of a test, as JSON.
+        failed: why some of them could not be taken, as JSON.
+        began: where the state that it was to begin with is lost, the round of the one that it began with; 0: it has a fresh head.
+        data_since: the round after which its training data changed, if they are not those of the state that it began with.
+        data_before: how many training examples it had in that round.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     client: str = Field(max_length=100)
     task: str = Field(max_length=200)
     round: int
     metrics: str = Field("{}", max_length=100_000)
     failed: str = Field("{}", max_length=100_000)
+    began: int | None = Field(None, ge=0)
+    data_since: int | None = Field(None, ge=1)
+    data_before: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -209,8 +239,13 @@ def greeting_of(reply: Message) -> Greeting:
     return _checked(Greeting, reply, CONTROL)
 
 
-def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Message:
-    """A report as a reply, its gradient as these arrays."""
+def reply_of(reply: Message) -> Reply:
+    """What a reply says beside its arrays and figures. Raises MessageError."""
+    return _checked(Reply, reply, CONTROL)
+
+
+def report_reply(report: Report, arrays: ArrayRecord, message: Message, aside: Mapping[str, int] | None = None) -> Message:
+    """A report as a reply, its gradient as these arrays; ``aside`` are ``began`` and the like of a `Reply`."""
     metrics: dict[str, Any] = {
         "loss": report.loss,
         "initial-loss": report.initial_loss,
@@ -224,7 +259,7 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
         {
             ARRAYS: arrays,
             METRICS: MetricRecord(metrics),
-            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round}),
+            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round, **(aside or {})}),
         }
     )
     if report.buffers:
@@ -234,7 +269,7 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
 
 def read_report(reply: Message, layout: Layout) -> Report:
     """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
-    who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply)
+    who, metrics = reply_of(reply), _metrics(reply)
     numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds", "loss-floor")}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
@@ -255,18 +290,21 @@ def read_report(reply: Message, layout: Layout) -> Report:
     )
 
 
-def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation, message: Message) -> Message:
+def evaluation_reply(
+    client: str, task: str, round: int, evaluation: Evaluation, message: Message, aside: Mapping[str, int] | None = None
+) -> Message:
     """An evaluation as a reply. Of an error of a metric only the type is told: what it says may quote data."""
     failed = {name: why.partition(":")[0] for name, why in evaluation.failed.items()}
     metrics_text = json.dumps(dict(evaluation.metrics))
     control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": metrics_text, "failed": json.dumps(failed)}
+    control |= aside or {}
     metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
     return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
 
 
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
-    who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply)
+    who, numbers = reply_of(reply), _metrics(reply)
     metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
         raise MessageError(f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}")
