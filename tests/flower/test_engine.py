@@ -117,6 +117,10 @@ def with_many_long_names(content):
     content["arrays"] = ArrayRecord({f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)})
 
 
+def with_a_long_norm(content):
+    content["metrics"]["grad-norm"] = 1e30
+
+
 def with_half_an_example(content):
     content["metrics"]["num-examples"] = 0.5
 
@@ -159,6 +163,7 @@ FAILURES = {
     "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
     "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
     "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
+    "a long norm": (changed(with_a_long_norm), "no report: metrics.grad-norm: expected at most the length of the gradient, "),
     "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number from 0, found 0.5"),
     "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number from -1e+100 to 1e+100, found nan"),
     "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),

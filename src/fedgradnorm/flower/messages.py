@@ -56,6 +56,8 @@ Checked = TypeVar("Checked", bound=BaseModel)
 ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
 LONGEST, LARGEST = 1e9, 1e100
 """No client works for more seconds, and no finite figure of a test is larger: beyond them, sums and means could overflow."""
+ROUNDING = 1.01
+"""What a norm in half precision may be larger by than it is."""
 VERSION = r"^[A-Za-z0-9.+!_-]{0,50}$"
 VERSIONS: dict[str, Any] = {"version": __version__, "torch_version": ".".join(torch.__version__.split(".")[:2])}
 """What this process runs."""
@@ -268,13 +270,16 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message, aside: M
 
 
 def read_report(reply: Message, layout: Layout) -> Report:
-    """The report in a reply. Its numbers are for `server.screen` to judge. Raises MessageError where one is missing."""
+    """The report in a reply. Its numbers are for `server.screen` to judge.
+
+    Raises MessageError where one is missing, or cannot be that of this gradient.
+    """
     who, metrics = reply_of(reply), _metrics(reply)
     numbers = {name: _number(metrics, name) for name in ("loss", "initial-loss", "grad-norm", "seconds", "head-seconds", "loss-floor")}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
             raise MessageError(f"metrics.{name}: expected seconds, from 0 to {LONGEST:g}, found {numbers[name]}")
-    return Report(
+    report = Report(
         client=who.client,
         task=who.task,
         gradient=layout.vector(encoder_of(reply.content)),
@@ -288,6 +293,9 @@ def read_report(reply: Message, layout: Layout) -> Report:
         head_seconds=numbers["head-seconds"],
         loss_floor=numbers["loss-floor"],
     )
+    if report.grad_norm > report.length * ROUNDING:  # the norm layer is a part of the gradient: else weights could be moved by a word
+        raise MessageError(f"metrics.grad-norm: expected at most the length of the gradient, {report.length:g}, found {report.grad_norm:g}")
+    return report
 
 
 def evaluation_reply(
