@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ from fedgradnorm.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
-__all__ = ["Checkpoint", "load_checkpoint", "load_newest", "save_checkpoint", "set_aside"]
+__all__ = ["Checkpoint", "later_than", "load_checkpoint", "load_newest", "save_checkpoint", "set_aside", "sound_rounds"]
 
 FORMAT = 2
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -103,11 +104,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
     write_atomically(path, content)
-    same_round = [other for other in _paths(folder) if other.name[:14] == path.name[:14] and other != path]
-    others = [other for other in _paths(folder) if other not in same_round]
-    for old in [*same_round, *others[keep:], *folder.glob(".*.writing")]:
+    for old in [*_superfluous(_paths(folder), path, keep), *folder.glob(".*.writing")]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _superfluous(paths: Sequence[Path], saved: Path, keep: int) -> list[Path]:
+    """Which checkpoints go when one was saved: others of its round, and those of rounds before the last ``keep``.
+
+    Those of later rounds neither go nor count. Several of one earlier round count once.
+    """
+    round = round_of(saved)
+    kept = sorted({round_of(path) for path in paths if round_of(path) <= round}, reverse=True)[:keep]
+    return [path for path in paths if path != saved and (round_of(path) == round or round_of(path) < kept[-1])]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -128,15 +137,41 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"checkpoint {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
-    """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one."""
+def load_newest(folder: Path, last: int | None = None) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
+    """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one.
+
+    Those of rounds after ``last`` are not looked at; None: all are.
+    """
     faults: dict[Path, str] = {}
     for path in _paths(folder):
+        if last is not None and round_of(path) > last:
+            continue
         try:
             return load_checkpoint(path), path, faults
         except RunError as error:
             faults[path] = str(error)
     return None, None, faults
+
+
+def sound_rounds(folder: Path) -> list[int]:
+    """The rounds that a folder has sound checkpoints of, ascending. All are read."""
+    rounds = set()
+    for path in _paths(folder):
+        with suppress(RunError):
+            load_checkpoint(path)
+            rounds.add(round_of(path))
+    return sorted(rounds)
+
+
+def later_than(folder: Path, round: int) -> list[Path]:
+    """The checkpoints of later rounds, newest first, with those that were set aside."""
+    found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if round_of(path) > round), reverse=True)
+
+
+def round_of(path: Path) -> int:
+    """The round in the name of a checkpoint."""
+    return int(path.name[6:14])
 
 
 def set_aside(path: Path) -> None:

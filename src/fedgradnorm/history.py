@@ -10,6 +10,7 @@
     RUN/checkpoints/              the last moments that a run can go on from
     RUN/tensorboard/              the same figures as TensorBoard events
     RUN/profile/                  with --profile, a trace of two rounds
+    RUN/undone/1/, 2/, ...        the lines, checkpoints and results of rounds that the run has gone back behind
     RUN/report.html               the same as one page
     RUN/status.json               with clients on other machines: where the run has got to, and who is connected
 """
@@ -35,7 +36,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fedgradnorm.atomic import sync_folder, write_atomically
-from fedgradnorm.checkpoint import Checkpoint, save_checkpoint
+from fedgradnorm.checkpoint import Checkpoint, later_than, save_checkpoint
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig, decoded, validated
 from fedgradnorm.errors import ConfigError, RunError
@@ -57,10 +58,11 @@ __all__ = [
     "put_back",
     "remove_replaced",
     "replaced_by",
+    "set_rounds_aside",
     "write_config",
 ]
 
-CHECKPOINTS, PROFILE = "checkpoints", "profile"
+CHECKPOINTS, PROFILE, UNDONE = "checkpoints", "profile", "undone"
 LOCK_TIMEOUT = 5.0
 """Seconds that a run waits for another one in its folder to end, such as one that was just killed."""
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
@@ -74,9 +76,11 @@ CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "m
 STATUS = "status.json"
 ENTRIES = {
     *("config.toml", "members.json", "metrics.jsonl", "summary.json", STATUS),
-    *("models", CHECKPOINTS, "tensorboard", PROFILE, "report.html"),
+    *("models", CHECKPOINTS, "tensorboard", PROFILE, UNDONE, "report.html"),
 }
 """All that a run's folder holds."""
+RESULTS = ("summary.json", "report.html", "models/encoder.safetensors")
+"""What is written when a run ends."""
 HELD: dict[Path, int] = {}
 """The folders that runs of this process are writing to, links resolved, and the thread of each."""
 
@@ -204,6 +208,40 @@ def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> N
         sync_folder(folder.parent)
     except (OSError, ValueError) as error:
         raise RunError(f"run folder {str(folder)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def set_rounds_aside(folder: Path, round: int) -> Path | None:
+    """Bring what a run has of later rounds to a new folder ``undone/NUMBER``: lines, checkpoints, and the results at its end.
+
+    The lines are copied; `RunWriter` cuts them off. Killed at any point, it loses nothing: what is not moved yet is still in place.
+
+    Returns:
+        The new folder; None where there is nothing of later rounds.
+
+    Raises:
+        RunError: the folder cannot be written, or its metrics.jsonl is damaged before that round's end.
+    """
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(_end_of_round(file, folder, round))
+            lines = file.read()
+        later = later_than(folder / CHECKPOINTS, round)
+        if not lines and not later:
+            return None
+        numbers = [int(entry.name) for entry in (folder / UNDONE).glob("*") if entry.name.isdecimal()]
+        aside = folder / UNDONE / str(max(numbers, default=0) + 1)
+        (aside / CHECKPOINTS).mkdir(parents=True)
+        write_atomically(aside / "metrics.jsonl", lines)
+        for path in later:  # the newest first: the newest that is left is one to go on from
+            path.rename(aside / CHECKPOINTS / path.name)
+        for name in RESULTS:
+            if (folder / name).is_file():
+                (folder / name).rename(aside / Path(name).name)
+        sync_folder(aside)
+        sync_folder(folder / CHECKPOINTS)
+    except OSError as error:
+        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+    return aside
 
 
 def replaced_by(folder: Path) -> Path:

@@ -14,7 +14,17 @@ from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.records import ClientRecord, DataRecord, MembersRecord, ModelRecord, Sketch
 
-__all__ = ["members_record", "of_clients", "of_data", "of_encoder", "of_fixed_tensors", "of_models", "of_training"]
+__all__ = [
+    "data_record",
+    "members_record",
+    "of_clients",
+    "of_data",
+    "of_encoder",
+    "of_fixed_tensors",
+    "of_models",
+    "of_training",
+    "same_data",
+]
 
 SAMPLE = 8
 """Examples of a client's data that are looked at."""
@@ -119,6 +129,19 @@ def _data_record(client: str, data: Data) -> tuple[DataRecord, tuple[Tensor, Ten
     if [_sketch(part) for part in sample()] != sketches:
         return {"examples": count, "sample": None}, None  # it draws numbers of its own
     return {"examples": count, "sample": sketches}, examples
+
+
+def data_record(client: str, data: Data) -> DataRecord | None:
+    """What a client's data are known by; None where an example that is looked at cannot be read."""
+    try:
+        return _data_record(client, data)[0]
+    except Exception:  # noqa: BLE001  # the user's own code may raise anything
+        return None
+
+
+def same_data(then: DataRecord, now: DataRecord) -> bool:
+    """Whether data have as many examples as before, and no difference shows in what they are known by."""
+    return then["examples"] == now["examples"] and _other_part(then, now) is None
 
 
 @torch.no_grad()

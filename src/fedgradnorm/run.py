@@ -43,6 +43,7 @@ from fedgradnorm.history import (
     put_back,
     remove_replaced,
     replaced_by,
+    set_rounds_aside,
     write_config,
 )
 from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_fixed_tensors, of_models, of_training
@@ -305,13 +306,15 @@ def go_on(
     on_state: OnState | None = None,
     *,
     locked: bool = False,
+    back_to: int | None = None,
 ) -> Result:
     """Like `resume`, but takes parts that are already built. ``make_engine``, ``on_state`` and ``locked`` are as in `begin`.
 
-    If ``weighting`` is None, it is built from the settings.
+    If ``weighting`` is None, it is built from the settings. With ``back_to`` it goes on from that round's checkpoint; what there is of
+    later rounds is set aside, as `set_rounds_aside` does.
     """
     with nullcontext() if locked else alone_in(opened.folder, hint=how_to_go_on(opened.folder, opened.config)):
-        checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS)
+        checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS, back_to)
         for fault in faults.values():
             on_message(f"warning: {fault}; it is skipped")
         done = 0 if checkpoint is None else checkpoint.server.round
@@ -326,6 +329,8 @@ def go_on(
             state = checkpoint.server
             engine.restore(checkpoint.clients)
         on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
+        if back_to is not None and (aside := set_rounds_aside(opened.folder, done)) is not None:
+            on_message(f"warning: the rounds after round {done} are undone: their lines and checkpoints are in {aside}")
         write_config(opened.folder, config)
         for damaged in faults:
             with suppress(OSError):

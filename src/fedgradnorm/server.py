@@ -368,9 +368,12 @@ def screen(
         pooled = sorted([*chain(*norms.values()), *filter(None, lengths.values())])
         for client, length in lengths.items():
             known = norms.get(client, ())
-            usual = median_low(known) if len(known) >= FEWEST_NORMS else _median_without(pooled, length)
+            of_its_own = len(known) >= FEWEST_NORMS
+            usual = median_low(known) if of_its_own else _median_without(pooled, length)
             if length > max_update_ratio * usual > 0:
-                dropped[client] = f"gradient: {length / usual:.3g} times as long as usual, expected at most {max_update_ratio:g} times"
+                than = "usual" if of_its_own else "usual for all clients"
+                limit = f"expected at most {max_update_ratio:g} times (train.max_update_ratio)"
+                dropped[client] = f"gradient: {length / usual:.3g} times as long as {than}, {limit}"
                 del reports[client]
     return list(reports.values()), dropped
 
@@ -400,15 +403,16 @@ def _misfit(report: Report, instruction: Instruction) -> str | None:
 def _wrong_number(report: Report, length: float) -> str | None:
     """Which number of a report is out of range, or None."""
     if not math.isfinite(length):
-        return "gradient: not finite"
+        finite = bool(torch.isfinite(report.gradient).all())
+        return f"gradient: expected a length of at most {LARGEST:g}, found a longer one" if finite else "gradient: not finite"
     if not (abs(report.loss) <= LARGEST and abs(report.initial_loss) <= LARGEST and abs(report.loss_floor) <= LARGEST):
         numbers = {"loss": report.loss, "initial_loss": report.initial_loss, "loss_floor": report.loss_floor}
         name = next(name for name, number in numbers.items() if not abs(number) <= LARGEST)
-        return f"{name}: expected a finite number, found {numbers[name]}"
+        return f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {numbers[name]}"
     if not 0 <= report.grad_norm <= LARGEST:
-        return f"grad_norm: expected a number of at least 0, found {report.grad_norm}"
+        return f"grad_norm: expected a number from 0 to {LARGEST:g}, found {report.grad_norm}"
     if report.inverse_training_rate > LARGEST:
-        return f"inverse_training_rate: out of range, {report.inverse_training_rate}"
+        return f"inverse_training_rate: expected at most {LARGEST:g}, found loss {report.loss} with initial_loss {report.initial_loss}"
     return None
 
 

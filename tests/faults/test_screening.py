@@ -114,6 +114,26 @@ def test_every_fault_is_dropped_with_its_reason_and_harms_nobody_else(fault, rea
     assert dropped["a"].startswith(reason)
 
 
+LIMITS = [
+    ({"loss": 1e300}, "loss: expected a number from -1e+100 to 1e+100, found 1e+300"),
+    ({"initial_loss": -1e300}, "initial_loss: expected a number from -1e+100 to 1e+100, found -1e+300"),
+    ({"loss_floor": NAN}, "loss_floor: expected a number from -1e+100 to 1e+100, found nan"),
+    ({"grad_norm": 1e300}, "grad_norm: expected a number from 0 to 1e+100, found 1e+300"),
+    ({"loss": 1e90, "initial_loss": 1e-25}, "inverse_training_rate: expected at most 1e+100, found loss 1e+90 with initial_loss 1e-25"),
+    (
+        {"gradient": torch.tensor([0.0, 1e200, 0.0], dtype=torch.float64)},
+        "gradient: expected a length of at most 1e+100, found a longer one",
+    ),
+    ({"gradient": torch.tensor([0.0, INF, 0.0]).double()}, "gradient: not finite"),
+]
+
+
+@pytest.mark.parametrize(("fault", "reason"), LIMITS)
+def test_a_number_beyond_a_limit_is_told_the_limit(fault, reason):
+    instructions = [replace(one, encoder=one.encoder.to(fault.get("gradient", one.encoder).dtype)) for one in asked("a")]
+    assert screen([replace(answer("a"), **fault)], instructions, {})[1] == {"a": reason}
+
+
 @pytest.mark.parametrize(
     "harmless",
     [
@@ -137,7 +157,7 @@ def test_with_three_lengths_of_its_own_a_client_is_held_against_their_median():
         assert ("a" in names(sound)) == passes
         assert ("a" in dropped) != passes
         assert "b" in names(sound)
-    assert dropped["a"] == "gradient: 500 times as long as usual, expected at most 3 times"
+    assert dropped["a"] == "gradient: 500 times as long as usual, expected at most 3 times (train.max_update_ratio)"
 
 
 def test_with_fewer_it_is_held_against_all_last_ones_and_the_others_of_the_round():
@@ -153,6 +173,18 @@ def test_in_the_first_round_it_is_held_against_the_others():
     assert dropped.keys() == {"a"}
     sound, _ = screen([answer("a", 1000.0), answer("b", 1.0)], asked("a", "b"), {}, 10.0)
     assert names(sound) == ["b"]
+
+
+@pytest.mark.parametrize("clients", [("a", "b"), ("a", "b", "c"), ("a", "b", "c", "d")])
+def test_one_lie_in_the_first_round_or_of_a_client_in_its_first_is_dropped_and_nobody_else(clients):
+    replies = [answer(client, 1e30 if client == "a" else 1.0 + place) for place, client in enumerate(clients)]
+    known = {client: (1.0 + place,) * 10 for place, client in enumerate(clients) if client != "a"}
+    for norms in ({}, known):
+        sound, dropped = screen(replies, asked(*clients), norms, 10.0)
+        assert names(sound) == list(clients[1:])
+        assert dropped.keys() == {"a"}
+        assert dropped["a"].endswith("times as long as usual for all clients, expected at most 10 times (train.max_update_ratio)")
+    assert screen(replies[:1], asked("a"), known, 10.0)[1].keys() == {"a"}  # alone in its first round
 
 
 def test_a_client_alone_in_the_first_round_has_nothing_to_be_held_against():
@@ -345,7 +377,7 @@ def test_after_the_last_retry_it_stops_with_the_reasons_and_everything_as_it_was
     assert "round 2" in str(caught.value)
     assert "1 sound reports, expected at least 2" in str(caught.value)
     assert "b: no report" in str(caught.value)
-    assert "c: loss: expected a finite number, found nan" in str(caught.value)
+    assert "c: loss: expected a number from -1e+100 to 1e+100, found nan" in str(caught.value)
     assert same(vars(state), before)
     assert same_clients(engine.client_states, clients)
 
@@ -368,5 +400,5 @@ def test_clients_with_the_same_reason_are_named_together():
     engine = Scripted(federation, lambda one: replace(one, loss=NAN) if one.client == "client-2" else None)
     with pytest.raises(StoppedError) as caught:
         run_round(initial_state(federation, Equal(), 0), federation, engine, Equal(), Mean(), TRAINING)
-    reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a finite number, found nan"
+    reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a number from -1e+100 to 1e+100, found nan"
     assert sorted(str(caught.value).partition("at least 1: ")[2].split("; ")) == sorted(reasons.split("; "))

@@ -3,13 +3,15 @@
 import fcntl
 import shutil
 
+import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Array, ArrayRecord, Context, RecordDict
 
 from fedgradnorm import ConfigError, FedGradNormError, FedGradNormWarning, RunError, StoppedError
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import client_app, server_app, training
+from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.history import Run
@@ -129,6 +131,41 @@ def test_started_again_it_goes_on(tmp_path):
     assert gone == [1] * 4
     place.wire.twists.clear()
     assert same(place.deployed(settings="train.min_clients=4"), place.simulated("train.min_clients=4"))
+
+
+def lie(message, answer):
+    """A gradient of finite numbers that would saturate any encoder."""
+    reply = answer(message)
+    arrays = reply.content["arrays"]
+    reply.content["arrays"] = ArrayRecord({name: Array(np.full_like(array.numpy(), 1e30)) for name, array in arrays.items()})
+    return reply
+
+
+@pytest.mark.parametrize("round", [1, 2, 4])
+def test_with_the_ratio_of_a_deployment_one_lie_counts_as_no_report(tmp_path, round):
+    runs = []
+    for name, twist in (("lie", lie), ("raises", raising)):
+        (tmp_path / name).mkdir()
+        place = Place(tmp_path / name, DIGITS.replace("[train]", f"[train]\nmax_update_ratio = {MAX_UPDATE_RATIO}"))
+        place.wire.twists[3] = in_round(round, twist)
+        runs.append(place.deployed(settings="train.num_rounds=5"))
+    rows, expected = ([{key: value for key, value in row.items() if key != "dropped"} for row in timeless(Run(run).rows())] for run in runs)
+    assert rows == expected
+    reasons = {row["dropped"] for row in Run(runs[0]).rows() if row["dropped"]}
+    assert len(reasons) == 1
+    assert f"times as long as usual{' for all clients' if round < 4 else ''}, expected at most 10 times" in reasons.pop()
+
+
+def test_a_poisoned_run_goes_back_to_a_sound_checkpoint(tmp_path):
+    place = Place(tmp_path)
+    place.wire.twists[3] = in_round(5, lie)
+    poisoned = Run(place.deployed(settings="train.num_rounds=6")).tensors("encoder.safetensors")
+    assert max(value.abs().max() for value in poisoned.values()) > 1e20
+    place.wire.twists.clear()
+    with pytest.raises(ConfigError, match="start_round: expected 1, 5, 6 or 7, as 6 rounds are done in .* round 4, 5, 6, found 4"):
+        place.deployed(settings="train.num_rounds=6", **{"start-round": 4})
+    assert same(place.deployed(settings="train.num_rounds=6", **{"start-round": 5}), place.simulated("train.num_rounds=6"))
+    assert (tmp_path / "run/undone/1/metrics.jsonl").read_text().count('"round": 5') == 4
 
 
 def test_a_node_that_is_gone_does_not_hold_up_the_others(tmp_path):

@@ -1,7 +1,9 @@
 """The clients behind a Grid: who takes part, what goes wrong, and what is undone."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
-from fedgradnorm.history import Run
+from fedgradnorm.history import STATUS, Run
 from fedgradnorm.messages import Instruction
 from tests.faults.test_resume import contents
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
@@ -115,6 +117,10 @@ def with_many_long_names(content):
     content["arrays"] = ArrayRecord({f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)})
 
 
+def with_a_long_norm(content):
+    content["metrics"]["grad-norm"] = 1e30
+
+
 def with_half_an_example(content):
     content["metrics"]["num-examples"] = 0.5
 
@@ -173,10 +179,10 @@ FAILURES = {
     "no metrics": (changed(without_metrics), "no report: expected a record 'metrics', found ['arrays', 'fedgradnorm']"),
     "no arrays": (changed(without_arrays), "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']"),
     "no seconds": (changed(without_seconds), "no report: metrics.seconds: expected a number, found None"),
-    "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, at least 0 and at most 1e+09, found nan"),
+    "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, from 0 to 1e+09, found nan"),
     "a lifetime": (
         changed(with_a_lifetime_of_seconds),
-        "no report: metrics.seconds: expected seconds, at least 0 and at most 1e+09, found 1e+308",
+        "no report: metrics.seconds: expected seconds, from 0 to 1e+09, found 1e+308",
     ),
     "unknown record": (
         changed(with_more_in_it),
@@ -189,9 +195,10 @@ FAILURES = {
     "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
     "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
     "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
-    "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number, found 0.5"),
-    "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a finite number, found nan"),
+    "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number from 0, found 0.5"),
+    "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number from -1e+100 to 1e+100, found nan"),
     "buffers": (changed(with_strange_buffers), "no report: buffers: expected [], found ['x']"),
+    "a long norm": (changed(with_a_long_norm), "no report: metrics.grad-norm: expected at most the length of the gradient, "),
 }
 
 
@@ -647,12 +654,109 @@ def test_a_run_that_was_killed_in_its_first_round_begins_anew(tmp_path):
     assert len(site.train(run, num_rounds=2).rows) == 6
 
 
-@pytest.mark.parametrize("start_round", [0, 2, 4])
-def test_a_wrong_start_is_refused(tmp_path, start_round):
+@pytest.mark.parametrize("start_round", [-1, 0, 2, 3, 5, 8])
+def test_a_wrong_start_is_refused_with_those_that_can_be(tmp_path, start_round):
     site = Site(small_federation())
-    site.train(tmp_path / "run", num_rounds=2)
-    with pytest.raises(ConfigError, match=f"start_round: expected 1 or 3, as 2 rounds are done in .*, found {start_round}"):
-        site.train(tmp_path / "run", num_rounds=5, start_round=start_round)
+    site.train(tmp_path / "run", num_rounds=6)
+    sorted((tmp_path / "run/checkpoints").iterdir())[0].write_bytes(b"")  # of round 4
+    before = contents(tmp_path / "run")
+    expected = r"expected 1, 6 or 7, as 6 rounds are done in .*, and there are checkpoints of round 5, 6, found {}$"
+    with pytest.raises(ConfigError, match=expected.format(start_round)):
+        site.train(tmp_path / "run", num_rounds=8, start_round=start_round)
+    assert contents(tmp_path / "run") == before
+
+
+def filed(federation, folder):
+    """A site whose clients keep their states in files."""
+    return Site(federation, states=lambda client: lambda experiment: StateFiles(folder, experiment, client))
+
+
+@pytest.mark.parametrize("start_round", [5, 6, 7])
+@pytest.mark.parametrize("fraction", [1.0, 0.67])
+def test_a_run_goes_back_and_ends_as_the_uninterrupted_one(tmp_path, start_round, fraction):
+    federation = small_federation(encoder=batch_norm_encoder)
+    site, whole = filed(federation, tmp_path / "states"), filed(federation, tmp_path / "other states")
+    options = {"num_rounds": 8, "head_momentum": 0.9, "fraction_train": fraction, "server_momentum": 0.5}
+    expected = whole.train(tmp_path / "whole", **options)
+    site.train(tmp_path / "run", **{**options, "num_rounds": 6})
+    found = site.train(tmp_path / "run", start_round=start_round, **options)
+    assert plain(found) == plain(expected)
+    assert timeless(Run(tmp_path / "run").rows()) == timeless(Run(tmp_path / "whole").rows())
+    experiments = [Run(tmp_path / name).config.run.experiment for name in ("run", "whole")]
+    for client, state in found.client_states.items():
+        heads = [
+            StateFiles(tmp_path / name, experiment, client).load(state.round).head
+            for name, experiment in zip(("states", "other states"), experiments, strict=True)
+        ]
+        assert {name: value.tolist() for name, value in heads[0].items()} == {name: value.tolist() for name, value in heads[1].items()}
+
+
+def test_a_lie_that_was_taken_is_undone_for_good_and_what_was_undone_is_kept(tmp_path, caplog):
+    site, whole, run = filed(small_federation(), tmp_path / "states"), Site(small_federation()), tmp_path / "run"
+
+    def lying(message, answer):
+        reply = answer(message)
+        if int(message.metadata.group_id) >= 4:
+            reply.content["arrays"]["2.bias"] = Array(np.full(4, 1e30, np.float32))
+        return reply
+
+    site.wire.twists[3] = lying
+    poisoned = site.train(run, num_rounds=6)
+    assert poisoned.state.encoder.abs().max() > 1e20
+    site.wire.twists.clear()
+    caplog.set_level("INFO", logger="fedgradnorm")
+    result = site.train(run, num_rounds=6, start_round=5)
+    assert result.state.encoder.abs().max() > 1e20  # round 4 has the first lie
+    assert f"the rounds after round 4 are undone: their lines and checkpoints are in {run / 'undone/1'}" in caplog.text
+    assert [row["round"] for row in Run(run).rows()] == [round for round in range(1, 7) for _ in "abc"]
+    assert sorted(path.name for path in (run / "undone/1").iterdir()) == sorted(
+        ["checkpoints", "encoder.safetensors", "metrics.jsonl", "report.html", "summary.json"]
+    )
+    assert [json.loads(line)["round"] for line in (run / "undone/1/metrics.jsonl").read_text().splitlines()] == [5, 5, 5, 6, 6, 6]
+    assert sorted(path.name[:14] for path in (run / "undone/1/checkpoints").iterdir()) == ["round-00000005", "round-00000006"]
+    site.train(run, num_rounds=7, start_round=5)
+    assert {path.name for path in (run / "undone").iterdir()} == {"1", "2"}
+    assert len(site.train(run, num_rounds=2, start_round=1).rows) == 6  # which replaces all of it
+    assert not (run / "undone").exists()
+    assert plain(site.train(run, num_rounds=4)) == plain(whole.train(num_rounds=4))
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_run_that_was_killed_on_its_way_back_has_lost_nothing(tmp_path, monkeypatch, calls):
+    site, whole, run = Site(small_federation()), Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=6)
+    rename, made, lines = Path.rename, [], (run / "metrics.jsonl").read_bytes()
+
+    def killed(path, target):
+        made.append(path)
+        if len(made) > calls:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(RunError, match="cannot be written: No space left"):
+        site.train(run, num_rounds=7, start_round=5)
+    monkeypatch.undo()
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    assert {path.name[:14] for path in run.rglob("round-*")} == {f"round-0000000{round}" for round in (4, 5, 6)}
+    assert plain(site.train(run, num_rounds=7)) == plain(whole.train(num_rounds=7))
+
+
+def test_what_is_wrong_is_said_before_a_run_goes_back(tmp_path):
+    site, run = Site(small_federation()), tmp_path / "run"
+    site.train(run, num_rounds=5)
+    before = {path: content for path, content in contents(run).items() if path.name != STATUS}
+    for wrong, message in (
+        ({"head_lr": 0.5}, "changed: train.head_lr"),
+        ({"num_rounds": 3}, "train.num_rounds: expected at least the 4 rounds that are done, found 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            site.train(run, **{"num_rounds": 8, **wrong}, start_round=5)
+    for number in (2, 3, 4):
+        site.leave(number)
+    with pytest.raises(StoppedError, match="0 clients are connected"):
+        site.train(run, num_rounds=8, start_round=5)
+    assert {path: content for path, content in contents(run).items() if path.name != STATUS} == before
 
 
 def test_a_run_across_machines_is_not_resumed_without_them(tmp_path):

@@ -21,6 +21,7 @@ from fedgradnorm.errors import FedGradNormError, RunError
 from fedgradnorm.flower.init import write_deployment
 
 DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
+THREE = "[train]\nmax_update_ratio = 3"
 QUIET = ("FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
 
 
@@ -175,9 +176,24 @@ def test_the_app_is_one_that_flower_bundles_with_the_federation_in_it(folder, tm
 def test_the_federation_is_the_configuration_in_full(folder):
     path = folder / "app/fedgradnorm_app/federation.toml"
     assert tomllib.loads(path.read_text())["weighting"]["gamma"] == 0.9  # a default that nobody wrote
-    expected, found = (resolve_config(one) for one in (load_config(None, DIGITS), load_config(path)))
+    words = [*DIGITS, "train.max_update_ratio=10"]
+    expected, found = (resolve_config(one) for one in (load_config(None, words), load_config(path)))
     assert found == expected
     assert build_federation(found).client_ids == ["class", "loop"]
+
+
+@pytest.mark.parametrize(("text", "words", "ratio"), [("", (), 10), (THREE, (), 3), ("", ["25"], 25), (THREE, ["25"], 25)])
+def test_gradients_are_screened_unless_the_user_says_how(tmp_path, text, words, ratio):
+    config = tmp_path / "my.toml"
+    config.write_text(text)
+    words = [*DIGITS, *(f"train.max_update_ratio={word}" for word in words)]
+    write_deployment(tmp_path / "here", config, words)
+    path = tmp_path / "here/app/fedgradnorm_app/federation.toml"
+    assert load_config(path).train.max_update_ratio == ratio
+    lines = path.read_text().splitlines(keepends=True)
+    assert "Without this line none is dropped" in lines[lines.index(f"max_update_ratio = {ratio}.0\n") - 1]
+    path.write_text("".join(line for line in lines if "max_update_ratio" not in line))
+    assert load_config(path).train.max_update_ratio is None
 
 
 def test_the_apps_files_hold_apps(folder):
@@ -253,6 +269,19 @@ def test_a_nodes_settings_reach_flower_as_they_are(folder):
         "threads": 2,
         "settings": 'federation.tasks=["class","loop"] federation.alpha=0.2',
     }
+
+
+@pytest.mark.parametrize("word", ["refuse", "newest", "fresh", ""])
+def test_what_to_do_where_a_state_is_lost_reaches_flower(folder, word):
+    words = started_node(folder, LOST_STATE=word).stdout.splitlines()
+    config = parse_config_args([words[words.index("--node-config") + 1]])
+    assert config.get("lost-state", "refuse") == (word or "refuse")
+
+
+def test_another_word_for_it_is_refused(folder):
+    done = started_node(folder, LOST_STATE="it's")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "node.env: LOST_STATE: expected refuse, newest or fresh, found it's\n"
 
 
 def test_a_nodes_settings_that_flower_cannot_be_given_are_refused(folder):

@@ -1,8 +1,9 @@
 """The strategy in a user's own ServerApp."""
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
@@ -110,6 +111,25 @@ def test_flowers_own_loop_undoes_a_round_with_too_few_sound_reports():
     assert own.heads(4) == as_if.heads(4)
 
 
+def lie(content):
+    if "arrays" in content:
+        content["arrays"]["body.bias"] = Array(np.full(6, 1e30, np.float32))
+
+
+@pytest.mark.parametrize("round", [1, 2, 4])
+@pytest.mark.parametrize("loop", ["ours", "flower"])
+def test_one_lie_moves_nothing(round, loop):
+    own, as_if = Own(), Own()
+    own.wire.twists[11], as_if.wire.twists[11] = in_round(round, changed(lie)), in_round(round, untouched)
+    start = Strategy.start if loop == "flower" else FedGradNorm.start
+    found, expected = (start(strategy(), grid=one.wire, initial_arrays=initial(), num_rounds=4) for one in (own, as_if))
+    assert values(found.arrays) == values(expected.arrays)
+    assert own.heads(4) == as_if.heads(4)
+    own.wire.twists[11] = in_round(1, changed(lie))
+    ruined = start(strategy(max_update_ratio=None), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    assert max(abs(number) for number in values(ruined.arrays)["body.bias"]) > 1e20
+
+
 @pytest.mark.parametrize("twist", [lost, changed(spoil)], ids=["lost", "NaN"])
 def test_flowers_own_loop_goes_on_without_a_client_that_fails(twist):
     own, ours = Own(), Own()
@@ -181,7 +201,7 @@ def test_the_clients_get_what_the_user_sends_along():
 
 
 @pytest.mark.parametrize("loss", [1.7e308, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "flower"])
 def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
     own = Own()
     for number, factor in ((10, 1), (11, -1)):
@@ -191,7 +211,7 @@ def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
     assert found.evaluate_metrics_clientapp[1]["test_loss"] == pytest.approx(sound)
 
 
-@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "Flower's"])
+@pytest.mark.parametrize("loop", [FedGradNorm.start, Strategy.start], ids=["ours", "flower"])
 def test_replies_are_waited_for_as_long_as_the_strategy_says(loop):
     own = Own()
     loop(strategy(round_timeout=700.0), grid=own.wire, initial_arrays=initial(), num_rounds=1)
@@ -360,7 +380,18 @@ def test_round_one_begins_anew(whole, tmp_path):
     assert Run(tmp_path / "run").config.run.experiment != experiment
 
 
-WRONG_STARTS = [(2, 2, "expected 1 or 3, as 2"), (2, 4, "expected 1 or 3"), (0, 2, "expected 1, as 0")]
+WRONG_STARTS = [(2, 0, "expected 1, 2 or 3, as 2"), (5, 2, "expected 1, 4, 5 or 6, as 5 rounds"), (0, 2, "expected 1, as 0")]
+
+
+def test_a_run_goes_back_and_ends_as_the_uninterrupted_one(whole, tmp_path):
+    expected, folder, other = whole
+    own = Own()
+    own.start(5, strategy=strategy(run_dir=tmp_path / "run"))
+    found = strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, start_round=4)
+    assert sorted(found.train_metrics_clientapp) == [4, 5, 6]
+    assert values(found.arrays) == values(expected.arrays)
+    assert rows_in(tmp_path / "run") == rows_in(folder)
+    assert own.heads(6) == other.heads(6)
 
 
 @pytest.mark.parametrize(("done", "start_round", "message"), WRONG_STARTS)

@@ -39,7 +39,7 @@ class ClippedMean:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        require(0 < self.clip < float("inf"), "clip", "a number above 0", self.clip)
+        require(0 < self.clip < float("inf"), "clip", "a finite number above 0", self.clip)
 
     def __call__(self, reports: Sequence[Report], weights: Weights) -> Tensor:
         """The direction, shape ``(P,)``."""

@@ -15,6 +15,7 @@ from fedgradnorm.data import size
 from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, described, require
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
+    VERSIONS,
     Control,
     Greeting,
     Layout,
@@ -27,17 +28,30 @@ from fedgradnorm.flower.messages import (
     report_reply,
     training_of,
 )
-from fedgradnorm.flower.states import StateFiles, States
+from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
+from fedgradnorm.identity import data_record, same_data
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["SHARED", "WRONG_CLIENT", "Node", "client_app", "client_key", "private_errors", "state_dir", "table_of"]
+__all__ = [
+    "SHARED",
+    "WRONG_CLIENT",
+    "Node",
+    "aside",
+    "client_app",
+    "client_key",
+    "kept",
+    "lost_state",
+    "private_errors",
+    "state_dir",
+    "table_of",
+]
 
 WRONG_CLIENT = "came to client"
 """What a client says to a message for another one, by which the server knows it."""
 SHARED, LOCAL = ("federation", "model"), ("federation",)
 """The tables of the settings that server and clients have in common, and those in which a client may differ."""
-CLIENT_KEY, STATE_DIR, SETTINGS, THREADS = "client-key", "state-dir", "settings", "threads"
+CLIENT_KEY, STATE_DIR, SETTINGS, THREADS, LOST = "client-key", "state-dir", "settings", "threads", "lost-state"
 
 
 class Node:
@@ -48,10 +62,21 @@ class Node:
         client: which one.
         seed: of the encoder's and the head's initialisation.
         states: gives the place of the client's states in an experiment.
+        lost_state: what to do where a state is lost, as in `begin`.
+        watch_data: whether to say when the training data are not those of the state that a round begins with.
     """
 
-    def __init__(self, federation: Federation, client: Client, seed: int, states: Callable[[str], States]) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        client: Client,
+        seed: int,
+        states: Callable[[str], States],
+        lost_state: LostState = "refuse",
+        watch_data: bool = False,
+    ) -> None:
         self.federation, self.client, self.seed, self.states = federation, client, seed, states
+        self.lost_state, self.watch_data = lost_state, watch_data
         self.encoder, self.head = federation.make_encoder(seed), federation.make_head(client, seed)
         self.layout = Layout.of(self.encoder)
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
@@ -67,7 +92,7 @@ class Node:
         if control.kind == "hello":
             client, tests = self.client, self.client.test is not None
             return greeting_reply(
-                Greeting(client=client.id, task=client.task.name, num_examples=_known_examples(client), tests=tests), message
+                Greeting(client=client.id, task=client.task.name, num_examples=_known_examples(client), tests=tests, **VERSIONS), message
             )
         if control.client != self.client.id:
             raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'")
@@ -76,10 +101,14 @@ class Node:
     def _train(self, message: Message, control: Control) -> Message:
         instruction, states = read_instruction(message, control, self.layout), self.states(control.experiment)
         self._check(instruction.buffers)
-        state = states.load(control.base) if control.base else self.initial
-        report, after = local_update(self.client, self.encoder, self.head, self.norm_layer, state, instruction)
-        states.save(after, control.keep)
-        return report_reply(report, self.layout.arrays(report.gradient), message)
+        begun = self._begun(states, control)
+        report, after = local_update(self.client, self.encoder, self.head, self.norm_layer, begun.state, instruction)
+        data = data_record(self.client.id, self.client.train_data) if self.watch_data else None
+        told, before = aside(begun), states.data(begun.round) if data is not None and begun.round else None
+        if data is not None and before is not None and not same_data(before, data):
+            told |= {"data_since": begun.round, "data_before": before["examples"]}
+        states.save(after, kept(control, begun), data)
+        return report_reply(report, self.layout.arrays(report.gradient), message, told)
 
     def _evaluate(self, message: Message, control: Control) -> Message:
         if self.client.test_data is None:
@@ -87,16 +116,29 @@ class Node:
         records = message.content
         vector, buffers = self.layout.vector(encoder_of(records)), buffers_in(records)
         self._check(buffers)
-        state = self.states(control.experiment).load(control.base) if control.base else self.initial
-        load_model(self.encoder, self.head, state, vector, buffers)
+        begun = self._begun(self.states(control.experiment), control)
+        load_model(self.encoder, self.head, begun.state, vector, buffers)
         training = training_of(control) if control.training else TrainConfig()
         evaluation = evaluate_client(self.client, self.encoder, self.head, self.seed, training.eval_batch_size)
-        return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message)
+        return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message, aside(begun))
+
+    def _begun(self, states: States, control: Control) -> Beginning:
+        return begin(states, control.base, self.lost_state, lambda: self.initial, control.initial_loss)
 
     def _check(self, buffers: Mapping[str, Tensor]) -> None:
         expected = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
         if {name: value.shape for name, value in buffers.items()} != {name: value.shape for name, value in expected.items()}:
             raise MessageError(f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}")
+
+
+def aside(begun: Beginning) -> dict[str, int]:
+    """What a reply says of the state that it began with: nothing, unless that is not the one that was asked for."""
+    return {"began": begun.round} if begun.lost else {}
+
+
+def kept(control: Control, begun: Beginning) -> set[int]:
+    """The rounds whose states stay: those that the server may come back to, and the one that may have to stand in again."""
+    return {*control.keep, begun.round} if begun.round else set(control.keep)
 
 
 def _known_examples(client: Client) -> int:
@@ -115,6 +157,9 @@ def client_app(config: str | Path) -> ClientApp:
     - ``settings``: words like ``federation.path=/data/MTFL.zip`` that win over the file, and over the server's words, at this site alone,
       separated by spaces.
     - ``threads``: kernel threads while it works; by default as many as torch would use.
+    - ``lost-state``: what to do where the state that the server asks for is not in ``state-dir``, or is damaged: ``refuse`` (the default)
+      answers with an error, ``newest`` goes on from the newest one before it, ``fresh`` with a fresh head and the F(0) that the server
+      remembers.
 
     Args:
         config: the file, such as ``Path(__file__).with_name("federation.toml")``.
@@ -125,6 +170,7 @@ def client_app(config: str | Path) -> ClientApp:
         threads = context.node_config.get(THREADS)
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
+        lost = lost_state(context)
         with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
             control = control_of(message)
             words = [
@@ -137,9 +183,9 @@ def client_app(config: str | Path) -> ClientApp:
             federation = build_federation(settings)
             client = federation.client(client_key(context, federation.client_ids))
             folder = state_dir(context)
-            return Node(federation, client, settings.train.seed, lambda experiment: StateFiles(folder, experiment, client.id)).answer(
-                message
-            )
+            seed = settings.train.seed
+            node = Node(federation, client, seed, lambda experiment: StateFiles(folder, experiment, client.id), lost, watch_data=True)
+            return node.answer(message)
 
     app.train()(handle)
     app.evaluate()(handle)
@@ -195,6 +241,15 @@ def state_dir(context: Context) -> Path:
             "--node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
         )
     return Path(folder).expanduser()
+
+
+def lost_state(context: Context) -> LostState:
+    """What a node does where a state is lost. Raises ConfigError for anything else than those of `LOST_STATE`."""
+    found = context.node_config.get(LOST, "refuse")
+    known = next((name for name in LOST_STATE if name == found), None)
+    if known is None:
+        raise ConfigError(f"node config: {LOST}: expected {', '.join(LOST_STATE[:-1])} or {LOST_STATE[-1]}, found {found!r:.100}")
+    return known
 
 
 def words_on(tables: Collection[str], words: str, source: str) -> list[str]:

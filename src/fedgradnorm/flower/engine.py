@@ -24,14 +24,17 @@ from fedgradnorm.flower.messages import (
     BUFFERS,
     CONFIG,
     CONTROL,
+    VERSIONS,
     Control,
     Greeting,
     Layout,
+    Reply,
     arrays_of,
     greeting_of,
     one_line,
     read_evaluation,
     read_report,
+    reply_of,
 )
 from fedgradnorm.flower.rests import Rests
 from fedgradnorm.flower.roster import Roster, roster_of
@@ -158,6 +161,9 @@ class GridEngine:
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._attempt, self._training = 0, 0, ""
+        self._versions: dict[str, str] = {}
+        self._other_versions: dict[str, list[str]] = {}
+        self._changed: dict[str, str] = {}
 
     @property
     def clients(self) -> list[str]:
@@ -230,7 +236,8 @@ class GridEngine:
                 self.failures[id] = Failure("it rests, as it was late again and again", "resting")
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
-            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, base=state.round, keep=keep)
+            begin = {"base": state.round, "keep": keep, "initial_loss": self._initial_loss(id)}
+            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, **begin)
             content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)})
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
@@ -262,6 +269,7 @@ class GridEngine:
                 answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
                 if answered != asked:
                     raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
+                self._heed(id, reply_of(reply), report.num_examples)
             except MessageError as error:
                 self.failures[id] = Failure(one_line(error), "refused-report")
                 continue
@@ -294,7 +302,7 @@ class GridEngine:
             if id in self._untested or id in resting or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = self._control("evaluate", client=id, round=self._round, base=base)
+            control = self._control("evaluate", client=id, round=self._round, base=base, initial_loss=self._initial_loss(id))
             content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)})
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
@@ -313,6 +321,7 @@ class GridEngine:
                     raise MessageError(f"it answered as client '{who}'")
                 if main is not None and main.name not in evaluation.metrics:
                     raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
+                self._heed(id, reply_of(reply), None)
                 evaluations[id] = evaluation
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, one_line(error))
@@ -328,6 +337,47 @@ class GridEngine:
 
     def _took(self, id: str, report: Report) -> None:
         self._states[id] = ClientState({}, report.initial_loss, round=report.round)
+
+    def _initial_loss(self, client: str) -> float | None:
+        """A client's F(0); None before it has one, and for a client of a version that would refuse a message with it."""
+        state = self._states.get(client)
+        return None if state is None or state.round == 0 or not self._versions.get(client) else state.initial_loss
+
+    def _heed(self, client: str, reply: Reply, examples: int | None) -> None:
+        """Note what a client says of the state that it began with, and of its data; ``examples`` is None where it was tested.
+
+        Raises MessageError for what cannot be.
+        """
+        base, did = self._states.get(client, ClientState({})).round, "was tested" if examples is None else "trained"
+        for name, round, last in (("began", reply.began, base - 1), ("data_since", reply.data_since, base)):
+            if round is not None and round > last:
+                raise MessageError(f"{name}: expected a round before {last + 1}, found {round}")
+        if reply.began is not None:
+            first = self._initial_loss(client)
+            fresh = "a fresh head" + (", its F(0) measured anew" if first is None else f" and its F(0) of {first:.4g}")
+            start = f"that of round {reply.began}" if reply.began else fresh
+            self._note(client, f"its state of round {base} is lost: it {did} with {start}")
+        if reply.data_since is not None and examples is not None:
+            many = f"{examples} examples, before {reply.data_before}" if examples != reply.data_before else f"{examples} other examples"
+            text = f"its training data changed after round {reply.data_since}: {many}"
+            if text != self._changed.get(client):  # where its report was dropped, it says the same in the next round
+                self._changed[client] = text
+                self._note(client, text)
+
+    def _compare_versions(self, greeting: Greeting) -> None:
+        """Note once that a client runs another version than the server."""
+        client, own, texts = greeting.client, VERSIONS["version"], list[str]()
+        self._versions[client] = greeting.version
+        if greeting.version != own:
+            version = greeting.version or "of an older version that does not say which"
+            texts.append(f"it runs fedgradnorm {version}, this server {own}: expected one version on every machine")
+        if greeting.torch_version not in ("", VERSIONS["torch_version"]):
+            what = f"it runs torch {greeting.torch_version}, this server {VERSIONS['torch_version']}"
+            texts.append(f"{what}: its figures may differ by more than rounding")
+        if texts != self._other_versions.get(client, []):
+            self._other_versions[client] = texts
+            for text in texts:
+                self._note(client, text)
 
     def _remember(self, instruction: Instruction) -> None:
         """Note which state each client had before a round: a checkpoint of that moment may have to be gone back to.
@@ -391,6 +441,7 @@ class GridEngine:
                 self._states.setdefault(greeting.client, ClientState({}))
                 self._rests.answered(greeting.client)
                 log.info("client %s is connected, node %d", greeting.client, node)
+                self._compare_versions(greeting)
         self.watcher.present(self._nodes, self._strangers)
 
     def take_notes(self) -> dict[str, list[str]]:
@@ -400,8 +451,9 @@ class GridEngine:
 
     def _note(self, client: str, text: str) -> None:
         """Log what is odd about a client and drops no report, and keep it for the run's records."""
-        log.warning("client %s: %s", client, text)
-        self.notes.setdefault(client, []).append(text)
+        if text not in self.notes.setdefault(client, []):
+            log.warning("client %s: %s", client, text)
+            self.notes[client].append(text)
 
     def _refuse(self, node: int, why: str) -> None:
         why = one_line(why)

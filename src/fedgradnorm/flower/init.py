@@ -30,6 +30,12 @@ HEADER = """\
 # Server and nodes get this file with the app, when a run begins. Where a site's data lie is for its node.env to say.
 
 """
+MAX_UPDATE_RATIO = 10.0
+"""The ``train.max_update_ratio`` of a deployment whose user names none: there, a client can be anyone's."""
+WHAT_RATIO = """\
+# A gradient of more than so many times the usual length is dropped: usual is the median of its client's last ten, and until it has three,
+# of all clients' (raise it where tasks differ by more than that from the start). Without this line none is dropped, however long.
+"""
 SERVICE = '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], command: ["/node/supernode.sh"]}}'
 
 
@@ -62,7 +68,7 @@ def write_deployment(
     for host in hosts:
         require(NAME.fullmatch(host) is not None or _is_address(host), "--host", "a name or an address, without a port", host)
     require(0 < port < 2**16, "--port", "a number from 1 to 65535", port)
-    settings = resolve_config(load_config(config, overrides))
+    settings = _screening(resolve_config(load_config(config, overrides)))
     if any(settings.faults.model_dump().values()):
         raise ConfigError("faults: on purpose they are for the simulation alone: remove the table [faults]")
     roster = roster_of(build_federation(settings))
@@ -125,10 +131,18 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
     return PLACE.sub(lambda place: values[place[1]], text)
 
 
+def _screening(settings: RunConfig) -> RunConfig:
+    """The settings, with a limit for the length of gradients where the user has named none."""
+    if "max_update_ratio" in settings.train.model_fields_set:
+        return settings
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"max_update_ratio": MAX_UPDATE_RATIO})})
+
+
 def _toml(settings: RunConfig) -> str:
     """The settings less what is not the deployment's: the engine, faults, and what a run writes."""
     exclude: dict[str, bool | set[str]] = {"engine": True, "faults": True, "versions": True, "run": {"dir", "experiment"}}
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
+    text = tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
+    return text.replace("\nmax_update_ratio = ", f"\n{WHAT_RATIO}max_update_ratio = ", 1)
 
 
 def _escaped(text: str) -> str:

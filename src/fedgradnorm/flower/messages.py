@@ -16,9 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
+from fedgradnorm import __version__
 from fedgradnorm.config import TrainConfig, validated
 from fedgradnorm.errors import ConfigError, FederationError, MessageError
 from fedgradnorm.evaluation import Evaluation
+from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import trainable
 
@@ -28,9 +30,11 @@ __all__ = [
     "CONFIG",
     "CONTROL",
     "METRICS",
+    "VERSIONS",
     "Control",
     "Greeting",
     "Layout",
+    "Reply",
     "arrays_of",
     "buffers_in",
     "control_of",
@@ -42,6 +46,7 @@ __all__ = [
     "read_evaluation",
     "read_instruction",
     "read_report",
+    "reply_of",
     "report_reply",
     "tensors_of",
     "training_of",
@@ -56,6 +61,11 @@ NUMBERS = ("loss", "initial-loss", "grad-norm", EXAMPLES, "seconds", "head-secon
 """What the metrics of a report hold."""
 HEADER = 4096
 """Bytes that an array in a message may have beyond its numbers: the header of its format."""
+ROUNDING = 1.01
+"""What a norm in half precision may be larger by than it is."""
+VERSION = r"^[A-Za-z0-9.+!_-]{0,50}$"
+VERSIONS: dict[str, Any] = {"version": __version__, "torch_version": ".".join(torch.__version__.split(".")[:2])}
+"""What this process runs."""
 
 
 class Control(BaseModel):
@@ -71,6 +81,7 @@ class Control(BaseModel):
         keep: the rounds whose states the server may come back to; with 0 among them, all.
         training: how to train, as JSON; empty for a user's own app, and before the first round.
         settings: the server's words on the federation and the model, such as ``federation.alpha=0.2``, which win over the client's file.
+        initial_loss: the client's F(0), as the server knows it; a client that has lost its state may go on with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -83,10 +94,11 @@ class Control(BaseModel):
     keep: tuple[int, ...] = Field((0,), strict=False)
     training: str = ""
     settings: str = ""
+    initial_loss: float | None = Field(None, ge=-BOUND, le=BOUND)
 
     def record(self) -> ConfigRecord:
-        """As a record."""
-        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self})
+        """As a record, without what is None."""
+        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self if value is not None})
 
 
 class Greeting(BaseModel):
@@ -99,6 +111,8 @@ class Greeting(BaseModel):
         tests: whether it has test data.
         metric: the name of its main metric, where the server cannot know it; empty for none.
         higher_is_better: of that metric.
+        version: the version of fedgradnorm that it runs; empty where that is too old to say so.
+        torch_version: the version of torch, such as 2.13; empty likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -108,6 +122,8 @@ class Greeting(BaseModel):
     tests: bool = True
     metric: str = Field("", max_length=200)
     higher_is_better: bool = True
+    version: str = Field("", pattern=VERSION)
+    torch_version: str = Field("", pattern=VERSION)
 
     @field_validator("task", "metric")
     @classmethod
@@ -117,13 +133,29 @@ class Greeting(BaseModel):
         return text
 
 
-class _Reply(BaseModel):
+class Reply(BaseModel):
+    """What a reply to a message for training or for testing says beside its arrays and figures.
+
+    Attributes:
+        client: the key of the client that answers.
+        task: the name of its task.
+        round: the round that it answers for.
+        metrics: the metrics of a test, as JSON.
+        failed: why some of them could not be taken, as JSON.
+        began: where the state that it was to begin with is lost, the round of the one that it began with; 0: it has a fresh head.
+        data_since: the round after which its training data changed, if they are not those of the state that it began with.
+        data_before: how many training examples it had in that round.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     client: str = Field(max_length=100)
     task: str = Field(max_length=200)
     round: int
     metrics: str = Field("{}", max_length=100_000)
     failed: str = Field("{}", max_length=100_000)
+    began: int | None = Field(None, ge=0)
+    data_since: int | None = Field(None, ge=1)
+    data_before: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -225,8 +257,13 @@ def greeting_of(reply: Message) -> Greeting:
     return greeting
 
 
-def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Message:
-    """A report as a reply, its gradient as these arrays."""
+def reply_of(reply: Message) -> Reply:
+    """What a reply says beside its arrays and figures. Raises MessageError."""
+    return _checked(Reply, reply, CONTROL)
+
+
+def report_reply(report: Report, arrays: ArrayRecord, message: Message, aside: Mapping[str, int] | None = None) -> Message:
+    """A report as a reply, its gradient as these arrays; ``aside`` are ``began`` and the like of a `Reply`."""
     metrics: dict[str, Any] = {
         "loss": report.loss,
         "initial-loss": report.initial_loss,
@@ -240,7 +277,7 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message) -> Messa
         {
             ARRAYS: arrays,
             METRICS: MetricRecord(metrics),
-            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round}),
+            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round, **(aside or {})}),
         }
     )
     if report.buffers:
@@ -257,9 +294,9 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
         sent: the buffers that went out, by name.
 
     Raises:
-        MessageError: a number is missing, or there is more in it than a report has.
+        MessageError: a number is missing or cannot be that of this gradient, or there is more in it than a report has.
     """
-    who, metrics = _checked(_Reply, reply, CONTROL), _metrics(reply, NUMBERS)
+    who, metrics = reply_of(reply), _metrics(reply, NUMBERS)
     _check_records(reply, (ARRAYS, BUFFERS, METRICS, CONTROL))
     buffers, expected = reply.content.array_records.get(BUFFERS, ArrayRecord()), sent or {}
     if not buffers.keys() <= expected.keys():
@@ -269,8 +306,8 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
     numbers = {name: _number(metrics, name) for name in NUMBERS if name != EXAMPLES}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
-            raise MessageError(f"metrics.{name}: expected seconds, at least 0 and at most {LONGEST:g}, found {numbers[name]}")
-    return Report(
+            raise MessageError(f"metrics.{name}: expected seconds, from 0 to {LONGEST:g}, found {numbers[name]}")
+    report = Report(
         client=who.client,
         task=who.task,
         gradient=layout.vector(encoder_of(reply.content)),
@@ -284,20 +321,26 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
         head_seconds=numbers["head-seconds"],
         loss_floor=numbers["loss-floor"],
     )
+    if report.grad_norm > report.length * ROUNDING:  # the norm layer is a part of the gradient: else weights could be moved by a word
+        raise MessageError(f"metrics.grad-norm: expected at most the length of the gradient, {report.length:g}, found {report.grad_norm:g}")
+    return report
 
 
-def evaluation_reply(client: str, task: str, round: int, evaluation: Evaluation, message: Message) -> Message:
+def evaluation_reply(
+    client: str, task: str, round: int, evaluation: Evaluation, message: Message, aside: Mapping[str, int] | None = None
+) -> Message:
     """An evaluation as a reply. Of an error of a metric only the type is told: what it says may quote data."""
     failed = {name: why.partition(":")[0] for name, why in evaluation.failed.items()}
     metrics_text = json.dumps(dict(evaluation.metrics))
     control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": metrics_text, "failed": json.dumps(failed)}
+    control |= aside or {}
     metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
     return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
 
 
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
-    who, numbers = _checked(_Reply, reply, CONTROL), _metrics(reply, ("loss", EXAMPLES))
+    who, numbers = reply_of(reply), _metrics(reply, ("loss", EXAMPLES))
     _check_records(reply, (METRICS, CONTROL))
     metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
@@ -319,7 +362,7 @@ def _figure(name: str, value: Any) -> float:
     """A figure of a test; what is no finite number is a gap in a curve, as it is for clients in this process."""
     gap = isinstance(value, float) and not math.isfinite(value)
     if not gap and (not isinstance(value, int | float) or abs(value) > LARGEST):
-        raise MessageError(f"{name}: expected a number of at most {LARGEST:g}, found {value!r:.100}")
+        raise MessageError(f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {value!r:.100}")
     return float(value)
 
 
@@ -367,7 +410,7 @@ def _number(record: MetricRecord, name: str) -> float:
 def _count(record: MetricRecord) -> int:
     found = record.get(EXAMPLES)
     if not isinstance(found, int) or found < 0:
-        raise MessageError(f"metrics.{EXAMPLES}: expected a whole number, found {found!r:.100}")
+        raise MessageError(f"metrics.{EXAMPLES}: expected a whole number from 0, found {found!r:.100}")
     return found
 
 

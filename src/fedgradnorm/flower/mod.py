@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.evaluation import Evaluation
-from fedgradnorm.flower.client import WRONG_CLIENT, client_key, private_errors, state_dir
+from fedgradnorm.flower.client import WRONG_CLIENT, aside, client_key, kept, lost_state, private_errors, state_dir
 from fedgradnorm.flower.messages import (
     ARRAYS,
     CONFIG,
     METRICS,
+    VERSIONS,
     Greeting,
     Layout,
     arrays_of,
@@ -28,7 +29,7 @@ from fedgradnorm.flower.messages import (
     tensors_of,
 )
 from fedgradnorm.flower.roster import module_of
-from fedgradnorm.flower.states import StateFiles, States
+from fedgradnorm.flower.states import StateFiles, States, begin
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
 from fedgradnorm.randomness import seeded
@@ -44,7 +45,7 @@ class FedGradNormMod:
     loss of the client's first round, as an app gives no earlier one. Buffers, such as BatchNorm's statistics, stay with the head.
 
     The app's functions get a message with the records ``arrays`` and ``config``, and answer with the trained ``arrays`` and ``metrics``, as
-    Flower's own examples do.
+    Flower's own examples do. ``lost-state`` in the node's configuration says what to do where the head is lost, as in `client_app`.
 
     Args:
         model: makes the client's model, without arguments or from the `Context`: where its head is from at first.
@@ -89,10 +90,11 @@ class FedGradNormMod:
             return self._answer(message, context, app)
 
     def _answer(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
-        control, client = control_of(message), client_key(context)
+        control, client, lost = control_of(message), client_key(context), lost_state(context)
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
-            return greeting_reply(Greeting(client=client, task=task, metric=self.metric, higher_is_better=self.higher_is_better), message)
+            greeting = Greeting(client=client, task=task, metric=self.metric, higher_is_better=self.higher_is_better, **VERSIONS)
+            return greeting_reply(greeting, message)
         if control.client != client:
             raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{client}'")
         start, states, sent = (
@@ -100,7 +102,8 @@ class FedGradNormMod:
             self.states(context, control.experiment, client),
             tensors_of(encoder_of(message.content)),
         )
-        state = states.load(control.base) if control.base else ClientState(self._first_head(client, context, sent.keys()))
+        begun = begin(states, control.base, lost, lambda: ClientState(self._first_head(client, context, sent.keys())), control.initial_loss)
+        state = begun.state
         whole = RecordDict({ARRAYS: arrays_of({**sent, **state.head}), CONFIG: message.content.config_records.get(CONFIG, ConfigRecord())})
         message.content = whole
         reply = app(message, context)
@@ -112,7 +115,7 @@ class FedGradNormMod:
             if self.metric:
                 self._metric(metrics, self.metric, "metric")
             evaluation = Evaluation(self._metric(metrics, self.test_loss, "test_loss"), metrics, int(metrics.get("num-examples", 0)))
-            return evaluation_reply(client, task, control.round, evaluation, message)
+            return evaluation_reply(client, task, control.round, evaluation, message, aside(begun))
         came = self._arrays(reply, whole)
         loss = self._metric(metrics, self.loss, "loss")
         initial_loss = loss if state.initial_loss is None else state.initial_loss
@@ -120,7 +123,8 @@ class FedGradNormMod:
         layout = Layout.of(module_of(sent))
         flat = torch.cat([update[name].reshape(-1) for name in layout.shapes])
         norm = norm_over(flat, norm_layer_slices(module_of(sent), self.norm_layer)).item()
-        states.save(ClientState({name: came[name] for name in came.keys() - sent.keys()}, initial_loss, round=control.round), control.keep)
+        after = ClientState({name: came[name] for name in came.keys() - sent.keys()}, initial_loss, round=control.round)
+        states.save(after, kept(control, begun))
         report = Report(
             client=client,
             task=task,
@@ -132,7 +136,7 @@ class FedGradNormMod:
             seconds=perf_counter() - start,
             round=control.round,
         )
-        return report_reply(report, layout.arrays(flat), message)
+        return report_reply(report, layout.arrays(flat), message, aside(begun))
 
     def _first_head(self, client: str, context: Context, sent: Collection[str]) -> dict[str, Tensor]:
         """What of the model's state the server did not send, as initialised."""

@@ -34,7 +34,8 @@ def server_app(config: str | Path) -> ServerApp:
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
     - ``min-replies``: a share of the clients: when so many have answered, the others have as long again as that took; 1 by default.
     - ``max-rest``: rounds that a client which is late again and again rests at most; 16 by default, 0 for none.
-    - ``start-round``: 1 begins anew; by default, and for 0, a run that is there goes on.
+    - ``start-round``: 1 begins anew; one more than the round of a checkpoint goes back to it; by default, and for 0, a run that is there
+      goes on from its newest checkpoint.
 
     Args:
         config: the file, such as ``Path(__file__).with_name("federation.toml")``.

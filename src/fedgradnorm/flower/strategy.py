@@ -62,6 +62,8 @@ class FedGradNorm(Strategy):
         fraction_train: the share of the clients that takes part in a round, drawn anew each time.
         min_nodes: clients that have to be connected before a round.
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
+        max_update_ratio: an update of more than so many times the usual length is dropped: usual is the median of its client's last ten,
+            and until it has three, of all clients'. None: none is dropped, however long.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
         round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
         min_replies: a share of the clients: when so many have answered, the others have as long again as that took.
@@ -84,6 +86,7 @@ class FedGradNorm(Strategy):
         fraction_train: float = 1.0,
         min_nodes: int = 2,
         min_clients: int = 1,
+        max_update_ratio: float | None = 10.0,
         node_timeout: float = 600.0,
         round_timeout: float = 3600.0,
         min_replies: float = 1.0,
@@ -103,6 +106,7 @@ class FedGradNorm(Strategy):
             "server_lr": server_lr,
             "fraction_train": fraction_train,
             "min_clients": min_clients,
+            "max_update_ratio": max_update_ratio,
             "eval_every": evaluate_every,
             "seed": seed,
         }
@@ -137,8 +141,9 @@ class FedGradNorm(Strategy):
             train_config: goes along with messages for training, with ``server-round``.
             evaluate_config: goes along with messages for evaluation.
             evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
-            start_round: 1 begins, and replaces a run in ``run_dir``; one more than that run has done goes on with it; None goes on where
-                there is a checkpoint, and begins where there is none.
+            start_round: 1 begins, and replaces a run in ``run_dir``; one more than the round of one of its checkpoints goes on from that
+                checkpoint, and sets what is of later rounds aside, in ``undone/`` of ``run_dir``; None goes on from the newest
+                checkpoint, and begins where there is none.
             should_stop: asked after every round with what there is so far; True ends the training.
 
         Returns:
@@ -195,7 +200,8 @@ class FedGradNorm(Strategy):
         """The next encoder, and the means of the clients' figures. None, None, and the round undone, where too few reports are sound."""
         engine, state = self._begun()
         training, before = self._settings(server_round).train, engine.client_states
-        reports, dropped = screen(sorted(engine.reports(replies), key=attrgetter("client")), self._instructions, state.norms)
+        found = sorted(engine.reports(replies), key=attrgetter("client"))
+        reports, dropped = screen(found, self._instructions, state.norms, training.max_update_ratio)
         if len(reports) < max(1, training.min_clients):
             engine.restore(before)
             return None, None

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from uuid import uuid4
 
-from fedgradnorm.checkpoint import Checkpoint, load_newest
+from fedgradnorm.checkpoint import Checkpoint, load_newest, sound_rounds
 from fedgradnorm.config import RunConfig
 from fedgradnorm.engines.base import Engine
 from fedgradnorm.errors import ConfigError, RunError, require
@@ -62,7 +62,8 @@ def train_on_grid(
         config: the resolved settings; ``run.dir`` says where the run is written, with a checkpoint for every round.
         engine: how to reach the clients.
         weighting: their weights.
-        start_round: 1 begins, and replaces a run that is there; one more than its checkpoint has goes on; None goes on where there is a
+        start_round: 1 begins, and replaces a run that is there; one more than the round of one of its checkpoints goes on from that
+            checkpoint, and sets what is of later rounds aside, in ``undone/`` of the run's folder; None goes on from the newest
             checkpoint, and begins where there is no run.
         on_round: called after every round with its rows.
         should_stop: asked after every round; True ends the run there, with a checkpoint.
@@ -87,7 +88,7 @@ def train_on_grid(
     folder = run_folder(config)
     check_deployable(config, engine.roster)
     with nullcontext() if folder is None else alone_in(folder, LOCK_TIMEOUT):
-        done, checkpoint = (0, None) if folder is None else _done(folder, start_round)
+        done, checkpoint, goes_back = (0, None, False) if folder is None else _done(folder, start_round)
         begins = done == 0 or start_round == 1
 
         def made(settings: RunConfig) -> Engine:
@@ -107,9 +108,10 @@ def train_on_grid(
         if checkpoint is not None:
             engine.roster.recall(checkpoint.members)
         config = config.model_copy(update={"run": opened.config.run})
+        rounds, back_to = config.train.num_rounds, done if goes_back else None
         with engine.watcher.watching(folder, config, done):
             return go_on(
-                opened, engine.roster, weighting, made, config.train.num_rounds, note, should_stop, log.info, on_state, locked=True
+                opened, engine.roster, weighting, made, rounds, note, should_stop, log.info, on_state, locked=True, back_to=back_to
             )
 
 
@@ -142,8 +144,8 @@ def round_line(rows: Sequence[Row], num_rounds: int) -> str:
     return "  ".join(parts) + (f"  dropped: {'; '.join(dropped)}" if dropped else "")
 
 
-def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None]:
-    """How many rounds of a run in this folder are done, and the checkpoint of the last one.
+def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None, bool]:
+    """After how many rounds a run in this folder goes on, the checkpoint of that moment, and whether there are newer ones.
 
     Raises ConfigError for a ``start_round`` that does not fit, and RunError where a run would be replaced unasked, or is none of ours.
     """
@@ -160,9 +162,22 @@ def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None
             if not done and opened.has_results():
                 raise RunError(f"{folder}: there are results of a run, and no checkpoint is left to go on from: {ANEW}")
     if start_round not in (None, 1, done + 1):
-        expected = f"1 or {done + 1}" if done else "1"
-        raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}, found {start_round}")
-    return done, checkpoint
+        checkpoint = _checkpoint_before(folder, start_round, done)
+        return checkpoint.server.round, checkpoint, True
+    return done, checkpoint, False
+
+
+def _checkpoint_before(folder: Path, start_round: int, done: int) -> Checkpoint:
+    """The checkpoint of the round before one that is done. Raises ConfigError where there is no sound one."""
+    if 1 < start_round <= done:
+        checkpoint, _, _ = load_newest(folder / CHECKPOINTS, start_round - 1)
+        if checkpoint is not None and checkpoint.server.round == start_round - 1:
+            return checkpoint
+    kept = sound_rounds(folder / CHECKPOINTS) if done else []
+    starts = [str(round) for round in (1, *(round + 1 for round in kept if round))]
+    expected = " or ".join([", ".join(starts[:-1]), starts[-1]] if starts[1:] else starts)
+    checkpoints = f", and there are checkpoints of round {', '.join(map(str, kept))}" if kept else ""
+    raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}{checkpoints}, found {start_round}")
 
 
 def _check_unchanged(opened: Run, config: RunConfig) -> None:

@@ -43,7 +43,7 @@ class Fixed:
     def __post_init__(self) -> None:
         for option, given in (("clients", self.clients), ("tasks", self.tasks)):
             for name, weight in (given or {}).items():
-                require(0 < weight < math.inf, f"{option}.{name}", "a number above 0", weight)
+                require(0 < weight < math.inf, f"{option}.{name}", "a finite number above 0", weight)
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone: tasks are not known before the first reports. Without ids, where clients come later, none is unknown."""

@@ -50,7 +50,7 @@ class NashMTL:
     group_by: GroupBy = "client"
 
     def __post_init__(self) -> None:
-        require(0 < self.max_norm < float("inf"), "max_norm", "a number above 0", self.max_norm)
+        require(0 < self.max_norm < float("inf"), "max_norm", "a finite number above 0", self.max_norm)
         check_group_by(self.group_by)
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:

@@ -14,9 +14,17 @@ if [[ "$state_dir$SETTINGS" == *\'* ]]; then
     echo "node.env: STATE_DIR and SETTINGS: expected no ' in them, found $state_dir and $SETTINGS" >&2
     exit 2
 fi
+case "${LOST_STATE:=refuse}" in
+refuse | newest | fresh) ;;
+*)
+    echo "node.env: LOST_STATE: expected refuse, newest or fresh, found $LOST_STATE" >&2
+    exit 2
+    ;;
+esac
 node="client-key='$CLIENT' state-dir='$state_dir'"
 [ -z "$THREADS" ] || node+=" threads=$THREADS"
 [ -z "$SETTINGS" ] || node+=" settings='$SETTINGS'"
+[ "$LOST_STATE" = refuse ] || node+=" lost-state='$LOST_STATE'"
 exec flower-supernode \
     --superlink "$SUPERLINK" --root-certificates ca.crt --auth-supernode-private-key client.key \
     --host 127.0.0.1 --port "$PORT" \
