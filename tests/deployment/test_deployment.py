@@ -93,6 +93,27 @@ def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_
 
 
 @pytest.mark.xdist_group("deployment")
+def test_a_run_goes_back_and_a_node_goes_on_without_a_state_that_is_lost(deploy):
+    deployment = deploy("digits", *DIGITS, "train.num_rounds=3")
+    node = deployment.folder / "nodes" / "class"
+    (node / "node.env").write_text((node / "node.env").read_text().replace("LOST_STATE=refuse", "LOST_STATE=newest"))
+    local = deployment.start("local", "local.py")
+    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready")
+    before = deployment.finish(deployment.start_run()).rows()
+    (lost,) = (node / "state").rglob("round-00000002.safetensors")
+    lost.unlink()
+    run = deployment.finish(deployment.start_run("--run-config", "start-round=3"))
+    assert "the rounds after round 2 are undone: their lines and checkpoints are in " in deployment.log("run")
+    assert "client class: its state of round 2 is lost: it trained with that of round 1" in deployment.log("run")
+    assert (run.folder / "undone/1/metrics.jsonl").exists()
+    rows = run.rows()
+    assert rows[:4] == before[:4]
+    assert [(row["round"], row["dropped"]) for row in rows[4:]] == [(3, None)] * 2
+    assert [row["initial_loss"] for row in rows[4:]] == [row["initial_loss"] for row in rows[:2]]
+    assert rows[4]["loss"] != before[4]["loss"]  # its head is older
+
+
+@pytest.mark.xdist_group("deployment")
 def test_radcom_gives_the_same_numbers_across_processes(deploy):
     deployment = deploy("radcom", *RADCOM)
     deployment.start_superlink()

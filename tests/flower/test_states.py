@@ -65,6 +65,16 @@ def test_a_round_that_is_repeated_takes_the_place_of_the_first_attempt(states):
     assert plain(states.load(1)) == plain(state(1, 2.0))
 
 
+@pytest.mark.parametrize(("last", "left"), [(4, [3, 4, 5, 6]), (5, [4, 5, 6]), (6, [5, 6]), (7, [6, 7])])
+def test_after_going_back_later_states_are_overwritten_and_none_counts_twice(states, last, left):
+    for round in range(1, 7):
+        states.save(state(round), [max(1, round - back) for back in (1, 2, 3)])
+    for round in range(4, last + 1):  # it went back to round 3
+        states.save(state(round, 2.0), [round - 1])
+    assert kept(states) == states.rounds() == left
+    assert {round for round in left if states.load(round).initial_loss > 2} == set(left) & set(range(4, last + 1))
+
+
 def test_a_round_that_is_not_there_is_named(states):
     states.save(state(4), [0])
     with pytest.raises(RunError, match="3"):
