@@ -109,6 +109,17 @@ def test_a_run_that_is_going_on_is_shown_and_no_second_one_starts(server):
     assert [call[0] for call in server.calls()] == ["ls", "log", "ls"]
 
 
+def test_a_run_that_was_lost_with_its_process_is_followed_by_a_new_one(server):
+    lost = ended("finished:failed", "No heartbeat received from the task")
+    new = listed(("13", "finished:completed", "N/A"))
+    server.answers(ls=[RUNNING], log=["its log", "the new log"], one=[lost, new], run=[STARTED | {"run-id": "13"}])
+    done = server.run()
+    assert (done.returncode, done.stdout) == (0, "its log\nthe new log\n")
+    assert done.stderr.splitlines()[1:] == ["run 12 was lost with its process", "run 13 is started", "run 13: completed"]
+    server.answers(ls=[RUNNING], log=["its log"], one=[ended("finished:failed", "no room")])
+    assert server.run().returncode == 1  # any other failure is the outcome
+
+
 def test_settings_for_a_run_that_is_going_on_are_refused(server):
     server.answers(ls=[RUNNING])
     done = server.run("--run-config", "round-timeout=5")
@@ -153,7 +164,7 @@ def test_a_run_that_cannot_start_is_an_error(server):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "message"), [(signal.SIGINT, 130, "the run goes on; server/run.sh shows it again\n"), (signal.SIGTERM, 143, "")]
+    ("number", "code", "message"), [(signal.SIGINT, 130, "run 12 goes on; server/run.sh shows it again\n"), (signal.SIGTERM, 143, "")]
 )
 def test_ctrl_c_ends_the_showing_alone(server, tmp_path, number, code, message):
     server.answers(ls=[NONE], run=[STARTED], log=["wait"])

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 SERVER = Path(__file__).resolve().parent
 FINISHED = "finished"
 COMPLETED = "finished:completed"
+LOST = "No heartbeat received from the task"
+"""What Flower says, up to a minute later, of a run whose process is gone, such as after a crash of the machine."""
 
 
 def main() -> None:
@@ -27,16 +29,19 @@ def main() -> None:
     words = parser.parse_args().run_config
     try:
         run = going_on()
-        if run is None:
-            run = start(words)
-        elif words:
+        if run and words:
             message = f"--run-config: run {run} is going on, and takes no other settings: expected no words, to show it; or end it first: "
             end(2, f"{message}{SERVER / 'flwr.sh'} stop {run}")
-        else:
+        if run:
             say(f"run {run} is going on: its log from the beginning")
-        show(run)
+            status, details = show(run)
+            if details != LOST:
+                finish(run, status, details)
+            say(f"run {run} was lost with its process")
+        run = start(words)
+        finish(run, *show(run))
     except KeyboardInterrupt:
-        end(130, "the run goes on; server/run.sh shows it again")
+        sys.exit(130)
 
 
 def going_on() -> str | None:
@@ -64,21 +69,27 @@ def start(words: list[str]) -> str:
     return run
 
 
-def show(run: str) -> None:
-    """Show a run's log until it ends, and end with its outcome. A stream that breaks while the run goes on begins again."""
+def show(run: str) -> tuple[str, str]:
+    """Show a run's log until it ends; gives its status and details. A stream that breaks while the run goes on begins again."""
     while True:
         process = subprocess.Popen([SERVER / "flwr.sh", "log", run, "--stream"], env={**os.environ, "PYTHONUNBUFFERED": "1"})
         try:
             process.wait()
+        except KeyboardInterrupt:
+            end(130, f"run {run} goes on; server/run.sh shows it again")
         finally:
             process.terminate()
         (found,) = runs("--run-id", run)
         if found["status"].startswith(FINISHED):
-            outcome = found["status"].partition(":")[2]
-            details = "" if found["status-details"] in ("", "N/A") else f": {found['status-details']}"
-            end(0 if found["status"] == COMPLETED else 1, f"run {run}: {outcome}{details}")
+            return found["status"], found["status-details"]
         say(f"run {run} is going on, but its log has ended: it is shown again")
         time.sleep(1)
+
+
+def finish(run: str, status: str, details: str) -> NoReturn:
+    """Say how a run has ended, and end with it."""
+    outcome = status.partition(":")[2]
+    end(0 if status == COMPLETED else 1, f"run {run}: {outcome}" + (f": {details}" if details not in ("", "N/A") else ""))
 
 
 def ask(*words: str) -> dict[str, Any]:
