@@ -178,7 +178,7 @@ class Deployment:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("HOME") == self.env["HOME"] and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get("HOME", "").startswith(f"{self.folder}/") and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue

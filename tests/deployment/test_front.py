@@ -1,6 +1,8 @@
 """What the server's machine answers to those outside: a node's requests, and nothing else."""
 
 import contextlib
+import re
+import shutil
 import socket
 import ssl
 from collections.abc import Iterator
@@ -94,10 +96,31 @@ def listening(process: psutil.Process) -> Iterator[str]:
                 yield f"{connection.laddr.ip}:{connection.laddr.port}"
 
 
-@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_nobody_outside_reaches_more_than_the_nodes_requests(deploy):
+@pytest.fixture(params=["caddy", "nginx"])
+def server(request, deploy):
+    """A SuperLink and its front, and the statuses with which that refuses: nginx has others for what it takes for malformed."""
+    if request.param == "nginx" and shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed")
     deployment = deploy("front", "federation.name=digits", 'federation.tasks=["class", "parity"]')
-    deployment.start_superlink()
+    deployment.start_listener("superlink", deployment.superlink_port)
+    if request.param == "caddy":
+        deployment.start_front()
+        return deployment, (403,)
+    conf = deployment.folder / "server/nginx.conf"
+    conf.write_text(re.sub(r"server 127\.0\.0\.1:\d+;", f"server 127.0.0.1:{deployment.superlink_port};", conf.read_text()))
+    tools = deployment.folder / "tools"  # without caddy
+    tools.mkdir()
+    for name in ("env", "bash", "dirname", "mkdir", "grep", "id", "nginx"):
+        (tools / name).symlink_to(shutil.which(name))
+    before, deployment.env["PATH"] = deployment.env["PATH"], str(tools)
+    deployment.start_front()
+    deployment.env["PATH"] = before
+    return deployment, (403, 400, 405)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_nobody_outside_reaches_more_than_the_nodes_requests(server):
+    deployment, refusals = server
     outside = Outside(deployment)
 
     own, front = (set(listening(psutil.Process(deployment.processes[name].pid))) for name in ("superlink", "front"))
@@ -115,10 +138,10 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(deploy):
         for method in {"POST", "GET", *paths[path]}:
             assert outside.status(method, path) == 403, (method, path)
     for target in TRICKS:
-        assert outside.status("POST", target) == 403, target
+        assert outside.status("POST", target) in refusals, target
     for method in METHODS:
-        assert outside.status(method, "/v1/fleet/get-run") == 403, method
-        assert outside.status(method, "/v1/control/list-runs") == 403, method
+        assert outside.status(method, "/v1/fleet/get-run") in refusals, method
+        assert outside.status(method, "/v1/control/list-runs") in refusals, method
     for header in ("X-Original-URL", "X-Rewrite-URL", "X-Forwarded-Prefix"):
         assert outside.status("GET", "/", headers=[f"{header}: /v1/control/list-runs"]) == 403
     assert outside.status("POST", "*") in (400, 403)
@@ -145,7 +168,7 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(deploy):
     assert outside.status("POST", "/v1/fleet/get-run") == 502
     assert outside.status("POST", "/v1/control/list-runs") == 403
     log = deployment.log("front")
-    assert "connection refused" in log
+    assert "connection refused" in log.lower()
     assert "protobuf" not in log  # no header is logged: a node's signature is one
 
 
