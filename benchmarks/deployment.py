@@ -35,7 +35,9 @@ def make(seed: int, width: int) -> Federation:
         inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(seed + place))
         task = Task(id, partial(nn.Linear, out_features=1), functional.mse_loss)
         clients.append(Client(id, task, (inputs, inputs[:, :1] * (place + 1)), (inputs, inputs[:, :1] * (place + 1))))
-    return Federation(clients, lambda: nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)))
+    return Federation(
+        clients, lambda: nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4))
+    )
 
 
 class Meter:
@@ -85,7 +87,7 @@ def main() -> None:
 
 def measure(deployment: Deployment, rounds: int) -> None:
     """Train, and print what it took."""
-    deployment.start_server()
+    deployment.start_superlink()
     deployment.do("server/register.sh")
     deployment.start_nodes()
     meter, running, before = Meter(deployment), deployment.start_run(), Counter[str]()

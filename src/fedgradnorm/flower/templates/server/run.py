@@ -1,0 +1,122 @@
+"""Starts a run, or finds the one that is going on, and shows its log until it ends. server/run.sh calls it.
+
+Exit status: 0 the run has completed; 1 it has failed or was stopped, could not be started, or the SuperLink does not answer; 2 the words
+are wrong, or there are words for a new run while one is going on; 130 after Ctrl-C, which ends the showing and not the run.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+SERVER = Path(__file__).resolve().parent
+FINISHED = "finished"
+COMPLETED = "finished:completed"
+LOST = "No heartbeat received from the task"
+"""What Flower says, up to a minute later, of a run whose process is gone, such as after a crash of the machine."""
+
+
+def main() -> None:
+    """Start or find the run, show it, and end with its outcome."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parser = argparse.ArgumentParser(prog="run.sh", description="Start the run, or show the one that is going on.", allow_abbrev=False)
+    parser.add_argument("-c", "--run-config", action="append", default=[], metavar="WORDS", help="settings of this run alone")
+    words = parser.parse_args().run_config
+    try:
+        run = going_on()
+        if run and words:
+            message = f"--run-config: run {run} is going on, and takes no other settings: expected no words, to show it; or end it first: "
+            end(2, f"{message}{SERVER / 'flwr.sh'} stop {run}")
+        if run:
+            say(f"run {run} is going on: its log from the beginning")
+            status, details = show(run)
+            if details != LOST:
+                finish(run, status, details)
+            say(f"run {run} was lost with its process")
+        run = start(words)
+        finish(run, *show(run))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def going_on() -> str | None:
+    """The newest run that has not finished; None if there is none."""
+    return next((run["run-id"] for run in runs() if not run["status"].startswith(FINISHED)), None)
+
+
+def runs(*words: str) -> list[dict[str, Any]]:
+    """What the SuperLink says of its runs, the newest first."""
+    answer = ask("ls", *words)
+    if not answer.get("success"):
+        end(1, f"the SuperLink does not answer: {reason(answer)}")
+    found: list[dict[str, Any]] = answer["runs"]
+    return found
+
+
+def start(words: list[str]) -> str:
+    """Start a run, and give its id."""
+    options = [part for word in words for part in ("--run-config", word)]
+    answer = ask("run", str(SERVER.parent / "app"), *options)
+    if not answer.get("success"):
+        end(1, f"the run was not started: {reason(answer)}")
+    run: str = answer["run-id"]
+    say(f"run {run} is started")
+    return run
+
+
+def show(run: str) -> tuple[str, str]:
+    """Show a run's log until it ends; gives its status and details. A stream that breaks while the run goes on begins again."""
+    while True:
+        process = subprocess.Popen([SERVER / "flwr.sh", "log", run, "--stream"], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            end(130, f"run {run} goes on; server/run.sh shows it again")
+        finally:
+            process.terminate()
+        (found,) = runs("--run-id", run)
+        if found["status"].startswith(FINISHED):
+            return found["status"], found["status-details"]
+        say(f"run {run} is going on, but its log has ended: it is shown again")
+        time.sleep(1)
+
+
+def finish(run: str, status: str, details: str) -> NoReturn:
+    """Say how a run has ended, and end with it."""
+    outcome = status.partition(":")[2]
+    end(0 if status == COMPLETED else 1, f"run {run}: {outcome}" + (f": {details}" if details not in ("", "N/A") else ""))
+
+
+def ask(*words: str) -> dict[str, Any]:
+    """What a command of Flower answers in JSON; empty if it answers nothing. What it says besides goes to stderr."""
+    done = subprocess.run([SERVER / "flwr.sh", *words, "--format", "json"], stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def reason(answer: dict[str, Any]) -> str:
+    """Why a command has failed: the last line, for those before say what it was doing."""
+    return str(answer.get("error-message") or "no reason is given").strip().splitlines()[-1]
+
+
+def say(text: str) -> None:
+    """Print a line between those of the log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def end(status: int, text: str) -> NoReturn:
+    """Say why, and end."""
+    say(text)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
