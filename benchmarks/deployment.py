@@ -10,10 +10,12 @@ clients in them. Seconds differ between machines, and memory little.
 import argparse
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -50,19 +52,16 @@ class Meter:
         """Look at every process that runs now."""
         for process in self.deployment.left_over():
             try:
-                kind = next((name for word, name in KINDS.items() if word in " ".join(process.cmdline()[:3])), "scripts")
+                kind = next((name for word, name in KINDS.items() if word in " ".join(process.cmdline()[:2])), "")
                 times = process.cpu_times()
                 self.seconds[process.pid, process.create_time()] = kind, times.user + times.system
                 self.peaks[kind] = max(self.peaks[kind], process.memory_info().rss)
             except psutil.Error:
                 continue
 
-    def by_kind(self) -> Counter[str]:
+    def by_kind(self) -> dict[str, float]:
         """CPU seconds so far; of a process that has ended, those up to the last look."""
-        found = Counter[str]()
-        for kind, seconds in self.seconds.values():
-            found[kind] += seconds
-        return found
+        return {kind: sum(seconds for other, seconds in self.seconds.values() if other == kind) for kind in KINDS.values()}
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def measure(deployment: Deployment, rounds: int) -> None:
     deployment.start_superlink()
     deployment.do("server/register.sh")
     deployment.start_nodes()
-    meter, running, before = Meter(deployment), deployment.start_run(), Counter[str]()
+    meter, running = Meter(deployment), deployment.start_run()
 
     def after(round: int) -> bool:
         meter.look()
@@ -99,15 +98,17 @@ def measure(deployment: Deployment, rounds: int) -> None:
     wait_until(partial(after, 1), "the first round", timeout=3600)
     before = meter.by_kind()
     wait_until(partial(after, rounds - 1), "the last round but one", timeout=3600)
-    used = meter.by_kind() - before
+    used = {kind: seconds - before[kind] for kind, seconds in meter.by_kind().items()}
     wait_until(lambda: after(rounds) and running.poll() is not None, "the end", timeout=3600)
+    if running.poll() != 0:
+        sys.exit(deployment.log("run"))
     lines = re.findall(r"(?m)^(\S+ \S+),\d+ INFO round", deployment.log("run"))
     ends = [datetime.fromisoformat(line) for line in lines]
-    between = [(later - earlier).total_seconds() for earlier, later in zip(ends[:-2], ends[1:-1], strict=True)]
+    between = [(later - earlier).total_seconds() for earlier, later in pairwise(ends[:-1])]
     messages = (rounds - 2) * len(deployment.clients)
     print(f"a round: {median(between):.0f} s (median of {len(between)})" if between else "a round: more are needed to tell")
-    for kind, peak in meter.peaks.items():
-        print(f"{kind:12} {used[kind] / messages:6.1f} CPU s a message   {peak / 1e6:8.0f} MB at most")
+    for kind, seconds in used.items():
+        print(f"{kind:12} {seconds / messages:6.1f} CPU s a message   {meter.peaks[kind] / 1e6:8.0f} MB at most")
     print(f"state.db     {sum(path.stat().st_size for path in deployment.folder.glob('server/state.db*')) / 1e6:8.1f} MB")
 
 

@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.cli.build import build_fab_from_disk  # the formats of an app bundle and of a node's configuration are Flower's own
+from flwr.cli.utils import validate_project_name
 from flwr.common.config import parse_config_args
 
 from fedgradnorm.build import build_federation, resolve_config
@@ -165,6 +166,13 @@ def test_a_nodes_key_is_of_the_kind_that_flower_takes(folder):
     public = serialization.load_ssh_public_key((folder / "nodes/loop/client.key.pub").read_bytes())
     assert private.public_key().public_numbers() == public.public_numbers()
     assert public.curve.name == "secp384r1"
+
+
+def test_the_apps_name_is_one_that_flower_takes_whatever_the_federations_name(tmp_path):
+    for number, name in enumerate(("digits", "tests.flower.lazy:make")):
+        write_deployment(tmp_path / str(number), None, [f"federation.name={name}"])
+        app = tomllib.loads((tmp_path / str(number) / "app/pyproject.toml").read_text())["project"]
+        validate_project_name(app["name"], "the name")  # raises where it is none
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own use of it
@@ -329,7 +337,7 @@ def test_the_compose_file_mounts_each_clients_folder_alone(folder):
 
 def test_no_service_can_take_all_memory(folder):
     units = sorted((folder / "systemd").iterdir())
-    assert [path.name for path in units] == ["front.service", "superlink.service", "supernode@.service"]
+    assert [path.name for path in units] == ["front.service", "metrics.service", "superlink.service", "supernode@.service"]
     for path in units:
         assert re.search(r"(?m)^MemoryMax=", path.read_text()), path
 

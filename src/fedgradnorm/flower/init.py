@@ -21,6 +21,8 @@ __all__ = ["write_deployment"]
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 FIRST_NODE_PORT = 9094
+LONGEST_NAME = 32
+"""Letters that the name of a Flower app may have."""
 PLACE = re.compile(r"@\{([a-z_]+)\}")
 CLIENT = "CLIENT"
 """In the templates' paths: one such folder for every client."""
@@ -103,7 +105,7 @@ def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: 
     bind = _bind(hosts[0])
     local, run_dir, superlink_port = _is_loopback(bind), settings.run.dir or f"runs/{name}", str(_superlink_port(port, len(clients)))
     values = {
-        "name": f"fedgradnorm-{name}",
+        "name": f"fedgradnorm-{name}"[:LONGEST_NAME].rstrip("-"),
         "version": __version__,
         "run_dir": _escaped(run_dir),
         "report": shlex.quote(str(Path("server", run_dir))),
