@@ -244,7 +244,7 @@ def flower_status(
     where there is no run, or its status cannot be read.
     """
     try:
-        from fedgradnorm.flower.overview import GONE, clients_table, facts, look, state_line, warnings_on
+        from fedgradnorm.flower.overview import GONE, clients_table, facts, look, remarks, state_line, warnings_on
     except ImportError as error:
         raise ConfigError(str(error)) from error
     overview, now = look(folder, run), time.time()
@@ -255,6 +255,8 @@ def flower_status(
     if not as_json:
         _say(f"{overview.folder}: {state_line(overview.status, now)}")
         console.print(clients_table(overview, now))
+        for line in remarks(overview, now):
+            _say(line)
         for name, expires in overview.certificates.items():
             _say(f"{name}: good until {datetime.fromtimestamp(expires, UTC):%Y-%m-%d}")
         for line in warnings_on(overview, now):

@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     seen = []
-    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md", "docs/deploy.md"):
+    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md", "docs/deploy.md", "docs/operate.md"):
         for words in commands(page):
             if "RUN" in words[2:] or "MTFL.zip" in words[-1]:
                 continue

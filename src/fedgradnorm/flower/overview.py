@@ -17,7 +17,19 @@ from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, be
 from fedgradnorm.history import STATUS, Run
 from fedgradnorm.records import Row
 
-__all__ = ["GONE", "SHOWN_STATES", "WARN_DAYS", "Overview", "clients_table", "facts", "look", "printable", "state_line", "warnings_on"]
+__all__ = [
+    "GONE",
+    "SHOWN_STATES",
+    "WARN_DAYS",
+    "Overview",
+    "clients_table",
+    "facts",
+    "look",
+    "printable",
+    "remarks",
+    "state_line",
+    "warnings_on",
+]
 
 GONE = "gone"
 """The state of a run whose process has ended without a word."""
@@ -165,19 +177,34 @@ def state_line(status: RunStatus, now: float) -> str:
 
 
 def clients_table(overview: Overview, now: float) -> Table:
-    """The clients: connected or not, when they answered last, their last figures, why they were dropped last."""
-    table = Table("client", "task", "connected", "last seen", "loss", "weight", "last drop", "notes")
+    """The clients: connected or not, when they answered last, their last figures, how often they were dropped, by kind of reason."""
+    table = Table("client", "task", "connected", "last seen", "loss", "weight", "drops")
     rows = {row["client"]: row for row in overview.rows}
-    for id, client in ({} if overview.status is None else overview.status.clients).items():
+    for id, client in _clients(overview).items():
         row = rows.get(id)
         loss = ABSENT if row is None or row["loss"] is None else f"{row['loss']:.4g}"
         weight = ABSENT if row is None else f"{row['weight']:.3f}"
-        rest = [] if client.resting_until is None else [f"rests until round {client.resting_until}"]
         seen = "never" if client.last_seen is None else ago(client.last_seen, now)
         connected = _connected(client, now, over=overview.state in (*ENDED, GONE))
-        cells = (id, client.task, connected, seen, loss, weight, _drops(client, now), "; ".join([*rest, *client.notes]))
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        drops = ", ".join(f"{kind} {count}" for kind, count in client.drops.items())
+        table.add_row(*(Text(printable(cell)) for cell in (id, client.task, connected, seen, loss, weight, drops)))
     return table
+
+
+def remarks(overview: Overview, now: float) -> list[str]:
+    """What there is to know of clients, a line for each: why they were dropped last, until when they rest, what was noted of them."""
+    lines = []
+    for id, client in _clients(overview).items():
+        if client.last_drop is not None:
+            lines.append(f"{id}: dropped in round {client.last_drop.round}, {ago(client.last_drop.time, now)}: {client.last_drop.reason}")
+        if client.resting_until is not None:
+            lines.append(f"{id}: rests until round {client.resting_until}")
+        lines += [f"{id}: {note}" for note in client.notes]
+    return [printable(line) for line in lines]
+
+
+def _clients(overview: Overview) -> dict[str, ClientStatus]:
+    return {} if overview.status is None else overview.status.clients
 
 
 def warnings_on(overview: Overview, now: float) -> list[str]:
@@ -239,14 +266,6 @@ def _connected(client: ClientStatus, now: float, *, over: bool) -> str:
     if over and client.connected:
         return "at its end"
     return f"{'yes' if client.connected else 'no'}, for {duration(now - client.since)}"
-
-
-def _drops(client: ClientStatus, now: float) -> str:
-    last = client.last_drop
-    if last is None:
-        return ""
-    counts = ", ".join(f"{kind} {count}" for kind, count in client.drops.items())
-    return f"round {last.round}, {ago(last.time, now)}: {last.reason} (in all: {counts})"
 
 
 def _utc(seconds: float) -> str:
