@@ -232,11 +232,11 @@ def set_rounds_aside(folder: Path, round: int) -> Path | None:
         aside = folder / UNDONE / str(max(numbers, default=0) + 1)
         (aside / CHECKPOINTS).mkdir(parents=True)
         write_atomically(aside / "metrics.jsonl", lines)
-        for path in later:  # the newest first: the newest that is left is one to go on from
-            path.rename(aside / CHECKPOINTS / path.name)
-        for name in RESULTS:
+        for name in RESULTS:  # before the checkpoints: while these are there, it is not gone back yet
             if (folder / name).is_file():
                 (folder / name).rename(aside / Path(name).name)
+        for path in later:  # the newest first: the newest that is left is one to go on from
+            path.rename(aside / CHECKPOINTS / path.name)
         sync_folder(aside)
         sync_folder(folder / CHECKPOINTS)
     except OSError as error:
@@ -318,17 +318,23 @@ def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iter
 def being_written(folder: Path) -> bool | None:
     """Whether a process of this machine is writing a run to a folder; None where no lock tells, as in a copy of it elsewhere."""
     try:
+        import fcntl
+
         real = folder.resolve()
         if real in HELD:
             return True
-        if not _lock_of(real).exists():
-            return None
-        with FileLock(_lock_of(real)).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except (OSError, RuntimeError):  # it may not be opened, or is being tried by another thread
+        lock = os.open(_lock_of(real), os.O_RDONLY)  # whoever may read the folder may ask
+    except (ImportError, OSError, RuntimeError):  # there is no fcntl on Windows
         return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(lock)
+    return False
 
 
 def _lock_of(real: Path) -> Path:
@@ -406,10 +412,10 @@ class Run:
                 while True:
                     start = file.seek(max(0, end - size))
                     *lines, torn = file.read(end - start).split(b"\n")
-                    rows = _whole(self._parsed(lines[1:] if start else lines), torn=torn)
-                    numbers = sorted({row["round"] for row in rows})
-                    if start == 0 or len(numbers) > 1:  # of the first of them, lines may be missing here
-                        return [row for row in rows if row["round"] == numbers[-1]]
+                    rows = self._parsed(lines[1:] if start else lines)
+                    if start == 0 or len({row["round"] for row in rows}) > 2:  # the first may be cut here, and the last not be whole
+                        rows = _whole(rows, torn=torn)
+                        return [row for row in rows if row["round"] == rows[-1]["round"]]
                     size *= 4
         except FileNotFoundError:
             return []

@@ -17,7 +17,7 @@ from fedgradnorm.errors import MessageError, StoppedError, require
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.flower.client import WRONG_CLIENT, Node
-from fedgradnorm.flower.exchange import Exchange, exchange
+from fedgradnorm.flower.exchange import Exchange, exchange, node_ids
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.messages import (
     ARRAYS,
@@ -39,7 +39,7 @@ from fedgradnorm.flower.messages import (
 from fedgradnorm.flower.rests import Rests
 from fedgradnorm.flower.roster import Roster, roster_of
 from fedgradnorm.flower.states import MemoryStates
-from fedgradnorm.flower.status import Failure, Kind, Watcher
+from fedgradnorm.flower.status import ANSWERED, Failure, Kind, Watcher
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.threads import kernel_threads
 
@@ -47,6 +47,8 @@ __all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
 
 log = logging.getLogger(__name__)
 
+SHORTEST, LONGEST = 60.0, 1e8
+"""Seconds: a SuperLink has so many to say who is connected, and nothing is waited for longer than three years."""
 EXPIRED = 3
 CODES = {
     0: "an unknown error",
@@ -95,8 +97,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         require(self.min_nodes >= 1, "min_nodes", "a number of at least 1", self.min_nodes)
-        require(self.node_timeout >= 0, "node_timeout", "seconds, at least 0", self.node_timeout)
-        require(self.round_timeout > 0, "round_timeout", "seconds, more than 0", self.round_timeout)
+        require(0 <= self.node_timeout <= LONGEST, "node_timeout", f"seconds, from 0 to {LONGEST:g}", self.node_timeout)
+        for name in ("round_timeout", "greeting_timeout"):
+            require(0 < getattr(self, name) <= LONGEST, name, f"seconds, more than 0 and at most {LONGEST:g}", getattr(self, name))
         require(0 < self.min_replies <= 1, "min_replies", "a share, more than 0 and at most 1", self.min_replies)
         require(self.max_rest >= 0, "max_rest", "a number of rounds, at least 0", self.max_rest)
 
@@ -157,7 +160,7 @@ class GridEngine:
         self._claims: dict[int, str] = {}
         self._late: set[int] = set()
         self._sent: Mapping[str, Tensor] = {}
-        self._rests = Rests(limits.max_rest)
+        self._rests, self._test_rests, self._tests = Rests(limits.max_rest), Rests(limits.max_rest), 0
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._attempt, self._training = 0, 0, ""
@@ -207,15 +210,13 @@ class GridEngine:
         if instructions and instructions[0].attempt:  # there were too few before, and at once there would be again
             self.wait(min(instructions[0].training.min_clients, len(instructions)), {one.client for one in instructions})
         messages = self.messages_for(instructions)
-        came = self._send(messages, enough=self._enough(len(messages), instructions))
+        least = instructions[0].training.min_clients if instructions else 1
+        came = self._send(messages, enough=self._enough(len(messages), least))
         return self.reports(came.replies, came)
 
-    def _enough(self, asked: int, instructions: Sequence[Instruction]) -> int | None:
+    def _enough(self, asked: int, least: int = 1) -> int | None:
         """How many answers are enough for the others to have no more than as long again."""
-        if self.limits.min_replies == 1:
-            return None
-        least = instructions[0].training.min_clients if instructions else 1
-        return max(math.ceil(self.limits.min_replies * asked - 1e-9), least)
+        return None if self.limits.min_replies == 1 else max(math.ceil(self.limits.min_replies * asked - 1e-9), least)
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
@@ -258,11 +259,8 @@ class GridEngine:
         """The reports in the replies to the last ``messages_for``; the other clients have a reason in ``failures``."""
         reports = []
         sound = self._sound(self.messages, replies, came=came)
-        for id, message in self.messages.items():
-            if message.metadata.dst_node_id not in self._late:
-                self._rests.answered(id)
-            elif self._attempt == 0:
-                self._note_late(id)
+        if self._attempt == 0:
+            self._note_late(self._rests, self._round, "rounds")
         for id, reply in sound.items():
             try:
                 report = read_report(reply, self.layout, self._sent)
@@ -292,12 +290,15 @@ class GridEngine:
         How many examples pass through a model at once is in the settings of training, which every message has.
         """
         self._greet()
-        came = self._send(self.tests_for(encoder, buffers))
+        messages = self.tests_for(encoder, buffers)
+        came = self._send(messages, enough=self._enough(len(messages)))
         return self.evaluations(came.replies, came)
 
     def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
         """The messages that ask the connected clients to test, by key: less those that rest or were late in this round, and may hang."""
-        arrays, self.messages, resting = self.layout.arrays(encoder), {}, self._rests.resting(self._round)
+        self._tests += 1
+        arrays, self.messages = self.layout.arrays(encoder), {}
+        resting = self._rests.resting(self._round) | self._test_rests.resting(self._tests)
         for id, node in self._nodes.items():
             if id in self._untested or id in resting or node in self._late:
                 continue
@@ -325,15 +326,20 @@ class GridEngine:
                 evaluations[id] = evaluation
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, one_line(error))
+        self._note_late(self._test_rests, self._tests, "tests")
         self.failures = failures
         self.watcher.heard(evaluations)
         return evaluations
 
-    def _note_late(self, id: str) -> None:
-        rest = self._rests.was_late(id, self._round)
-        if rest:
-            times, until = self._rests.times[id], self._round + rest
-            log.warning("client %s was late in %d of its rounds on end: it rests until round %d", id, times, until)
+    def _note_late(self, rests: Rests, number: int, what: str) -> None:
+        """Note who of those that were asked answered, and who was late; the latter may rest."""
+        for id in self.messages:
+            failure = self.failures.get(id)
+            kind = failure.kind if isinstance(failure, Failure) else None
+            if kind == "late" and (rest := rests.was_late(id, number)):
+                log.warning("client %s was late in %d %s in a row: it rests for %d", id, rests.times[id], what, rest)
+            elif kind in (None, *ANSWERED):
+                rests.answered(id)
 
     def _took(self, id: str, report: Report) -> None:
         self._states[id] = ClientState({}, report.initial_loss, round=report.round)
@@ -392,9 +398,10 @@ class GridEngine:
 
     def _greet(self) -> None:
         """Ask new nodes who they are, and forget those that are gone."""
-        online = set(self.grid.get_node_ids())
+        online = node_ids(self.grid, max(self.limits.node_timeout, SHORTEST))
         if self._online - online:  # who stood in the way of another may be gone
-            self._ask_at, self._silent = {}, Counter()
+            self._ask_at = {node: at for node, at in self._ask_at.items() if self._silent[node]}
+            self._silent = Counter({node: times for node, times in self._silent.items() if node in online})
         self._online = online
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
@@ -440,6 +447,7 @@ class GridEngine:
                 self._nodes[greeting.client] = node
                 self._states.setdefault(greeting.client, ClientState({}))
                 self._rests.answered(greeting.client)
+                self._test_rests.answered(greeting.client)
                 log.info("client %s is connected, node %d", greeting.client, node)
                 self._compare_versions(greeting)
         self.watcher.present(self._nodes, self._strangers)
@@ -476,14 +484,15 @@ class GridEngine:
             log.info("enough have answered: the others had %.1f s in all", came.seconds)
         else:
             waited = f"no answer within {came.seconds if came else self.limits.round_timeout:g} s"
-        asked = {message.metadata.message_id: name for name, message in messages.items()}
+        unfetched = {} if came is None else came.failed
+        asked = {message.metadata.message_id or name: name for name, message in messages.items()}  # without an id it was not sent
         sound: dict[str, Message] = {}
         for reply in replies:
-            name = asked.pop(reply.metadata.reply_to_message_id, None)
-            if name is None:
+            id = reply.metadata.reply_to_message_id
+            if id not in asked:
                 log.warning("a reply to no message of this round is left alone")
-            elif reply.has_error():
-                said = one_line(reply.error.reason or "")
+            elif reply.has_error() and not (reply.error.code == EXPIRED and id in unfetched):
+                name, said = asked.pop(id), one_line(reply.error.reason or "")
                 words = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
                 self.failures[name] = Failure(words, CODE_KINDS.get(reply.error.code, "other"))
                 log.warning("%s %s: %s", whom, name, self.failures[name])
@@ -493,11 +502,18 @@ class GridEngine:
                     node = self._nodes.pop(name, -1)
                     self._ask_at.pop(node, None)
                     self._claims.pop(node, None)
+            elif not reply.has_error():
+                sound[asked.pop(id)] = reply
+        for id, name in asked.items():
+            if not messages[name].metadata.message_id:
+                self.failures[name] = Failure(
+                    f"its message could not be sent: {one_line(unfetched.get('', 'no reason is known'))}", "other"
+                )
+            elif id in unfetched:
+                self.failures[name] = Failure(f"its reply could not be fetched: {one_line(unfetched[id])}", "other")
             else:
-                sound[name] = reply
-        for name in asked.values():
-            self._late.add(messages[name].metadata.dst_node_id)
-            self.failures[name] = Failure(waited, "late")
+                self._late.add(messages[name].metadata.dst_node_id)
+                self.failures[name] = Failure(waited, "late")
             log.warning("%s %s: %s", whom, name, self.failures[name])
         return sound
 

@@ -403,14 +403,15 @@ def _metrics(reply: Message, known: Collection[str]) -> MetricRecord:
 def _number(record: MetricRecord, name: str) -> float:
     found = record.get(name)
     if isinstance(found, Sequence) or found is None:
-        raise MessageError(f"metrics.{name}: expected a number, found {found!r:.100}")
+        raise MessageError(f"metrics.{name}: expected a number, found {type(found).__name__ if isinstance(found, list) else found!r}")
     return float(found)
 
 
 def _count(record: MetricRecord) -> int:
     found = record.get(EXAMPLES)
     if not isinstance(found, int) or found < 0:
-        raise MessageError(f"metrics.{EXAMPLES}: expected a whole number from 0, found {found!r:.100}")
+        what = type(found).__name__ if isinstance(found, list) else repr(found)
+        raise MessageError(f"metrics.{EXAMPLES}: expected a whole number from 0, found {what}")
     return found
 
 

@@ -73,7 +73,7 @@ def server_app(config: str | Path) -> ServerApp:
 def _number(context: Context, name: str, default: int) -> int:
     value = context.run_config.get(name, default)
     if type(value) is not int or value < 0:
-        raise ConfigError(f"run config: {name}: expected a whole number, found {value!r}")
+        raise ConfigError(f"run config: {name}: expected a whole number from 0, found {value!r}")
     return value
 
 

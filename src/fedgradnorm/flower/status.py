@@ -191,7 +191,7 @@ class Watcher:
         try:
             yield
         except BaseException as error:
-            self._end("stopped", " ".join((str(error) if isinstance(error, FedGradNormError) else described(error)).split())[:1000])
+            self._end("stopped", _reason(error))
             raise
         self._end("completed")
 
@@ -209,8 +209,8 @@ class Watcher:
             self._write()
 
     def waits(self) -> None:
-        """It waits for clients."""
-        if self._status.state != "waiting":
+        """It waits for clients. It may do so for long, and what nobody writes counts as gone."""
+        if self._status.state != "waiting" or time.time() > self._status.written + GRACE:
             self._status.state = "waiting"
             self._write()
 
@@ -288,6 +288,12 @@ class Watcher:
             if self._unwritten != str(error):
                 log.warning("%s: cannot be written: %s", self._folder / STATUS, error.strerror or error)
             self._unwritten = str(error)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return "it was stopped from outside, by flwr stop or a signal"
+    return " ".join((str(error) if isinstance(error, FedGradNormError) else described(error)).split())[:1000]
 
 
 def beside(folder: Path) -> Path:

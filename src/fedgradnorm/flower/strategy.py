@@ -98,7 +98,9 @@ class FedGradNorm(Strategy):
         self.weighting, self._weighting = weighting_of(weighting)
         self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
         self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
-        self.limits = Limits(min_nodes, node_timeout, round_timeout, min_replies, max_rest)
+        self.limits = Limits(
+            min_nodes=min_nodes, node_timeout=node_timeout, round_timeout=round_timeout, min_replies=min_replies, max_rest=max_rest
+        )
         self.run_dir = None if run_dir is None else str(run_dir)
         self._training: dict[str, Any] = {
             "encoder_steps": 1,

@@ -90,7 +90,7 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
 def state_text(run: Run, done: int) -> str:
     """How far a run has got that has not finished, such as "running: round 7 of 100"."""
     place = f"round {done} of {run.config.train.num_rounds}"
-    return f"running: {place}" if being_written(run.folder) else f"stopped after {place}"
+    return {True: f"running: {place}", False: f"stopped after {place}", None: f"{place} so far"}[being_written(run.folder)]
 
 
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
