@@ -55,6 +55,7 @@ __all__ = [
     "create_run",
     "how_to_go_on",
     "load_config_of",
+    "lock_of",
     "put_back",
     "remove_replaced",
     "replaced_by",
@@ -294,7 +295,7 @@ def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iter
         if real.parent.exists() and not real.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         real.parent.mkdir(parents=True, exist_ok=True)
-        file = _lock_of(real)
+        file = lock_of(real)
         file.touch()  # FileLock waits where no file can be made
         if HELD.get(real) == get_ident():
             raise RunError(f"run folder {folder}: a run of this program is writing to it: expected another run to begin after its end")
@@ -323,7 +324,7 @@ def being_written(folder: Path) -> bool | None:
         real = folder.resolve()
         if real in HELD:
             return True
-        lock = os.open(_lock_of(real), os.O_RDONLY)  # whoever may read the folder may ask
+        lock = os.open(lock_of(real), os.O_RDONLY)  # whoever may read the folder may ask
     except (ImportError, OSError, RuntimeError):  # there is no fcntl on Windows
         return None
     try:
@@ -337,7 +338,8 @@ def being_written(folder: Path) -> bool | None:
     return False
 
 
-def _lock_of(real: Path) -> Path:
+def lock_of(real: Path) -> Path:
+    """The file with which a run keeps others from its folder, whose links are resolved; it stays when the run is over."""
     return real.with_name(f".{real.name}.lock")
 
 

@@ -107,7 +107,7 @@ def server(request, deploy):
         deployment.start_front()
         return deployment, (403,)
     conf = deployment.folder / "server/nginx.conf"
-    conf.write_text(re.sub(r"server 127\.0\.0\.1:\d+;", f"server 127.0.0.1:{deployment.superlink_port};", conf.read_text()))
+    conf.write_text(re.sub(r"server 127\.0\.0\.1:\d+ ", f"server 127.0.0.1:{deployment.superlink_port} ", conf.read_text()))
     tools = deployment.folder / "tools"  # without caddy
     tools.mkdir()
     for name in ("env", "bash", "dirname", "mkdir", "grep", "id", "nginx"):

@@ -258,7 +258,7 @@ def test_the_superlink_has_a_port_that_neither_the_front_nor_a_node_has(tmp_path
     env = (folder / "superlink.env").read_text()
     assert f"PORT={port}\n" in env
     assert f"SUPERLINK_PORT={own}\n" in env
-    assert f"server 127.0.0.1:{own};" in (folder / "nginx.conf").read_text()
+    assert f"server 127.0.0.1:{own} " in (folder / "nginx.conf").read_text()
     config = (folder / "flwr/config.toml").read_text()
     assert tomllib.loads(config)["superlink"]["deployment"]["address"] == f"127.0.0.1:{own}"
     assert f"ssh -N -L {own}:127.0.0.1:{own} fed.example.org\n" in config
@@ -378,7 +378,7 @@ def test_the_front_is_else_nginx_with_the_same_ports(folder):
     [
         ({"HOST": "::"}, "listen [::]:8443 ssl;"),
         ({"PORT": "443"}, "listen 0.0.0.0:443 ssl;"),
-        ({"SUPERLINK_PORT": "9000"}, "server 127.0.0.1:9000;"),
+        ({"SUPERLINK_PORT": "9000"}, "server 127.0.0.1:9000 "),
     ],
 )
 def test_an_nginx_with_other_ports_than_the_settings_is_refused(folder, settings, line):

@@ -109,15 +109,46 @@ def test_a_run_that_is_going_on_is_shown_and_no_second_one_starts(server):
     assert [call[0] for call in server.calls()] == ["ls", "log", "ls"]
 
 
-def test_a_run_that_was_lost_with_its_process_is_followed_by_a_new_one(server):
-    lost = ended("finished:failed", "No heartbeat received from the task")
+LOST = ended("finished:failed", "No heartbeat received from the task")
+
+
+def test_a_run_that_was_lost_with_its_process_is_started_again(server):
+    server.answers(ls=[NONE], run=[STARTED], log=["round 1"], one=[LOST])
+    assert server.run().returncode == 1  # the one who saw it fail is told so
     new = listed(("13", "finished:completed", "N/A"))
-    server.answers(ls=[RUNNING], log=["its log", "the new log"], one=[lost, new], run=[STARTED | {"run-id": "13"}])
+    server.answers(ls=[RUNNING], log=["its log", "the new log"], one=[LOST, new], run=[STARTED | {"run-id": "13"}])
     done = server.run()
     assert (done.returncode, done.stdout) == (0, "its log\nthe new log\n")
-    assert done.stderr.splitlines()[1:] == ["run 12 was lost with its process", "run 13 is started", "run 13: completed"]
+    said = ["run 12 was lost with its process, and is started again", "run 13 is started", "run 13: completed"]
+    assert done.stderr.splitlines()[1:] == said
     server.answers(ls=[RUNNING], log=["its log"], one=[ended("finished:failed", "no room")])
     assert server.run().returncode == 1  # any other failure is the outcome
+
+
+def test_a_lost_run_of_other_settings_is_not_taken_for_that_of_the_app(server):
+    server.answers(ls=[RUNNING], log=["its log"], one=[LOST])
+    done = server.run()
+    assert done.returncode == 1
+    assert done.stderr.endswith("run 12 was lost with its process: start it again, with the words that it was started with\n")
+    words = 'run-dir="runs/other" start-round=1'
+    server.answers(ls=[NONE], run=[STARTED], log=["round 1"], one=[LOST])
+    server.run("--run-config", words)
+    server.answers(ls=[RUNNING], log=["its log"], one=[LOST])
+    done = server.run()
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"run 12 was lost with its process: start it again, with --run-config '{words}'\n")
+    assert [call[0] for call in server.calls()].count("run") == 1
+
+
+def test_a_log_that_never_ends_does_not_hide_the_outcome(server):
+    run = server.script.with_name("run.py")
+    run.write_text(
+        run.read_text().replace("LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0", "LOOK, LAST_LINES, PATIENCE = 0.2, 0.2, 300.0")
+    )
+    server.answers(ls=[NONE], run=[STARTED], log=["wait"], one=[ended("running"), ended("finished:completed")])
+    done = server.run()
+    assert (done.returncode, done.stdout) == (0, "its log\n")
+    assert done.stderr == "run 12 is started\nrun 12: completed\n"
 
 
 def test_settings_for_a_run_that_is_going_on_are_refused(server):

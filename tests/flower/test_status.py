@@ -1,19 +1,23 @@
 """status.json: where a run across machines has got to, and who takes part."""
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 from flwr.app import Error, Message
 
 from fedgradnorm import FedGradNormWarning, RunError, StoppedError
+from fedgradnorm.config import RunConfig
 from fedgradnorm.flower import status as status_module
 from fedgradnorm.flower.engine import CODE_KINDS, CODES
 from fedgradnorm.flower.status import KINDS, beside, read_status, why_gone
-from fedgradnorm.history import Run, alone_in
+from fedgradnorm.history import Run, alone_in, being_written
 from tests.flower.nodes import Site, changed, in_round, lost, raising
 from tests.flower.test_engine import with_nan, without_arrays
 from tests.helpers import small_federation
@@ -167,7 +171,7 @@ def test_a_node_that_stays_out_is_there_with_the_reason(site, tmp_path):
     assert [client.connected for client in status.clients.values()] == [False, True, True]
 
 
-@pytest.mark.parametrize("error", [KeyError("x\ny"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [KeyError("x\ny"), KeyboardInterrupt(), SystemExit(0)])
 def test_a_run_that_fails_says_why(site, tmp_path, error):
     def act(rows):
         if rows[0]["round"] == 2:
@@ -177,7 +181,8 @@ def test_a_run_that_fails_says_why(site, tmp_path, error):
         site.train(tmp_path / "run", num_rounds=3, on_round=act)
     status = read_status(tmp_path / "run")
     assert (status.state, status.done) == ("stopped", 2)
-    assert status.reason == {KeyError: "KeyError: 'x\\ny'", KeyboardInterrupt: "KeyboardInterrupt"}[type(error)]
+    outside = "it was stopped from outside, by flwr stop or a signal"
+    assert status.reason == {KeyError: "KeyError: 'x\\ny'", KeyboardInterrupt: outside, SystemExit: outside}[type(error)]
 
 
 def test_a_run_that_goes_on_keeps_what_is_known_of_its_clients(site, tmp_path, written):
@@ -317,3 +322,48 @@ def test_a_run_may_be_replaced_with_its_status(site, tmp_path):
     folder = sound(site, tmp_path)
     site.train(folder, num_rounds=1, start_round=1)
     assert read_status(folder).experiment == Run(folder).config.run.experiment
+
+
+def test_a_run_that_waits_for_long_goes_on_saying_so(site, tmp_path, clock):
+    engine, written = site.engine(min_nodes=3), []
+    with engine.watcher.watching(tmp_path / "run", RunConfig()):
+        for _ in range(6):
+            clock.now += 40
+            engine.watcher.waits()
+            written.append(read_status(tmp_path / "run").written)
+    assert len(set(written)) >= 3
+
+
+# ------------------------------------------------------------------------------------------------ who writes
+
+
+def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):
+    folder = tmp_path / "run"
+    assert being_written(folder) is None  # no lock tells
+    code = f"from pathlib import Path; from fedgradnorm.history import being_written; print(being_written(Path({str(folder)!r})))"
+
+    def seen():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    with alone_in(folder):
+        (tmp_path / ".run.lock").chmod(0o444)
+        assert (seen(), being_written(folder)) == ("True", True)
+    assert (seen(), being_written(folder)) == ("False", False)
+    with (tmp_path / ".run.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # another one who looks
+        assert being_written(folder) is False
+
+
+@pytest.mark.parametrize("last", [0, 1, 100, 299])
+def test_the_last_round_of_hundreds_of_clients_is_a_whole_one(tmp_path, last):
+    folder, clients = tmp_path / "run", [f"client-{number}" for number in range(300)]
+    row = Site(small_federation()).train(folder, num_rounds=1).rows[0]
+    lines = [
+        json.dumps({**row, "round": round, "client": client})
+        for round in (1, 2, 3, 4)
+        for client in (clients if round < 4 else clients[:last])
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = Run(folder).last_round()
+    assert {one["round"] for one in found} == {3}
+    assert len(found) == 300

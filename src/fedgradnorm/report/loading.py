@@ -11,7 +11,7 @@ from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Client
-from fedgradnorm.history import CHECKPOINTS, Run, being_written
+from fedgradnorm.history import CHECKPOINTS, Run, being_written, lock_of
 from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.report.looks import looks_for
 from fedgradnorm.summary import summarise
@@ -90,7 +90,10 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
 def state_text(run: Run, done: int) -> str:
     """How far a run has got that has not finished, such as "running: round 7 of 100"."""
     place = f"round {done} of {run.config.train.num_rounds}"
-    return {True: f"running: {place}", False: f"stopped after {place}", None: f"{place} so far"}[being_written(run.folder)]
+    written = being_written(run.folder)
+    if written is None and lock_of(run.folder.resolve()).exists():  # it cannot be asked; a copy has none
+        return f"{place} so far"
+    return f"running: {place}" if written else f"stopped after {place}"
 
 
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:

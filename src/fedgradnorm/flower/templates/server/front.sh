@@ -15,7 +15,7 @@ if command -v caddy > /dev/null; then
     export BIND="$family/$address"
     exec caddy run --config Caddyfile --adapter caddyfile
 elif command -v nginx > /dev/null; then
-    for line in "listen $address:$PORT ssl;" "server 127.0.0.1:$SUPERLINK_PORT;"; do
+    for line in "listen $address:$PORT ssl;" "server 127.0.0.1:$SUPERLINK_PORT "; do
         grep -qF "$line" nginx.conf || { echo "nginx.conf: expected '$line', as superlink.env says" >&2; exit 2; }
     done
     user="$([ "$(id -u)" != 0 ] || echo 'user root;')" # else root's workers are nobody, who may write nothing here

@@ -5,8 +5,10 @@ are wrong, or there are words for a new run while one is going on; 130 after Ctr
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from typing import Any, NoReturn
 SERVER = Path(__file__).resolve().parent
 FINISHED = "finished"
 COMPLETED = "finished:completed"
+LAST = SERVER / "last-run.json"
+LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0
+"""Seconds: between looks whether a run has ended while its log is shown, for the rest of its log then, for Flower's commands to answer."""
 LOST = "No heartbeat received from the task"
 """What Flower says, up to a minute later, of a run whose process is gone, such as after a crash of the machine."""
 
@@ -37,7 +42,11 @@ def main() -> None:
             status, details = show(run)
             if details != LOST:
                 finish(run, status, details)
-            say(f"run {run} was lost with its process")
+            again = words_of(run)
+            if again is None or again:
+                which = "the words that it was started with" if again is None else shlex.join(["--run-config", *again])
+                end(1, f"run {run} was lost with its process: start it again, with {which}")
+            say(f"run {run} was lost with its process, and is started again")
         run = start(words)
         finish(run, *show(run))
     except KeyboardInterrupt:
@@ -65,8 +74,18 @@ def start(words: list[str]) -> str:
     if not answer.get("success"):
         end(1, f"the run was not started: {reason(answer)}")
     run: str = answer["run-id"]
+    LAST.write_text(json.dumps({"run-id": run, "run-config": words}) + "\n")
     say(f"run {run} is started")
     return run
+
+
+def words_of(run: str) -> list[str] | None:
+    """The settings that a run was started with besides those of the app; None where that is not known."""
+    try:
+        last = json.loads(LAST.read_text())
+        return list(last["run-config"]) if last["run-id"] == run else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def show(run: str) -> tuple[str, str]:
@@ -74,7 +93,13 @@ def show(run: str) -> tuple[str, str]:
     while True:
         process = subprocess.Popen([SERVER / "flwr.sh", "log", run, "--stream"], env={**os.environ, "PYTHONUNBUFFERED": "1"})
         try:
-            process.wait()
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK)
+                if process.poll() is None and outcome(run).startswith(FINISHED):  # the stream may never end, such as in a tunnel that broke
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(LAST_LINES)
+                    break
         except KeyboardInterrupt:
             end(130, f"run {run} goes on; server/run.sh shows it again")
         finally:
@@ -86,6 +111,11 @@ def show(run: str) -> tuple[str, str]:
         time.sleep(1)
 
 
+def outcome(run: str) -> str:
+    """A run's status."""
+    return str(runs("--run-id", run)[0]["status"])
+
+
 def finish(run: str, status: str, details: str) -> NoReturn:
     """Say how a run has ended, and end with it."""
     outcome = status.partition(":")[2]
@@ -94,10 +124,12 @@ def finish(run: str, status: str, details: str) -> NoReturn:
 
 def ask(*words: str) -> dict[str, Any]:
     """What a command of Flower answers in JSON; empty if it answers nothing. What it says besides goes to stderr."""
-    done = subprocess.run([SERVER / "flwr.sh", *words, "--format", "json"], stdout=subprocess.PIPE, text=True, check=False)
     try:
+        done = subprocess.run(
+            [SERVER / "flwr.sh", *words, "--format", "json"], stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE
+        )
         answer = json.loads(done.stdout)
-    except ValueError:
+    except (subprocess.TimeoutExpired, ValueError):
         return {}
     return answer if isinstance(answer, dict) else {}
 
