@@ -48,7 +48,7 @@ __all__ = ["FlowerLocalEngine", "GridEngine", "Limits"]
 log = logging.getLogger(__name__)
 
 SHORTEST, LONGEST = 60.0, 1e8
-"""Seconds: a SuperLink has so many to say who is connected, and nothing is waited for longer than three years."""
+"""Seconds: the least that a SuperLink has to say who is connected, and nothing is waited for longer than three years."""
 EXPIRED = 3
 CODES = {
     0: "an unknown error",
@@ -74,10 +74,10 @@ class Limits:
         min_nodes: clients that have to be connected before a round.
         node_timeout: seconds to wait for them; then the run stops, and can be resumed.
         round_timeout: seconds to wait for the replies of a round, an upper bound; who has not answered then counts as dropped.
-        min_replies: a share of the clients that were asked: when so many have answered, the others have as long again as that took. 1: the
-            others have all of ``round_timeout``.
-        max_rest: a client that is late again rests for 1 round, and for twice as many each time that it is late after that, at most so
-            many; 0: none ever rests.
+        min_replies: a share of the clients that were asked: when this share has answered, the others have as long again as that took. 1:
+            they have all of ``round_timeout``.
+        max_rest: a client that is late again rests for 1 round, and for twice as many each time that it is late after that, at most this
+            number; 0: none ever rests.
         greeting_timeout: seconds to wait until new nodes have said who they are.
         poll: seconds between looks for new nodes.
         ask_again: seconds until a node that stays out is asked once more who it is; each time twice as many for one that does not answer.

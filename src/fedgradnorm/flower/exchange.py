@@ -133,7 +133,7 @@ class _Post:
         return time.monotonic() - self.start
 
     def next(self, wait: float) -> Any:
-        """The next reply; None for a message that has none to wait for; `_NOTHING` when it is so many seconds from the start."""
+        """The next reply; None for a message that has none to wait for; `_NOTHING` when this number of seconds is over, from the start."""
         try:
             return _raised(self._came.get(timeout=max(0.0, self.start + wait - time.monotonic())))
         except Empty:

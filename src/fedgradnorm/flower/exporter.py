@@ -90,7 +90,7 @@ def _of_run(overview: Overview) -> Iterator[Metric]:
     yield GaugeMetricFamily("fedgradnorm_round", "Rounds that are done.", status.done)
     yield GaugeMetricFamily("fedgradnorm_rounds", "Rounds that the run is to have.", status.num_rounds)
     yield GaugeMetricFamily(
-        "fedgradnorm_run_started_timestamp_seconds", "When the run was begun or was gone on with last, in unix seconds.", status.started
+        "fedgradnorm_run_started_timestamp_seconds", "When the run was begun or last resumed, in unix seconds.", status.started
     )
     if status.round_ended is not None:
         yield GaugeMetricFamily(

@@ -37,8 +37,8 @@ HEADER = """\
 MAX_UPDATE_RATIO = 10.0
 """The ``train.max_update_ratio`` of a deployment whose user names none: there, a client can be anyone's."""
 WHAT_RATIO = """\
-# A gradient of more than so many times the usual length is dropped: usual is the median of its client's last ten, and until it has three,
-# of all clients' (raise it where tasks differ by more than that from the start). Without this line none is dropped, however long.
+# A gradient of more than this number times the usual length is dropped: usual is the median of its client's last ten; until it has three,
+# that of all clients (raise it where tasks differ by more from the start). Without this line none is dropped, however long.
 """
 SERVICE = '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], command: ["/node/supernode.sh"]}}'
 

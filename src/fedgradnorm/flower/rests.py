@@ -11,7 +11,7 @@ class Rests:
     The first time costs nothing. From the second on, if it answered at no time between, a client rests for 1 round, then for 2, 4, ...
 
     Args:
-        longest: so many rounds at most; 0: none ever rests.
+        longest: the most rounds; 0: none ever rests.
 
     >>> rests = Rests(longest=16)
     >>> [rests.was_late("a", round) for round in (1, 2, 4, 7)], rests.resting(8)

@@ -32,7 +32,7 @@ def server_app(config: str | Path) -> ServerApp:
       what they say on training, the federation and the model.
     - ``min-nodes``: clients to wait for before a round; by default, and for 0, all of the federation at the start, and one from then on.
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's replies.
-    - ``min-replies``: a share of the clients: when so many have answered, the others have as long again as that took; 1 by default.
+    - ``min-replies``: a share of the clients: when this share has answered, the others have as long again as that took; 1 by default.
     - ``max-rest``: rounds that a client which is late again and again rests at most; 16 by default, 0 for none.
     - ``start-round``: 1 begins anew; one more than the round of a checkpoint goes back to it; by default, and for 0, a run that is there
       goes on from its newest checkpoint.

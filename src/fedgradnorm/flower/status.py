@@ -123,7 +123,7 @@ class RunStatus(_Record):
         round: the round that was begun last; 0 before the first.
         done: the rounds that are done.
         num_rounds: how many there are to be.
-        started: when the run was begun, or was gone on with last.
+        started: when the run was begun, or last resumed.
         written: when this was written.
         due: by when a run that is not over has to have written again.
         round_began: when the round was begun, by the first attempt at it.
@@ -177,7 +177,7 @@ class Watcher:
         """
         self._folder, self._status = folder, _new(str(config.run.experiment), config.train.num_rounds)
         before = None if folder is None else _read_soundly(folder / STATUS)
-        if before is not None and before.experiment == self._status.experiment:  # it is gone on with
+        if before is not None and before.experiment == self._status.experiment:  # it is resumed
             clients = {
                 id: one.model_copy(update={"connected": False, "node": None, "resting_until": None}) for id, one in before.clients.items()
             }

@@ -62,11 +62,11 @@ class FedGradNorm(Strategy):
         fraction_train: the share of the clients that takes part in a round, drawn anew each time.
         min_nodes: clients that have to be connected before a round.
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
-        max_update_ratio: an update of more than so many times the usual length is dropped: usual is the median of its client's last ten,
-            and until it has three, of all clients'. None: none is dropped, however long.
+        max_update_ratio: an update of more than this number times the usual length is dropped: usual is the median of its client's last
+            ten; until it has three, that of all clients. None: none is dropped, however long.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
         round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
-        min_replies: a share of the clients: when so many have answered, the others have as long again as that took.
+        min_replies: a share of the clients: when this share has answered, the others have as long again as that took.
         max_rest: rounds that a client which is late again and again rests at most; 0: none ever rests.
         evaluate_every: the clients test after the first and the last round, and after every so many.
         seed: of the draws of clients.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the run, or goes on with it from its checkpoint, and shows the server's log until it ends. Where a run is going on, it shows that one.
+# Starts the run, or resumes it from its checkpoint, and shows the server's log until it ends. Where a run is going on, it shows that one.
 # Ctrl-C ends the showing, not the run. The exit status is 0 only if the run has completed.
 # For one run alone: server/run.sh --run-config 'run-dir="runs/other" settings="train.num_rounds=20"'
 set -euo pipefail
