@@ -1,9 +1,13 @@
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from fedgradnorm import cli
 
 # One kernel thread: on small tensors, and with other tests beside it, more of them only wait for one another.
 torch.set_num_threads(1)
@@ -33,3 +37,21 @@ def mtfl_zip() -> Path:
 @pytest.fixture(scope="session")
 def radcom_hdf5() -> Path:
     return real_data("FEDGRADNORM_RADCOM", "RadComDynamic.hdf5")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+    """Calls the command line with some words: its exit status, standard output and standard error."""
+
+    def call(*words: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedgradnorm", *map(str, words)])
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return call

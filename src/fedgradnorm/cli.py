@@ -32,6 +32,11 @@ flower = typer.Typer(no_args_is_help=True, help="Training across machines, with 
 app.add_typer(flower, name="flower")
 console = Console()
 
+DeploymentFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A deployment's folder, its server/, or a run's folder.")]
+RunOfDeployment = Annotated[
+    str | None, typer.Option("--run", help="The run's folder seen from server/, or its name; by default the one that was written last.")
+]
+
 
 def main() -> None:
     """Run the command line; an error of ours is a line on standard error and an exit code that is not 0."""
@@ -232,10 +237,8 @@ def flower_init(
 
 @flower.command("status")
 def flower_status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A deployment's folder, its server/, or a run's folder.")],
-    run: Annotated[
-        str | None, typer.Option(help="The run's folder seen from server/, or its name; by default the one that was written last.")
-    ] = None,
+    folder: DeploymentFolder,
+    run: RunOfDeployment = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say where a deployment's run has got to, who takes part, and when its certificates expire.
@@ -267,10 +270,8 @@ def flower_status(
 
 @flower.command("metrics")
 def flower_metrics(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A deployment's folder, its server/, or a run's folder.")],
-    run: Annotated[
-        str | None, typer.Option(help="The run's folder seen from server/, or its name; by default the one that was written last.")
-    ] = None,
+    folder: DeploymentFolder,
+    run: RunOfDeployment = None,
     host: Annotated[str, typer.Option(help="The address to listen on. Whoever reaches it can read the metrics.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 9464,
 ) -> None:

@@ -32,23 +32,6 @@ def config(tmp_path, monkeypatch):
     return path
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*words):
-        """Exit code, standard output and standard error of a command."""
-        monkeypatch.setattr(sys, "argv", ["fedgradnorm", *map(str, words)])
-        monkeypatch.setattr(sys, "path", sys.path[:])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return call
-
-
 def test_run_writes_a_whole_run_folder_and_says_where_the_report_is(config, call):
     code, out, _ = call("run", config, *QUICK)
     assert code == 0

@@ -22,7 +22,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import fedgradnorm.cli as cli
 from fedgradnorm import StoppedError
-from fedgradnorm.cli import main
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.flower import exporter, overview
 from fedgradnorm.flower.exporter import registry_of
@@ -50,22 +49,9 @@ def site():
     return Site(small_federation())
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*words):
-        """Exit code, standard output and standard error of a command."""
-        monkeypatch.setattr(cli.console, "_width", 400)
-        monkeypatch.setattr(sys, "argv", ["fedgradnorm", *map(str, words)])
-        monkeypatch.setattr(sys, "path", sys.path[:])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return call
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(cli.console, "_width", 400)
 
 
 def certificate(path, days):
