@@ -93,29 +93,9 @@ def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_
 
 
 @pytest.mark.xdist_group("deployment")
-def test_a_run_goes_back_and_a_node_goes_on_without_a_state_that_is_lost(deploy):
-    deployment = deploy("digits", *DIGITS, "train.num_rounds=3")
-    node = deployment.folder / "nodes" / "class"
-    (node / "node.env").write_text((node / "node.env").read_text().replace("LOST_STATE=refuse", "LOST_STATE=newest"))
-    local = deployment.start("local", "local.py")
-    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready")
-    before = deployment.finish(deployment.start_run()).rows()
-    (lost,) = (node / "state").rglob("round-00000002.safetensors")
-    lost.unlink()
-    run = deployment.finish(deployment.start_run("--run-config", "start-round=3"))
-    assert "the rounds after round 2 are undone: their lines and checkpoints are in " in deployment.log("run")
-    assert "client class: its state of round 2 is lost: it trained with that of round 1" in deployment.log("run")
-    assert (run.folder / "undone/1/metrics.jsonl").exists()
-    rows = run.rows()
-    assert rows[:4] == before[:4]
-    assert [(row["round"], row["dropped"]) for row in rows[4:]] == [(3, None)] * 2
-    assert [row["initial_loss"] for row in rows[4:]] == [row["initial_loss"] for row in rows[:2]]
-    assert rows[4]["loss"] != before[4]["loss"]  # its head is older
-
-
-@pytest.mark.xdist_group("deployment")
-def test_radcom_gives_the_same_numbers_across_processes(deploy):
+def test_radcom_gives_the_same_numbers_across_processes_and_goes_back_without_a_state_that_is_lost(deploy):
     deployment = deploy("radcom", *RADCOM)
+    deployment.set("nodes/anomaly/node.env", "LOST_STATE", "newest")
     deployment.start_superlink()
     deployment.do("server/register.sh")
     deployment.start_nodes()
@@ -123,6 +103,23 @@ def test_radcom_gives_the_same_numbers_across_processes(deploy):
     assert_same(run, in_process(deployment, "reference"))
     assert_same(run, in_process(deployment, "flower-local"))
     assert_heads_are_at_home(deployment, run)
+
+    before = run.rows()
+    (lost,) = (deployment.folder / "nodes/anomaly/state").rglob("round-00000001.safetensors")
+    lost.unlink()
+    rows = deployment.finish(deployment.start_run("--run-config", "start-round=2")).rows()
+    log = deployment.log("run")
+    assert "the rounds after round 1 are undone: their lines and checkpoints are in " in log
+    assert "client anomaly: its state of round 1 is lost: it trained with a fresh head and its F(0) of " in log
+    assert (run.folder / "undone/1/metrics.jsonl").exists()
+    assert rows[:2] == before[:2]
+    again = {row["client"]: row for row in rows[2:]}
+    assert {id: row["dropped"] for id, row in again.items()} == {"modulation": None, "anomaly": None}
+    assert any("is lost" in note for note in again["anomaly"]["notes"])
+    assert again["anomaly"]["initial_loss"] == next(row["initial_loss"] for row in before if row["client"] == "anomaly")
+    assert again["modulation"]["loss"] == pytest.approx(
+        before[2]["loss"] if before[2]["client"] == "modulation" else before[3]["loss"], rel=1e-5
+    )
 
 
 def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, monkeypatch):

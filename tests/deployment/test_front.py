@@ -119,7 +119,7 @@ def server(request, deploy):
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_nobody_outside_reaches_more_than_the_nodes_requests(server):
+def test_nobody_outside_reaches_more_than_the_nodes_requests(server, deploy):
     deployment, refusals = server
     outside = Outside(deployment)
 
@@ -171,11 +171,9 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(server):
     assert "connection refused" in log.lower()
     assert "protobuf" not in log  # no header is logged: a node's signature is one
 
-
-def test_a_server_with_another_certificate_in_the_superlinks_place_is_not_passed_anything(deploy):
-    deployment, other = (deploy(name, "federation.name=digits", 'federation.tasks=["class", "parity"]') for name in ("front", "other"))
+    other = deploy("other", "federation.name=digits", 'federation.tasks=["class", "parity"]')  # with a CA of its own
     other.use_superlink_port(deployment.superlink_port)
-    other.start_superlink()
-    deployment.start_front()
-    assert Outside(other).status("POST", "/v1/fleet/get-run") == 401
-    assert Outside(deployment).status("POST", "/v1/fleet/get-run") == 502
+    other.start_listener("superlink", other.superlink_port)
+    context = ssl.create_default_context(cafile=str(other.folder / "server/ca.crt"))
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", other.superlink_port), timeout=60), server_hostname="localhost"):
+        assert outside.status("POST", "/v1/fleet/get-run") == 502  # in the SuperLink's place, and not passed anything

@@ -205,12 +205,12 @@ def test_min_nodes_holds_for_every_round(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min-nodes": "two"}, "run config: min-nodes: expected a whole number, found 'two'"),
+        ({"min-nodes": "two"}, "run config: min-nodes: expected a whole number from 0, found 'two'"),
         ({"node-timeout": -1}, "run config: node-timeout: expected a whole number"),
         ({"round-timeout": 0}, "round_timeout: expected seconds, more than 0"),
         ({"min-replies": 0}, "run config: min-replies: expected a share, more than 0 and at most 1, found 0"),
         ({"min-replies": True}, "run config: min-replies: expected a share, more than 0 and at most 1, found True"),
-        ({"max-rest": 0.5}, "run config: max-rest: expected a whole number, found 0.5"),
+        ({"max-rest": 0.5}, "run config: max-rest: expected a whole number from 0, found 0.5"),
         ({"start-round": 5}, "start_round: expected 1, as 0 rounds are done"),
         ({"settings": "train.num_rnds=5"}, "unknown key 'train.num_rnds'"),
     ],

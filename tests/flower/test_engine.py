@@ -133,6 +133,10 @@ def with_strange_buffers(content):
     content["buffers"] = ArrayRecord({"x": Array(np.zeros(1))})
 
 
+def with_large_buffers(content):
+    content["buffers"] = ArrayRecord({"x": Array(np.zeros(10**6))})
+
+
 def with_more_in_it(content):
     content["stuff"] = ArrayRecord({"x": Array(np.zeros(10**6))})
 
@@ -197,7 +201,8 @@ FAILURES = {
     "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
     "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number from 0, found 0.5"),
     "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number from -1e+100 to 1e+100, found nan"),
-    "buffers": (changed(with_strange_buffers), "no report: buffers: expected [], found ['x']"),
+    "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),
+    "large buffers": (changed(with_large_buffers), "no report: buffer 'x': expected at most 4,096 bytes, found 8,000,128"),
     "a long norm": (changed(with_a_long_norm), "no report: metrics.grad-norm: expected at most the length of the gradient, "),
 }
 

@@ -201,7 +201,13 @@ def test_ctrl_c_ends_the_showing_alone(server, tmp_path, number, code, message):
     server.answers(ls=[NONE], run=[STARTED], log=["wait"])
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(
-            [server.script], stdout=out, stderr=subprocess.PIPE, text=True, env=server.environment, start_new_session=True
+            [server.script],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=server.environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
         )
         wait_until(lambda: "its log" in (tmp_path / "out").read_text(), "the log is shown", 60)
         if number == signal.SIGINT:
