@@ -83,6 +83,15 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
+def printable(text: str) -> str:
+    r"""A text of someone else for a terminal, a log or a page: what is no printable character, such as an escape, is spelt out.
+
+    >>> printable("no\x1b[2J luck")
+    'no\\x1b[2J luck'
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def warn(message: str) -> None:
     """Give a warning at the line outside this package that led here, however often it was given before."""
     frame = sys._getframe(1)

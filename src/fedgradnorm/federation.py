@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,10 @@ from fedgradnorm.modules import (
 )
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
-from fedgradnorm.task import Task
+from fedgradnorm.task import Metric, Task
 from fedgradnorm.trial import Trial, check_client
 
-__all__ = ["Client", "Federation", "Members"]
+__all__ = ["Client", "Federation", "Members", "absent", "absent_client"]
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -100,6 +100,17 @@ class Client:
 def _is_loader(source: Data | Callable[[], Data] | None) -> TypeIs[Callable[[], Data]]:
     """Whether data are a function that loads them. A dataset may be callable too."""
     return callable(source) and not hasattr(source, "__getitem__")
+
+
+def absent(*_: object) -> Any:
+    """Stands for data, heads, losses and metrics that are with the client alone. Raises LookupError."""
+    raise LookupError("a client's data and losses are with the client alone")
+
+
+def absent_client(id: str, task: str, metric: str = "", higher_is_better: bool = True, percent: bool = False) -> Client:
+    """A client of whom no more is known than names: its id, its task's, and that of its main metric, empty for none."""
+    metrics = (Metric(metric, absent, higher_is_better, percent),) if metric else ()
+    return Client(id, Task(task, absent, absent, metrics), absent)
 
 
 class Members(ABC):

@@ -541,7 +541,9 @@ class _Job:
         return rows
 
     def _result(self) -> Result:
-        summary = summarise(self.federation, self.rows, self._guesses, self.config.run, self._seconds(), self.costs.seconds, self._failed)
+        summary = summarise(
+            self.federation.clients, self.rows, self._guesses, self.config.run, self._seconds(), self.costs.seconds, self._failed
+        )
         return Result(self.federation, self.state, self._states, self.rows, summary, self.config.train.seed)
 
     def _seconds(self) -> float:

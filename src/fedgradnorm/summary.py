@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal, Protocol
+from typing import Literal
 
 from rich.filesize import decimal
 
@@ -30,14 +30,6 @@ MOST_REASONS, NUMBERS = 3, re.compile(r"[-+]?[0-9][0-9.e+-]*")
 
 SMOOTHED = 5
 """A target counts as reached by the mean of so many rounds: a single noisy round may dip under it by chance."""
-
-
-class WithClients(Protocol):
-    """What has clients, such as `Members`."""
-
-    @property
-    def clients(self) -> Sequence[Client]:
-        """The clients."""
 
 
 def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
@@ -70,7 +62,7 @@ def rounds_to(curve: Mapping[int, float], target: float, *, higher_is_better: bo
 
 def check_targets(settings: RunSettings, federation: Members) -> None:
     """Raise ConfigError where a metric target names no task, or one without a metric."""
-    tasks = _tasks(federation)
+    tasks = _tasks(federation.clients)
     for name in settings.metric_targets:
         if name not in tasks:
             raise ConfigError(f"run.metric_targets.{name}: there is no task '{name}'; {nearest(name, tasks)}")
@@ -79,7 +71,7 @@ def check_targets(settings: RunSettings, federation: Members) -> None:
 
 
 def summarise(
-    federation: WithClients,
+    clients: Sequence[Client],
     rows: Sequence[Row],
     guesses: Mapping[str, Mapping[str, float]],
     settings: RunSettings,
@@ -90,7 +82,7 @@ def summarise(
     """The contents of summary.json.
 
     Args:
-        federation: what was trained.
+        clients: who was trained.
         rows: the lines of metrics.jsonl.
         guesses: by client, the metrics of the best guess that looks at no input.
         settings: which targets to look for.
@@ -108,7 +100,7 @@ def summarise(
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "tasks": {
             name: _summarise_task(task, rows, guesses, settings)
-            for name, task in _tasks(federation).items()
+            for name, task in _tasks(clients).items()
             if any(row["task"] == name for row in rows)
         },
         "clients": {
@@ -122,7 +114,7 @@ def summarise(
                 "reports": heard[client.id],
                 "missing": missing.get(client.id, {}),
             }
-            for client in federation.clients
+            for client in clients
             if client.id in last  # one on another machine may have come after the last round
         },
     }
@@ -181,8 +173,8 @@ def costs_text(summary: Summary) -> str:
     return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
-def _tasks(federation: WithClients) -> dict[str, Task]:
-    return {client.task.name: client.task for client in federation.clients}
+def _tasks(clients: Sequence[Client]) -> dict[str, Task]:
+    return {client.task.name: client.task for client in clients}
 
 
 def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> TaskSummary:

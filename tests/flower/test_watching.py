@@ -22,11 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import fedgradnorm.cli as cli
 from fedgradnorm import StoppedError
-from fedgradnorm.errors import ConfigError
+from fedgradnorm.errors import ConfigError, printable
 from fedgradnorm.flower import exporter, overview
 from fedgradnorm.flower.exporter import registry_of
 from fedgradnorm.flower.init import write_deployment
-from fedgradnorm.flower.overview import look, printable
+from fedgradnorm.flower.overview import look
 from fedgradnorm.flower.status import KINDS, STATES, beside, read_status
 from fedgradnorm.history import Run, alone_in
 from tests.flower.nodes import Site, in_round, lost, raising

@@ -1,6 +1,6 @@
 """The HDF5 format of RadComDynamic: one data set for each snapshot, under a key that spells out its labels."""
 
-import ast
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +16,10 @@ from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIR
 __all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5"]
 
 KEY_FORM = "a key like \"('bpsk', 'Satcom', 10, 0)\": modulation, signal, SNR in dB, number"
+KEY = re.compile(
+    r"""\( ?(['"])(?P<modulation>[^'"\\]{1,60})\1 ?, {0,2}(['"])(?P<signal>[^'"\\]{1,60})\3 ?,"""
+    r""" {0,2}(?P<snr>[+-]?(?:0|[1-9][0-9]{0,5})) ?, {0,2}(?P<number>[+-]?(?:0|[1-9][0-9]{0,14})) ?,? ?\)"""
+)
 
 
 class Snapshots(NamedTuple):
@@ -148,13 +152,10 @@ def _h5py() -> Any:
 
 def _parse_key(path: Path, key: str) -> tuple[int, int, int]:
     """The index of the pair, the SNR in dB and the number that a key gives."""
-    try:
-        parts = ast.literal_eval(key) if len(key) <= 200 else None
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        parts = None
-    if not isinstance(parts, tuple) or [type(part) for part in parts] != [str, str, int, int]:
+    parts = KEY.fullmatch(key)
+    if parts is None:
         raise DataError(f"{path}: key {key[:200]!r}, expected {KEY_FORM}")
-    modulation, signal, snr, number = parts
+    modulation, signal, snr, number = parts["modulation"], parts["signal"], int(parts["snr"]), int(parts["number"])
     for kind, name, known in (("modulation", modulation, MODULATIONS), ("signal", signal, SIGNALS)):
         if name not in known:
             raise DataError(f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgradnorm import __version__
 from fedgradnorm.config import TrainConfig, validated
-from fedgradnorm.errors import ConfigError, FederationError, MessageError
+from fedgradnorm.errors import ConfigError, FederationError, MessageError, printable
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction, Report
@@ -348,12 +348,8 @@ def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
 
 
 def one_line(text: object) -> str:
-    r"""The beginning of a text of someone else, as a line for logs and records: what is not printable is a question mark.
-
-    >>> one_line("no\n luck\x1b[2J")
-    'no luck?[2J'
-    """
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text)[:10_000].split())[:300])
+    """The beginning of a text of someone else, as a line for logs and records."""
+    return printable(" ".join(str(text)[:10_000].split()))[:300]
 
 
 def _figure(name: str, value: Any) -> float:

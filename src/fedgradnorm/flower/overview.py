@@ -12,7 +12,7 @@ from cryptography import x509
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.errors import FedGradNormError, RunError
+from fedgradnorm.errors import FedGradNormError, RunError, printable
 from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, beside, read_status, why_gone
 from fedgradnorm.history import STATUS, Run
 from fedgradnorm.records import Row
@@ -25,7 +25,6 @@ __all__ = [
     "clients_table",
     "facts",
     "look",
-    "printable",
     "remarks",
     "state_line",
     "warnings_on",
@@ -236,11 +235,6 @@ def facts(overview: Overview, now: float) -> dict[str, Any]:
         },
         "warnings": warnings_on(overview, now),
     }
-
-
-def printable(text: str) -> str:
-    """A text of someone else for a terminal: what is no printable character, such as an escape, is spelt out."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def duration(seconds: float) -> str:

@@ -1,16 +1,16 @@
 """The clients of a run across machines, as far as a server knows them: their keys, their tasks, how many examples they have."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
-from fedgradnorm.federation import Client, Federation, Members
+from fedgradnorm.federation import Client, Federation, Members, absent, absent_client
 from fedgradnorm.flower.messages import Greeting, arrays_of
 from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.records import MembersRecord
-from fedgradnorm.task import Metric, Task
+from fedgradnorm.task import Task
 
 __all__ = ["Roster", "module_of", "roster_of"]
 
@@ -28,7 +28,7 @@ class Roster(Members):
         self, encoder: Callable[[], nn.Module], buffers: Literal["local", "averaged"] = "local", clients: Iterable[tuple[str, Task]] = ()
     ) -> None:
         self.encoder, self.buffers = encoder, buffers
-        self._clients = {id: _remote(id, task) for id, task in clients}
+        self._clients = {id: Client(id, task, absent) for id, task in clients}
         self._examples: dict[str, int] = {}
         self.open = not self._clients
 
@@ -64,8 +64,7 @@ class Roster(Members):
             self.learn(id, one["examples"])
 
     def _expect(self, id: str, task: str, metric: str, higher_is_better: bool) -> None:
-        metrics = (Metric(metric, _nowhere, higher_is_better),) if metric else ()
-        self._clients[id] = _remote(id, Task(task, nn.Identity, _nowhere, metrics))
+        self._clients[id] = absent_client(id, task, metric, higher_is_better)
 
     def admit(self, greeting: Greeting) -> str | None:
         """Take a client in; a reason where that is not to be."""
@@ -105,11 +104,3 @@ def module_of(tensors: dict[str, Tensor]) -> nn.Module:
             module = module.get_submodule(part)
         module.register_parameter(last, nn.Parameter(tensor.clone()))
     return root
-
-
-def _remote(id: str, task: Task) -> Client:
-    return Client(id, task, _nowhere)
-
-
-def _nowhere(*_: Tensor) -> Any:
-    raise LookupError("a client's data and losses are with the client alone")

@@ -3,19 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
-
-from torch import nn
+from typing import ParamSpec, TypeVar
 
 from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
-from fedgradnorm.federation import Client
+from fedgradnorm.federation import Client, absent_client
 from fedgradnorm.history import CHECKPOINTS, Run, being_written, lock_of
 from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.report.looks import looks_for
 from fedgradnorm.summary import summarise
-from fedgradnorm.task import Metric, Task
 
 __all__ = ["Loaded", "labels_of", "load", "read", "sound", "state_text"]
 
@@ -33,13 +30,6 @@ class Loaded:
     rows: list[Row]
     summary: Summary
     state: str
-
-
-@dataclass(frozen=True)
-class _Known:
-    """The clients of a run, as far as its files tell who they are."""
-
-    clients: Sequence[Client]
 
 
 def load(runs: Sequence[Run]) -> list[Loaded]:
@@ -83,7 +73,7 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
     checkpoint, _, _ = load_newest(run.folder / CHECKPOINTS)
     members = run.members() or (None if checkpoint is None else checkpoint.members)
     seconds, costs = (0.0, {}) if checkpoint is None else (checkpoint.seconds, checkpoint.costs)
-    summary = summarise(_Known(_clients_of(rows, members)), rows, {}, run.config.run, seconds, costs)
+    summary = summarise(_clients_of(rows, members), rows, {}, run.config.run, seconds, costs)
     return rows, summary, state_text(run, summary["rounds"])
 
 
@@ -98,17 +88,10 @@ def state_text(run: Run, done: int) -> str:
 
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
     """The clients that rows are of. What their tasks measure is in the record of members alone."""
-    tasks, metrics = {row["client"]: row["task"] for row in rows}, dict[str, Metric]()
+    tasks, measured = {row["client"]: row["task"] for row in rows}, dict[str, tuple[str, bool, bool]]()
     for one in () if members is None else members["clients"].values():
-        if one["metric"]:
-            metrics[one["task"]] = Metric(one["metric"], _nowhere, one["higher_is_better"], one.get("percent", False))
-    return [
-        Client(id, Task(task, nn.Identity, _nowhere, (metrics[task],) if task in metrics else ()), _nowhere) for id, task in tasks.items()
-    ]
-
-
-def _nowhere(*_: object) -> Any:
-    raise LookupError("a run's files hold neither data nor losses")
+        measured[one["task"]] = one["metric"], one["higher_is_better"], one.get("percent", False)
+    return [absent_client(id, task, *measured.get(task, ())) for id, task in tasks.items()]
 
 
 def sound(report: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
