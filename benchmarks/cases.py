@@ -38,7 +38,10 @@ def case(name: str, clients: int | None = None) -> tuple[Federation, TrainConfig
         return build_federation(config), config.train
     workload = WORKLOADS[name]
     task = Task(name, lambda _: workload.head(), functional.cross_entropy)
-    members = [Client(f"client-{index:05d}", task, workload.data(index)) for index in range(clients or workload.clients)]
+    members = [
+        Client(f"client-{index:05d}", task, workload.data(index))
+        for index in range(clients or workload.clients)
+    ]
     training = TrainConfig(
         head_steps=workload.head_steps,
         encoder_steps=workload.encoder_steps,

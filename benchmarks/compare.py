@@ -26,13 +26,34 @@ def main(
     table = Table("case", "revision, seconds", "now, seconds", "revision / now")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         then = Path(folder) / "then"
-        subprocess.run(["git", "worktree", "add", "--detach", str(then), revision], cwd=ROOT, check=True, capture_output=True)
-        stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", str(then)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(then), revision],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        stack.callback(
+            subprocess.run,
+            ["git", "worktree", "remove", "--force", str(then)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
         for case in cases.split(","):
-            with turn("vectorized", *words_of(case), source=then) as old, turn("vectorized", *words_of(case)) as new:
-                pairs = [(old.take()["seconds"], new.take()["seconds"]) for _ in range(rounds + 2)][2:]
+            with (
+                turn("vectorized", *words_of(case), source=then) as old,
+                turn("vectorized", *words_of(case)) as new,
+            ):
+                pairs = [(old.take()["seconds"], new.take()["seconds"]) for _ in range(rounds + 2)][
+                    2:
+                ]
             before, now = zip(*pairs, strict=True)
-            table.add_row(case, f"{median(before):.3f}", f"{median(now):.3f}", spread([one / other for one, other in pairs]))
+            table.add_row(
+                case,
+                f"{median(before):.3f}",
+                f"{median(now):.3f}",
+                spread([one / other for one, other in pairs]),
+            )
     Console().print(table)
 
 

@@ -27,7 +27,13 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Task
 from tests.deployment.processes import Deployment, wait_until
 
-KINDS = {"superlink": "SuperLink", "serverapp": "ServerApp", "supernode": "SuperNodes", "clientapp": "ClientApps", "caddy": "front"}
+KINDS = {
+    "superlink": "SuperLink",
+    "serverapp": "ServerApp",
+    "supernode": "SuperNodes",
+    "clientapp": "ClientApps",
+    "caddy": "front",
+}
 
 
 def make(seed: int, width: int) -> Federation:
@@ -36,9 +42,19 @@ def make(seed: int, width: int) -> Federation:
     for place, id in enumerate("abc"):
         inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(seed + place))
         task = Task(id, partial(nn.Linear, out_features=1), functional.mse_loss)
-        clients.append(Client(id, task, (inputs, inputs[:, :1] * (place + 1)), (inputs, inputs[:, :1] * (place + 1))))
+        clients.append(
+            Client(
+                id,
+                task,
+                (inputs, inputs[:, :1] * (place + 1)),
+                (inputs, inputs[:, :1] * (place + 1)),
+            )
+        )
     return Federation(
-        clients, lambda: nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4))
+        clients,
+        lambda: nn.Sequential(
+            nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)
+        ),
     )
 
 
@@ -46,13 +62,24 @@ class Meter:
     """Peak memory and CPU seconds of a deployment's processes, by kind."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self.deployment, self.peaks, self.seconds = deployment, Counter[str](), dict[tuple[int, float], tuple[str, float]]()
+        self.deployment, self.peaks, self.seconds = (
+            deployment,
+            Counter[str](),
+            dict[tuple[int, float], tuple[str, float]](),
+        )
 
     def look(self) -> None:
         """Look at every process that runs now."""
         for process in self.deployment.left_over():
             try:
-                kind = next((name for word, name in KINDS.items() if word in " ".join(process.cmdline()[:2])), "")
+                kind = next(
+                    (
+                        name
+                        for word, name in KINDS.items()
+                        if word in " ".join(process.cmdline()[:2])
+                    ),
+                    "",
+                )
                 times = process.cpu_times()
                 self.seconds[process.pid, process.create_time()] = kind, times.user + times.system
                 self.peaks[kind] = max(self.peaks[kind], process.memory_info().rss)
@@ -61,7 +88,10 @@ class Meter:
 
     def by_kind(self) -> dict[str, float]:
         """CPU seconds so far; of a process that has ended, those up to the last look."""
-        return {kind: sum(seconds for other, seconds in self.seconds.values() if other == kind) for kind in KINDS.values()}
+        return {
+            kind: sum(seconds for other, seconds in self.seconds.values() if other == kind)
+            for kind in KINDS.values()
+        }
 
 
 def main() -> None:
@@ -73,9 +103,17 @@ def main() -> None:
     federation = ["federation.name=digits", 'federation.tasks=["class", "parity", "loop"]']
     if options.width is not None:
         os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-        federation = ["federation.name=benchmarks.deployment:make", f"federation.width={options.width}"]
+        federation = [
+            "federation.name=benchmarks.deployment:make",
+            f"federation.width={options.width}",
+        ]
     with tempfile.TemporaryDirectory() as folder:
-        words = ["train.head_steps=1", "train.encoder_steps=1", f"train.num_rounds={options.rounds}", "train.eval_every=1000"]
+        words = [
+            "train.head_steps=1",
+            "train.encoder_steps=1",
+            f"train.num_rounds={options.rounds}",
+            "train.eval_every=1000",
+        ]
         deployment = Deployment(Path(folder) / "there", *federation, *words)
         try:
             measure(deployment, options.rounds)
@@ -106,10 +144,18 @@ def measure(deployment: Deployment, rounds: int) -> None:
     ends = [datetime.fromisoformat(line) for line in lines]
     between = [(later - earlier).total_seconds() for earlier, later in pairwise(ends[:-1])]
     messages = (rounds - 2) * len(deployment.clients)
-    print(f"a round: {median(between):.0f} s (median of {len(between)})" if between else "a round: more are needed to tell")
+    print(
+        f"a round: {median(between):.0f} s (median of {len(between)})"
+        if between
+        else "a round: more are needed to tell"
+    )
     for kind, seconds in used.items():
-        print(f"{kind:12} {seconds / messages:6.1f} CPU s a message   {meter.peaks[kind] / 1e6:8.0f} MB at most")
-    print(f"state.db     {sum(path.stat().st_size for path in deployment.folder.glob('server/state.db*')) / 1e6:8.1f} MB")
+        print(
+            f"{kind:12} {seconds / messages:6.1f} CPU s a message   {meter.peaks[kind] / 1e6:8.0f} MB at most"
+        )
+    print(
+        f"state.db     {sum(path.stat().st_size for path in deployment.folder.glob('server/state.db*')) / 1e6:8.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ console = Console(width=140)
 
 
 def main(
-    cases: Annotated[str, typer.Option(help="Which, separated by commas.")] = "W1 10,W1 100,W2 10,W5 1000",
+    cases: Annotated[
+        str, typer.Option(help="Which, separated by commas.")
+    ] = "W1 10,W1 100,W2 10,W5 1000",
     rounds: Annotated[int, typer.Option(min=3, help="Turns after two that warm up.")] = 7,
     output: Annotated[Path, typer.Option(help="Where to write.")] = ROOT / "runs" / "speed",
 ) -> None:
@@ -33,10 +35,18 @@ def main(
         results, _ = measure(case, ("bare", "vectorized", "products"), rounds)
         with turn("profile", *words_of(case)) as one:
             shares = [one.take() for _ in range(3)]
-        parts = {name: median(share[name] / share["seconds"] for share in shares) for name in ("products", "others", "around")}
-        found[case] = {"ratios": {name: result.ratios for name, result in results.items()}, "parts": parts}
+        parts = {
+            name: median(share[name] / share["seconds"] for share in shares)
+            for name in ("products", "others", "around")
+        }
+        found[case] = {
+            "ratios": {name: result.ratios for name, result in results.items()},
+            "parts": parts,
+        }
         ratios = f"{spread(results['vectorized'].ratios)} | {spread(results['products'].ratios)}"
-        lines.append(f"| {case} | {ratios} | {parts['products']:.0%} | {parts['others']:.0%} | {parts['around']:.0%} |")
+        lines.append(
+            f"| {case} | {ratios} | {parts['products']:.0%} | {parts['others']:.0%} | {parts['around']:.0%} |"
+        )
     text = "\n".join(lines) + "\n"
     console.print(Markdown(text))
     output.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,28 @@ from torch.utils._pytree import tree_map
 __all__ = ["product_rounds", "shares"]
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.convolution, aten.convolution_backward}
+PRODUCTS = {
+    aten.mm,
+    aten.addmm,
+    aten.addmm_,
+    aten.bmm,
+    aten.baddbmm,
+    aten.baddbmm_,
+    aten.convolution,
+    aten.convolution_backward,
+}
 PROFILED = {
-    f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mkldnn_convolution", "convolution_backward")
+    f"aten::{name}"
+    for name in (
+        "mm",
+        "addmm",
+        "addmm_",
+        "bmm",
+        "baddbmm",
+        "baddbmm_",
+        "mkldnn_convolution",
+        "convolution_backward",
+    )
 }
 
 
@@ -51,7 +70,11 @@ class Products(TorchDispatchMode):
 
 
 def _like(value: Any) -> Any:
-    return Like(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
+    return (
+        Like(tuple(value.shape), value.stride(), value.dtype)
+        if isinstance(value, Tensor)
+        else value
+    )
 
 
 def product_rounds(rounds: Iterator[None]) -> Iterator[None]:
@@ -80,7 +103,14 @@ def _ready(calls: Sequence[tuple[Any, Any, Any]]) -> list[tuple[Callable[..., An
 
     def operands(args: Any) -> Any:
         places = iter(range(100))
-        return tree_map(lambda value: made.setdefault((next(places), value), value.make()) if isinstance(value, Like) else value, args)
+        return tree_map(
+            lambda value: (
+                made.setdefault((next(places), value), value.make())
+                if isinstance(value, Like)
+                else value
+            ),
+            args,
+        )
 
     return [(func, operands(args), operands(kwargs)) for func, args, kwargs in calls]
 
@@ -99,5 +129,14 @@ def shares(rounds: Iterator[None]) -> dict[str, float]:
         seconds = perf_counter() - start
     operations = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     products = sum(taken for name, taken in operations.items() if name in PROFILED)
-    others = sum(taken for name, taken in operations.items() if name.startswith("aten::") and name not in PROFILED)
-    return {"seconds": seconds, "products": products, "others": others, "around": seconds - products - others}
+    others = sum(
+        taken
+        for name, taken in operations.items()
+        if name.startswith("aten::") and name not in PROFILED
+    )
+    return {
+        "seconds": seconds,
+        "products": products,
+        "others": others,
+        "around": seconds - products - others,
+    }

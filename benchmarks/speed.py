@@ -39,9 +39,19 @@ class Turn:
     """
 
     def __init__(self, *words: str, source: Path = ROOT) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source / "src"), str(ROOT)])}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(source / "src"), str(ROOT)]),
+        }
         command = [sys.executable, "-m", "benchmarks.turns", *words]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def take(self) -> dict[str, Any]:
         """One turn, or one answer."""
@@ -90,11 +100,15 @@ def words_of(case: str) -> list[str]:
     return [name, *(["--clients", clients] if clients else [])]
 
 
-def measure(case: str, variants: Sequence[str], rounds: int, warm_up: int = 2) -> tuple[dict[str, Measured], float]:
+def measure(
+    case: str, variants: Sequence[str], rounds: int, warm_up: int = 2
+) -> tuple[dict[str, Measured], float]:
     """Let the variants take turns on a case. Gives also the highest rate of floating-point operations that was seen meanwhile."""
     results = {variant: Measured() for variant in variants}
     with ExitStack() as stack:
-        turns = {variant: stack.enter_context(turn(variant, *words_of(case))) for variant in variants}
+        turns = {
+            variant: stack.enter_context(turn(variant, *words_of(case))) for variant in variants
+        }
         peak, best = stack.enter_context(turn("peak", "W1")), 0.0
         for number in range(warm_up + rounds):
             answers = {variant: one.take() for variant, one in turns.items()}
@@ -112,7 +126,9 @@ def about(case: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.turns", "about", *words_of(case)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     answer: dict[str, Any] = json.loads(
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        ).stdout
     )
     return answer
 
@@ -123,7 +139,18 @@ def environment_of(peer: str) -> Path:
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(PEERS / peer / "requirements.txt")], check=True)
+        subprocess.run(
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "-r",
+                str(PEERS / peer / "requirements.txt"),
+            ],
+            check=True,
+        )
         (folder / "installed").touch()
     return python
 
@@ -140,7 +167,9 @@ def measure_peer(case: str, peer: str, rounds: int, words: Sequence[str] = ()) -
         *words,
     ]
     ended = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
-    answer = json.loads([line for line in ended.stdout.splitlines() if line.startswith('{"peer"')][-1])
+    answer = json.loads(
+        [line for line in ended.stdout.splitlines() if line.startswith('{"peer"')][-1]
+    )
     return Measured(answer["seconds"], [], answer["peak_rss_mb"])
 
 
@@ -149,7 +178,10 @@ def measured_growth(rounds: int) -> list[dict[str, float]]:
     found = []
     with ExitStack() as stack:
         limit = ("--memory-limit", str(512 * 2**20))
-        turns = {count: stack.enter_context(turn("vectorized", "W5", "--clients", str(count), *limit)) for count in GROWTH}
+        turns = {
+            count: stack.enter_context(turn("vectorized", "W5", "--clients", str(count), *limit))
+            for count in GROWTH
+        }
         answers: dict[int, list[dict[str, float]]] = {count: [] for count in GROWTH}
         for _ in range(rounds + 2):
             for count, one in turns.items():
@@ -157,7 +189,12 @@ def measured_growth(rounds: int) -> list[dict[str, float]]:
     for count, taken in answers.items():
         seconds = median(answer["seconds"] for answer in taken[2:])
         found.append(
-            {"clients": count, "seconds": seconds, "microseconds_a_client": 1e6 * seconds / count, "grown_mb": taken[-1]["grown_mb"]}
+            {
+                "clients": count,
+                "seconds": seconds,
+                "microseconds_a_client": 1e6 * seconds / count,
+                "grown_mb": taken[-1]["grown_mb"],
+            }
         )
     return found
 
@@ -179,25 +216,42 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for case, result in results.items():
         for variant, one in result["variants"].items():
             seconds = median(one.seconds)
-            ratios = one.ratios or [median(result["variants"]["bare"].seconds) / second for second in one.seconds]
+            ratios = one.ratios or [
+                median(result["variants"]["bare"].seconds) / second for second in one.seconds
+            ]
             share = result["about"]["flops"] / seconds / result["peak_flops"]
-            lines.append(f"| {case} | {variant} | {spread(one.seconds)} | {spread(ratios)} | {share:.0%} | {one.peak_rss_mb:.0f} MB |")
+            lines.append(
+                f"| {case} | {variant} | {spread(one.seconds)} | {spread(ratios)} | {share:.0%} | {one.peak_rss_mb:.0f} MB |"
+            )
     return "\n".join(lines)
 
 
-def tables(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]], absent: Sequence[str]) -> str:
+def tables(
+    results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]], absent: Sequence[str]
+) -> str:
     """All that was measured, as Markdown."""
-    parts = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", table(results)]
-    own = ["| case | round | norms | weights | records | share |", "| --- | --- | --- | --- | --- | --- |"]
+    parts = [
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        table(results),
+    ]
+    own = [
+        "| case | round | norms | weights | records | share |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for case, result in results.items():
         costs, seconds = result["about"]["own"], median(result["variants"]["vectorized"].seconds)
         share = sum(costs.values()) / 1000 / seconds
         own.append(
-            f"| {case} | {1000 * seconds:.0f} ms | " + " | ".join(f"{value:.2f} ms" for value in costs.values()) + f" | {share:.2%} |"
+            f"| {case} | {1000 * seconds:.0f} ms | "
+            + " | ".join(f"{value:.2f} ms" for value in costs.values())
+            + f" | {share:.2%} |"
         )
     parts.append("\n".join(own))
     if growth:
-        rows = ["| clients | seconds a round | microseconds a client | memory beyond the start |", "| --- | --- | --- | --- |"]
+        rows = [
+            "| clients | seconds a round | microseconds a client | memory beyond the start |",
+            "| --- | --- | --- | --- |",
+        ]
         rows += [
             f"| {one['clients']:,} | {one['seconds']:.3f} | {one['microseconds_a_client']:.0f} | {one['grown_mb']:.0f} MB |"
             for one in growth
@@ -207,12 +261,21 @@ def tables(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]
     return "\n\n".join(parts) + "\n"
 
 
-def plot(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]], path: Path) -> None:
+def plot(
+    results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]], path: Path
+) -> None:
     """The ratios as bars, and the growth as a line."""
     figure = make_subplots(
-        1, 2, subplot_titles=("How many rounds of each fit into one of the bare loop", "W5: time for each client as their number grows")
+        1,
+        2,
+        subplot_titles=(
+            "How many rounds of each fit into one of the bare loop",
+            "W5: time for each client as their number grows",
+        ),
     )
-    variants = list(dict.fromkeys(variant for result in results.values() for variant in result["variants"]))
+    variants = list(
+        dict.fromkeys(variant for result in results.values() for variant in result["variants"])
+    )
     for variant in variants:
         cases = [case for case, result in results.items() if variant in result["variants"]]
         bare = {case: median(results[case]["variants"]["bare"].seconds) for case in cases}
@@ -230,7 +293,12 @@ def plot(results: dict[str, dict[str, Any]], growth: Sequence[dict[str, float]],
 def main(
     cases: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CASES),
     rounds: Annotated[int, typer.Option(min=3, help="Turns after two that warm up.")] = 7,
-    peers: Annotated[bool, typer.Option("--peers", help="Other frameworks too; each gets its own environment, about 1 GB.")] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="Other frameworks too; each gets its own environment, about 1 GB."
+        ),
+    ] = False,
     growth: Annotated[bool, typer.Option(help="Measure W5 with 10 to 10,000 clients.")] = True,
     output: Annotated[Path, typer.Option(help="Where to write.")] = ROOT / "runs" / "speed",
 ) -> None:
@@ -244,12 +312,20 @@ def main(
         console.print(case)
         variants, peak = measure(case, ("bare", "reference", "vectorized"), rounds)
         for peer in ("flower", "pfl") if peers and case not in ("W3", "W4") else ():
-            modes = {peer: ()} if peer == "flower" else {"pfl": (), "pfl, 2 processes": ("--processes", "2")}
+            modes = (
+                {peer: ()}
+                if peer == "flower"
+                else {"pfl": (), "pfl, 2 processes": ("--processes", "2")}
+            )
             for name, words in modes.items():
                 try:
-                    variants[name] = measure_peer(case, peer, rounds if "W5" not in case else 3, words)
+                    variants[name] = measure_peer(
+                        case, peer, rounds if "W5" not in case else 3, words
+                    )
                 except subprocess.CalledProcessError as error:
-                    absent.append(f"{name} on {case} ({error.stderr.strip().splitlines()[-1] if error.stderr else error})")
+                    absent.append(
+                        f"{name} on {case} ({error.stderr.strip().splitlines()[-1] if error.stderr else error})"
+                    )
         results[case] = {"variants": variants, "peak_flops": peak, "about": about(case)}
         console.print(Markdown(table({case: results[case]})))
     grown = measured_growth(rounds) if growth else []
@@ -258,9 +334,15 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     (output / "speed.md").write_text(text)
     found = {
-        case: {**result, "variants": {name: asdict(one) for name, one in result["variants"].items()}} for case, result in results.items()
+        case: {
+            **result,
+            "variants": {name: asdict(one) for name, one in result["variants"].items()},
+        }
+        for case, result in results.items()
     }
-    (output / "speed.json").write_text(json.dumps({"cases": found, "growth": grown, "skipped": absent}, indent=2) + "\n")
+    (output / "speed.json").write_text(
+        json.dumps({"cases": found, "growth": grown, "skipped": absent}, indent=2) + "\n"
+    )
     plot(results, grown, output / "speed.html")
     console.print(f"written: {output}/speed.md, speed.json, speed.html")
 

@@ -61,7 +61,9 @@ def bare_rounds(federation: Federation, training: TrainConfig) -> Iterator[None]
             for name, value in encoder.state_dict().items():
                 total[name] += value
         shared = {
-            name: value / len(federation.clients) if value.is_floating_point() else value // len(federation.clients)
+            name: value / len(federation.clients)
+            if value.is_floating_point()
+            else value // len(federation.clients)
             for name, value in total.items()
         }
         yield
@@ -76,11 +78,15 @@ def tensors_of(client: Client) -> tuple[Tensor, Tensor]:
 def shuffled(num_examples: int, batch_size: int, steps: int) -> Iterator[torch.Tensor]:
     """The indices of mini-batches, drawn without replacement."""
     batch_size = min(batch_size, num_examples)
-    order = torch.cat([torch.randperm(num_examples) for _ in range(-(-steps * batch_size // num_examples))])
+    order = torch.cat(
+        [torch.randperm(num_examples) for _ in range(-(-steps * batch_size // num_examples))]
+    )
     yield from order[: steps * batch_size].split(batch_size)
 
 
-def our_rounds(federation: Federation, training: TrainConfig, engine: EngineConfig) -> Iterator[None]:
+def our_rounds(
+    federation: Federation, training: TrainConfig, engine: EngineConfig
+) -> Iterator[None]:
     """FedGradNorm on one of our engines, with screening and weights."""
     weighting, built = FedGradNorm(), build("engine", engine, federation=federation, seed=0)
     state = initial_state(federation, weighting, 0)
@@ -94,7 +100,9 @@ def own_cost(federation: Federation, training: TrainConfig) -> dict[str, float]:
     torch.set_num_threads(1)  # as the engine and the server do
     weighting, equal = FedGradNorm(), Equal()
     built = build("engine", EngineConfig(name="vectorized"), federation=federation, seed=0)
-    state, record = run_round(initial_state(federation, weighting, 0), federation, built, weighting, Mean(), training)
+    state, record = run_round(
+        initial_state(federation, weighting, 0), federation, built, weighting, Mean(), training
+    )
     slices = norm_layer_slices(federation.make_encoder(0), federation.norm_layer)
     gradients = torch.stack([report.gradient for report in record.reports])
     stacked = gradients.shape[1] < 100_000  # as the engine does
@@ -111,7 +119,11 @@ def own_cost(federation: Federation, training: TrainConfig) -> dict[str, float]:
         compared = perf_counter()
         rows_of(federation, state, record, {})
         ended = perf_counter()
-        parts = {"norms": normed - start, "weights": (weighted - normed) - (compared - weighted), "records": ended - compared}
+        parts = {
+            "norms": normed - start,
+            "weights": (weighted - normed) - (compared - weighted),
+            "records": ended - compared,
+        }
         for part, seconds in parts.items():
             taken.setdefault(part, []).append(1000 * seconds)
     return {part: sorted(values)[len(values) // 2] for part, values in taken.items()}
@@ -144,7 +156,10 @@ def round_flops(federation: Federation, training: TrainConfig) -> float:
             head.requires_grad_(False)
             with FlopCounterMode(display=False) as of_encoder:
                 client.task.loss(head(encoder(inputs[batch])), targets[batch]).backward()
-            counted[kind] = training.head_steps * of_head.get_total_flops() + training.encoder_steps * of_encoder.get_total_flops()
+            counted[kind] = (
+                training.head_steps * of_head.get_total_flops()
+                + training.encoder_steps * of_encoder.get_total_flops()
+            )
         total += counted[kind]
     return total
 
@@ -152,7 +167,9 @@ def round_flops(federation: Federation, training: TrainConfig) -> float:
 def main() -> None:
     """Answer to lines on standard input until it ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("variant", help="bare, reference, vectorized, products, profile, peak, or about")
+    parser.add_argument(
+        "variant", help="bare, reference, vectorized, products, profile, peak, or about"
+    )
     parser.add_argument("workload")
     parser.add_argument("--clients", type=int)
     parser.add_argument("--threads", type=int)
@@ -167,7 +184,11 @@ def main() -> None:
     if args.variant == "about":
         print(
             json.dumps(
-                {"flops": round_flops(federation, training), "clients": len(federation.clients), "own": own_cost(federation, training)}
+                {
+                    "flops": round_flops(federation, training),
+                    "clients": len(federation.clients),
+                    "own": own_cost(federation, training),
+                }
             )
         )
         return
@@ -183,9 +204,13 @@ def main() -> None:
     elif args.variant == "bare":
         rounds = bare_rounds(federation, training)
     else:
-        name = args.variant if args.variant in BUILT_INS["engine"] else "reference"  # an older revision knows no other
+        name = (
+            args.variant if args.variant in BUILT_INS["engine"] else "reference"
+        )  # an older revision knows no other
         options = {"threads": args.threads, "memory_limit": args.memory_limit}
-        engine = EngineConfig(name=name, **{key: value for key, value in options.items() if value is not None})
+        engine = EngineConfig(
+            name=name, **{key: value for key, value in options.items() if value is not None}
+        )
         rounds = our_rounds(federation, training, engine)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in sys.stdin:
@@ -196,7 +221,12 @@ def main() -> None:
             taken.append(perf_counter() - start)
         seconds = median(taken)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"seconds": seconds, "peak_rss_mb": peak / 1024, "grown_mb": (peak - before) / 1024}), flush=True)
+        print(
+            json.dumps(
+                {"seconds": seconds, "peak_rss_mb": peak / 1024, "grown_mb": (peak - before) / 1024}
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,12 @@ class Workload:
 
     def data(self, client: int) -> tuple[Tensor, Tensor]:
         """The training data of a client: Gaussian inputs, and as class the largest of a few fixed projections."""
-        inputs = torch.randn(self.examples, *self.input_shape, generator=torch.Generator().manual_seed(1 + client))
-        projections = torch.randn(prod(self.input_shape), self.classes, generator=torch.Generator().manual_seed(0))
+        inputs = torch.randn(
+            self.examples, *self.input_shape, generator=torch.Generator().manual_seed(1 + client)
+        )
+        projections = torch.randn(
+            prod(self.input_shape), self.classes, generator=torch.Generator().manual_seed(0)
+        )
         return inputs, (inputs.flatten(1) @ projections).argmax(dim=1)
 
 
@@ -72,6 +76,8 @@ def _head_w1() -> nn.Module:
 WORKLOADS = {
     "W1": Workload(partial(_mlp, 256, 512, 512, 256), _head_w1, (256,), 8, 10, 512, 64, 10, 10),
     "W2": Workload(_cnn, partial(nn.Linear, 100, 5), (1, 40, 40), 5, 10, 256, 64, 10, 10),
-    "W5": Workload(partial(_mlp, 64, 32, 32), partial(nn.Linear, 32, 4), (64,), 4, 1000, 32, 16, 5, 5),
+    "W5": Workload(
+        partial(_mlp, 64, 32, 32), partial(nn.Linear, 32, 4), (64,), 4, 1000, 32, 16, 5, 5
+    ),
 }
 """W1: an MLP. W2: a CNN on grey 40 x 40 images. W5: many small clients."""

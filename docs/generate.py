@@ -87,19 +87,37 @@ your own, installed or in the current folder; the other keys of the table are it
 def text_of(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    value = list(value) if isinstance(value, tuple) else value.name if isinstance(value, Component) else value
-    if isinstance(value, BaseModel) or (isinstance(value, list) and any(isinstance(one, BaseModel) for one in value)):
+    value = (
+        list(value)
+        if isinstance(value, tuple)
+        else value.name
+        if isinstance(value, Component)
+        else value
+    )
+    if isinstance(value, BaseModel) or (
+        isinstance(value, list) and any(isinstance(one, BaseModel) for one in value)
+    ):
         return "see below"
-    return "none" if value is None else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
+    return (
+        "none"
+        if value is None
+        else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
+    )
 
 
 def table(rows: list[tuple[str, Any, str]]) -> str:
-    lines = [f"| `{key}` | {text_of(default)} | {' '.join(text.split())} |" for key, default, text in rows]
+    lines = [
+        f"| `{key}` | {text_of(default)} | {' '.join(text.split())} |"
+        for key, default, text in rows
+    ]
     return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *lines])
 
 
 def fields_of(model: type[BaseModel]) -> list[tuple[str, Any, str]]:
-    return [(name, field.get_default(call_default_factory=True), field.description or "") for name, field in model.model_fields.items()]
+    return [
+        (name, field.get_default(call_default_factory=True), field.description or "")
+        for name, field in model.model_fields.items()
+    ]
 
 
 def argument_docs(made_by: Any) -> dict[str, str]:
@@ -118,17 +136,32 @@ def part(kind: str, name: str, table_of_kind: str = "") -> str:
 
 def page() -> str:
     sections = [INTRODUCTION]
-    parts: tuple[type[BaseModel], ...] = (FederationConfig, ModelConfig, WeightingConfig, AggregationConfig, EngineConfig)
-    for kind, model in zip(("federation", "model", "weighting", "aggregation", "engine"), parts, strict=True):
+    parts: tuple[type[BaseModel], ...] = (
+        FederationConfig,
+        ModelConfig,
+        WeightingConfig,
+        AggregationConfig,
+        EngineConfig,
+    )
+    for kind, model in zip(
+        ("federation", "model", "weighting", "aggregation", "engine"), parts, strict=True
+    ):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(model))}\n")
         sections += [part(kind, name) + "\n" for name in sorted(BUILT_INS[kind])]
     for kind, settings in (("train", TrainConfig), ("faults", FaultsConfig), ("run", RunSettings)):
         sections.append(f"## `[{kind}]`\n\n{table(fields_of(settings))}\n")
         if kind == "train":
             sections.append(f"## `[train.method]`\n\n{table(fields_of(MethodConfig))}\n")
-            sections += [part("method", name, "train.method") + "\n" for name in sorted(BUILT_INS["method"])]
+            sections += [
+                part("method", name, "train.method") + "\n" for name in sorted(BUILT_INS["method"])
+            ]
     sections.append(STUDY)
-    tables: dict[str, type[BaseModel]] = {"": Study, "[tuning]": Tuning, "[[tuning.axes]]": Axis, "[targets]": Targets}
+    tables: dict[str, type[BaseModel]] = {
+        "": Study,
+        "[tuning]": Tuning,
+        "[[tuning.axes]]": Axis,
+        "[targets]": Targets,
+    }
     for title, model in tables.items():
         sections.append((f"### `{title}`\n\n" if title else "") + table(fields_of(model)) + "\n")
     return "\n".join(sections)

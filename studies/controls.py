@@ -51,9 +51,14 @@ class UnitLength:
         """The other method's."""
         return self._weighting.init(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The other method's weights, and the scale that makes the direction's length 1; a direction of length 0 stays as it is."""
         weights, state = self._weighting.update(state, reports)
         p = np.array([weights.values[report.client] for report in reports])
-        length = np.sqrt(max(p @ gram_matrix([report.gradient for report in reports]) @ p, 0.0)) / p.sum()
+        length = (
+            np.sqrt(max(p @ gram_matrix([report.gradient for report in reports]) @ p, 0.0))
+            / p.sum()
+        )
         return replace(weights, scale=float(1 / length) if length > 0 else weights.scale), state

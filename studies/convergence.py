@@ -134,7 +134,9 @@ def federation_of(problem: Problem) -> Federation:
 
 def start_of(federation: Federation, seed: int) -> np.ndarray:
     """The encoder's output before the first round, shape ``(d,)``."""
-    output: np.ndarray = federation.make_encoder(seed)(torch.ones(1, 1)).detach().double().numpy()[0]
+    output: np.ndarray = (
+        federation.make_encoder(seed)(torch.ones(1, 1)).detach().double().numpy()[0]
+    )
     return output
 
 
@@ -186,7 +188,12 @@ def fit_of(curve: np.ndarray) -> Fit:
     slope, intercept = np.polyfit(k, logarithms, 1)
     variance = float(((logarithms - logarithms.mean()) ** 2).sum())
     left = float(((logarithms - slope * k - intercept) ** 2).sum())
-    return Fit(float(np.exp(slope)), 1 - left / variance if variance > 0 else 0.0, floor / float(curve[0]), rounds)
+    return Fit(
+        float(np.exp(slope)),
+        1 - left / variance if variance > 0 else 0.0,
+        floor / float(curve[0]),
+        rounds,
+    )
 
 
 def predicted_rate(problem: Problem, start: np.ndarray, method: FedGradNorm) -> float:
@@ -198,12 +205,17 @@ def predicted_rate(problem: Problem, start: np.ndarray, method: FedGradNorm) -> 
     def one_round(both: np.ndarray) -> np.ndarray:
         omega, p = both[:DIMENSION], both[DIMENSION:]
         away = omega - centres
-        target = (((away**2).sum(axis=1) + variances) / initial) ** method.gamma / (problem.scales * np.linalg.norm(away, axis=1))
+        target = (((away**2).sum(axis=1) + variances) / initial) ** method.gamma / (
+            problem.scales * np.linalg.norm(away, axis=1)
+        )
         p = (1 - method.damping) * p + method.damping * target * len(p) / target.sum()
         return np.concatenate([omega - ENCODER_LR * (p * problem.scales) @ away / len(p), p])
 
     point, size = np.concatenate(fixed_point(problem, start, method.gamma)), 1e-6
-    columns = [(one_round(point + size * unit) - one_round(point - size * unit)) / (2 * size) for unit in np.eye(len(point))]
+    columns = [
+        (one_round(point + size * unit) - one_round(point - size * unit)) / (2 * size)
+        for unit in np.eye(len(point))
+    ]
     return float(np.abs(np.linalg.eigvals(np.array(columns))).max())
 
 
@@ -232,8 +244,14 @@ def found_for(setting: Setting, seeds: Sequence[int], rounds: int) -> Found:
     predicted = None
     if setting.method.solver == "exact" and not setting.noisy:
         problems = [problem_of(seed, NOISE) for seed in seeds]
-        starts = [start_of(federation_of(problem), seed) for problem, seed in zip(problems, seeds, strict=True)]
-        predicted = fmean(predicted_rate(problem, start, setting.method) for problem, start in zip(problems, starts, strict=True))
+        starts = [
+            start_of(federation_of(problem), seed)
+            for problem, seed in zip(problems, seeds, strict=True)
+        ]
+        predicted = fmean(
+            predicted_rate(problem, start, setting.method)
+            for problem, start in zip(problems, starts, strict=True)
+        )
     rate = _interval([fit.rate for fit in fits]) if converges else None
     return Found(setting, curves, fits, _interval([fit.floor for fit in fits]), rate, predicted)
 
@@ -252,7 +270,9 @@ def table_of(found: Sequence[Found]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for one in found:
-        floor = _text(one.floor, 100, "%.2g") + " %" if one.rate is None else f"< {100 * ENOUGH:g} %"
+        floor = (
+            _text(one.floor, 100, "%.2g") + " %" if one.rate is None else f"< {100 * ENOUGH:g} %"
+        )
         rate = "does not converge" if one.rate is None else _text(one.rate, 1, "%.3f")
         predicted = "–" if one.predicted is None else f"{one.predicted:.3f}"
         straight = "–" if one.rate is None else f"{fmean(fit.straight for fit in one.fits):.3f}"
@@ -272,7 +292,10 @@ def chart_of(found: Sequence[Found]) -> Figure:
     there = [one.setting.name for one in found if one.rate is not None]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it", fontsize=11)
+    axes.set_title(
+        f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it",
+        fontsize=11,
+    )
     axes.set_xlabel("round k")
     axes.set_ylabel("‖p_k − p*‖, share of the first (median)")
     axes.set_yscale("log")
@@ -293,7 +316,9 @@ def chart_of(found: Sequence[Found]) -> Figure:
 
 def main() -> None:
     """Train, and write results.md, results.json and chart.svg."""
-    parser = argparse.ArgumentParser(description="Do the weights converge exponentially? A federation whose fixed point is known.")
+    parser = argparse.ArgumentParser(
+        description="Do the weights converge exponentially? A federation whose fixed point is known."
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/studies/convergence"))
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -305,7 +330,10 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.md").write_text(table_of(found), encoding="utf-8")
     save_svg(chart_of(found), asked.out / "chart.svg")
-    curves = [{"setting": one.setting.name, "distances": one.curves.tolist(), "predicted": one.predicted} for one in found]
+    curves = [
+        {"setting": one.setting.name, "distances": one.curves.tolist(), "predicted": one.predicted}
+        for one in found
+    ]
     (asked.out / "results.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -16,7 +16,9 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def cache_in_a_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_in_a_folder_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDGRADNORM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -40,7 +42,9 @@ def radcom_hdf5() -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
     """Calls the command line with some words: its exit status, standard output and standard error."""
 
     def call(*words: object) -> tuple[object, str, str]:

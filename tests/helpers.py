@@ -14,10 +14,25 @@ from fedgradnorm import Client, Federation, Metric, Task
 from fedgradnorm.messages import Report
 
 
-def report(client: str, grad_norm: float, rate: float = 1.0, *, task: str = "", initial_loss: float = 1.0, **fields: Any) -> Report:
+def report(
+    client: str,
+    grad_norm: float,
+    rate: float = 1.0,
+    *,
+    task: str = "",
+    initial_loss: float = 1.0,
+    **fields: Any,
+) -> Report:
     """A report for a weighting: only its numbers matter."""
     values = {"gradient": torch.ones(3), "num_examples": 10, **fields}
-    return Report(client, task or client, loss=rate * initial_loss, initial_loss=initial_loss, grad_norm=grad_norm, **values)
+    return Report(
+        client,
+        task or client,
+        loss=rate * initial_loss,
+        initial_loss=initial_loss,
+        grad_norm=grad_norm,
+        **values,
+    )
 
 
 def reports(norms: Mapping[str, float], rates: Mapping[str, float]) -> list[Report]:
@@ -35,17 +50,25 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 def small_task(name: str, classes: int = 2) -> Task:
     head = partial(nn.Linear, out_features=classes)
-    return Task(name, head, functional.cross_entropy, (Metric("accuracy", accuracy, higher_is_better=True),))
+    return Task(
+        name, head, functional.cross_entropy, (Metric("accuracy", accuracy, higher_is_better=True),)
+    )
 
 
-def small_client(id: str, *, task: Task | None = None, examples: int = 20, features: int = 6) -> Client:
+def small_client(
+    id: str, *, task: Task | None = None, examples: int = 20, features: int = 6
+) -> Client:
     rng = np.random.default_rng(len(id))
     inputs = torch.tensor(rng.normal(size=(examples, features)), dtype=torch.float32)
     targets = (inputs[:, 0] > 0).long()
     return Client(id, task or small_task("sign"), (inputs, targets), (inputs, targets))
 
 
-def small_federation(ids: Sequence[str] = ("a", "b", "c"), encoder: Callable[[], nn.Module] | None = None, **options: Any) -> Federation:
+def small_federation(
+    ids: Sequence[str] = ("a", "b", "c"),
+    encoder: Callable[[], nn.Module] | None = None,
+    **options: Any,
+) -> Federation:
     clients = [small_client(id, examples=20 + 5 * index) for index, id in enumerate(sorted(ids))]
     by_id = {client.id: client for client in clients}
     return Federation([by_id[id] for id in ids], encoder or small_encoder, **options)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload
 
-__all__ = ["ENCODER", "HEAD", "arguments", "batches", "first_encoder", "first_head", "peak_rss_mb", "report"]
+__all__ = [
+    "ENCODER",
+    "HEAD",
+    "arguments",
+    "batches",
+    "first_encoder",
+    "first_head",
+    "peak_rss_mb",
+    "report",
+]
 
 HEAD, ENCODER = 0, 1
 """The two phases of a client's round."""
@@ -22,7 +31,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--clients", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True, help="with the first one, which warms up and is not reported")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        required=True,
+        help="with the first one, which warms up and is not reported",
+    )
     return parser
 
 
@@ -38,7 +52,9 @@ def first_head(workload: Workload, client: int) -> nn.Module:
     return workload.head()
 
 
-def batches(data: Sequence[Tensor], workload: Workload, client: int, round: int, phase: int) -> Iterator[list[Tensor]]:
+def batches(
+    data: Sequence[Tensor], workload: Workload, client: int, round: int, phase: int
+) -> Iterator[list[Tensor]]:
     """Mini-batches without end, from shuffled passes over a client's data.
 
     Seeded by client, round and phase, so that the order does not hang on which process trains which client when: peers which do the same
@@ -46,7 +62,9 @@ def batches(data: Sequence[Tensor], workload: Workload, client: int, round: int,
     """
     generator = torch.Generator().manual_seed((client << 32) + 2 * round + phase)
     while True:
-        for indices in torch.randperm(workload.examples, generator=generator).split(workload.batch_size):
+        for indices in torch.randperm(workload.examples, generator=generator).split(
+            workload.batch_size
+        ):
             yield [tensor[indices] for tensor in data]
 
 
@@ -74,7 +92,14 @@ def peak_rss_mb(process: int) -> float:
     return total / 1024
 
 
-def report(peer: str, distribution: str, args: argparse.Namespace, ends: Sequence[float], final_loss: float, peak_rss_mb: float) -> None:
+def report(
+    peer: str,
+    distribution: str,
+    args: argparse.Namespace,
+    ends: Sequence[float],
+    final_loss: float,
+    peak_rss_mb: float,
+) -> None:
     """Print the result as one line of JSON.
 
     Args:

@@ -16,7 +16,9 @@ def main() -> None:
     sys.path.insert(0, str(APP))
     from quickstart import client_app, server_app
 
-    run_config = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    run_config = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
+        "config"
+    ]
     contexts = {}
     for place in range(NODES):
         node_config = {"partition-id": place, "num-partitions": NODES, "state-dir": "states"}

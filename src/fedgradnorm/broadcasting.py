@@ -49,10 +49,14 @@ def sample_size(shapes: Sequence[Sequence[int]], most: int) -> int | None:
     58
     """
     others = {length for shape in shapes for length in shape[1:]}
-    return next((number for number in SAMPLE_SIZES if number <= most and number not in others), None)
+    return next(
+        (number for number in SAMPLE_SIZES if number <= most and number not in others), None
+    )
 
 
-def watched(function: Callable[[Tensor, Tensor], object], outputs: Tensor, targets: Tensor) -> Pairing:
+def watched(
+    function: Callable[[Tensor, Tensor], object], outputs: Tensor, targets: Tensor
+) -> Pairing:
     """Run a function and say what it does with outputs and targets. No other dimension may be as long as dimension 0."""
     watch = _Watch(outputs, targets)
     with torch.no_grad(), warnings.catch_warnings(), watch:
@@ -104,7 +108,11 @@ class _Watch(TorchDispatchMode):
         if any(self._times(shape) > 1 for shape in shapes):
             return
         if name == "expand":
-            if made.ndim > operands[0].ndim and self._times(made.shape) > 1 and _in_broadcast_tensors():
+            if (
+                made.ndim > operands[0].ndim
+                and self._times(made.shape) > 1
+                and _in_broadcast_tensors()
+            ):
                 self.pairing.broadcasts = True
             return
         try:
@@ -115,7 +123,11 @@ class _Watch(TorchDispatchMode):
             return
         for one in operands:
             for other in operands:
-                if one.ndim != other.ndim and self.origin(one) >= OUTPUTS and self.origin(other) >= TARGETS:
+                if (
+                    one.ndim != other.ndim
+                    and self.origin(one) >= OUTPUTS
+                    and self.origin(other) >= TARGETS
+                ):
                     wider = one if one.ndim > other.ndim else other
                     if wider in self._widened:
                         self.pairing.explicit = True

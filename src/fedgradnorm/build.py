@@ -11,7 +11,14 @@ from fedgradnorm.config import RunConfig, TrainConfig, WeightingConfig
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
 
-__all__ = ["IN_PYTHON", "build_federation", "default_weighting", "resolve_config", "resolve_training", "versions"]
+__all__ = [
+    "IN_PYTHON",
+    "build_federation",
+    "default_weighting",
+    "resolve_config",
+    "resolve_training",
+    "versions",
+]
 
 IN_PYTHON = "given in Python"
 DEFAULT_MODEL = "default"
@@ -20,8 +27,17 @@ DEFAULT_MODEL = "default"
 def resolve_config(config: RunConfig) -> RunConfig:
     """The configuration with the defaults of every part's options filled in, and the method's weighting where it names none."""
     if "name" not in config.weighting.model_fields_set:
-        config = config.model_copy(update={"weighting": WeightingConfig(name=default_weighting(config.train), **config.weighting.options)})
-    parts = {kind: registry.resolved(kind, getattr(config, kind)) for kind in ("federation", "weighting", "aggregation", "engine")}
+        config = config.model_copy(
+            update={
+                "weighting": WeightingConfig(
+                    name=default_weighting(config.train), **config.weighting.options
+                )
+            }
+        )
+    parts = {
+        kind: registry.resolved(kind, getattr(config, kind))
+        for kind in ("federation", "weighting", "aggregation", "engine")
+    }
     if config.model.name != DEFAULT_MODEL:
         parts["model"] = registry.resolved("model", config.model)
     return config.model_copy(update={**parts, "train": resolve_training(config.train)})
@@ -55,10 +71,14 @@ def build_federation(config: RunConfig) -> Federation:
     federation: Federation = registry.build("federation", config.federation, seed=config.train.seed)
     model = config.model
     if model.name == DEFAULT_MODEL and model.options:
-        raise ConfigError(f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp")
+        raise ConfigError(
+            f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp"
+        )
     changes: dict[str, Any] = {}
     if model.name != DEFAULT_MODEL:
-        changes["encoder"] = partial(registry.build, "model", model, input_shape=federation.input_shape)
+        changes["encoder"] = partial(
+            registry.build, "model", model, input_shape=federation.input_shape
+        )
     if model.norm_layer is not None:
         changes["norm_layer"] = model.norm_layer
     if model.buffers is not None:
@@ -69,4 +89,7 @@ def build_federation(config: RunConfig) -> Federation:
 def versions() -> dict[str, str]:
     """The versions that a run's figures depend on."""
     packages = ("fedgradnorm", "numpy", "scikit-learn", "scipy", "torch")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

@@ -26,7 +26,15 @@ from fedgradnorm.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
-__all__ = ["Checkpoint", "later_than", "load_checkpoint", "load_newest", "save_checkpoint", "set_aside", "sound_rounds"]
+__all__ = [
+    "Checkpoint",
+    "later_than",
+    "load_checkpoint",
+    "load_newest",
+    "save_checkpoint",
+    "set_aside",
+    "sound_rounds",
+]
 
 FORMAT = 2
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -80,7 +88,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     server, clients = checkpoint.server, checkpoint.clients
     tensors = {"server/encoder": server.encoder}
-    tensors |= _under("server/buffers", server.buffers) | _under("server/optimizer", server.optimizer)
+    tensors |= _under("server/buffers", server.buffers) | _under(
+        "server/optimizer", server.optimizer
+    )
     for client, state in clients.items():
         for part in ("head", "encoder_buffers", "head_velocity"):
             tensors |= _under(f"client/{client}/{part}", getattr(state, part))
@@ -99,8 +109,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "seconds": checkpoint.seconds,
         "costs": dict(checkpoint.costs),
     }
-    metadata = {"state": json.dumps(numbers, allow_nan=False)}  # one entry: several are written in a random order
-    content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
+    metadata = {
+        "state": json.dumps(numbers, allow_nan=False)
+    }  # one entry: several are written in a random order
+    content = to_bytes(
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata
+    )
     folder.mkdir(exist_ok=True)
     path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
     write_atomically(path, content)
@@ -115,8 +129,14 @@ def _superfluous(paths: Sequence[Path], saved: Path, keep: int) -> list[Path]:
     Those of later rounds neither go nor count. Several of one earlier round count once.
     """
     round = round_of(saved)
-    kept = sorted({round_of(path) for path in paths if round_of(path) <= round}, reverse=True)[:keep]
-    return [path for path in paths if path != saved and (round_of(path) == round or round_of(path) < kept[-1])]
+    kept = sorted({round_of(path) for path in paths if round_of(path) <= round}, reverse=True)[
+        :keep
+    ]
+    return [
+        path
+        for path in paths
+        if path != saved and (round_of(path) == round or round_of(path) < kept[-1])
+    ]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -133,11 +153,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
             numbers = NUMBERS.validate_json(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         return _restored(numbers, tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise RunError(f"checkpoint {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise RunError(
+            f"checkpoint {path}: cannot be read: {' '.join(repr(error).split())[:300]}"
+        ) from error
 
 
-def load_newest(folder: Path, last: int | None = None) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
+def load_newest(
+    folder: Path, last: int | None = None
+) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
     """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one.
 
     Those of rounds after ``last`` are not looked at; None: all are.
@@ -199,12 +231,21 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
         )
         for client, initial_loss in numbers["clients"].items()
     }
-    return Checkpoint(server, clients, numbers["settings"], numbers["members"], numbers["seconds"], numbers["costs"])
+    return Checkpoint(
+        server,
+        clients,
+        numbers["settings"],
+        numbers["members"],
+        numbers["seconds"],
+        numbers["costs"],
+    )
 
 
 def _paths(folder: Path) -> Sequence[Path]:
     """The checkpoints of a folder, newest first."""
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = (
+        [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    )
     return sorted(found, reverse=True)
 
 
@@ -218,4 +259,8 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     start = f"{prefix}/"
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }

@@ -19,7 +19,14 @@ from fedgradnorm.federation import Client, Federation
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.modules import follow, held_tensors
-from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, norm_over, trainable
+from fedgradnorm.parameters import (
+    buffers_of,
+    flatten,
+    load_buffers,
+    load_flat,
+    norm_over,
+    trainable,
+)
 from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
 from fedgradnorm.training.steps import PlainSteps, Steps
@@ -63,7 +70,9 @@ class ClientState:
     encoder: Tensor | None = None
 
 
-def initial_state(federation: Federation, client: Client, seed: int, encoder_buffers: Mapping[str, Tensor]) -> ClientState:
+def initial_state(
+    federation: Federation, client: Client, seed: int, encoder_buffers: Mapping[str, Tensor]
+) -> ClientState:
     """A client's state before its first round: its head as initialised, and the encoder's initial buffers if they are local."""
     buffers = encoder_buffers if federation.buffers == "local" else {}
     return ClientState(head=_snapshot(federation.make_head(client, seed)), encoder_buffers=buffers)
@@ -112,18 +121,26 @@ def local_update(
         initial_loss = state.initial_loss
         if initial_loss is None:
             with drawing("initial loss", 0):
-                initial_loss = initial_loss_of(client, encoder, head, training, random_model=random_model)
+                initial_loss = initial_loss_of(
+                    client, encoder, head, training, random_model=random_model
+                )
         encoder.train()
         head.train()
         velocity = {
-            name: state.head_velocity[name].to(parameter.device) for name, parameter in trainable(head) if name in state.head_velocity
+            name: state.head_velocity[name].to(parameter.device)
+            for name, parameter in trainable(head)
+            if name in state.head_velocity
         }
         local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
         with drawing("dropout" + purpose, instruction.round):
             with record_function("head steps"):
                 method.train_head(local)
             exact = training.loss_estimate == "exact"
-            exact_loss = mean_loss(client, encoder, head, training, random_model=random_model) if exact else None
+            exact_loss = (
+                mean_loss(client, encoder, head, training, random_model=random_model)
+                if exact
+                else None
+            )
             head_seconds = perf_counter() - start
             with record_function("encoder steps"):
                 gradient, batch_loss = method.train_encoder(local)
@@ -146,11 +163,22 @@ def local_update(
     )
     own_encoder = flatten(encoder) if method.own_encoder else None
     return report, ClientState(
-        _snapshot(head, state.head), initial_loss, {} if shares_buffers else buffers, local.velocity, instruction.round, own_encoder
+        _snapshot(head, state.head),
+        initial_loss,
+        {} if shares_buffers else buffers,
+        local.velocity,
+        instruction.round,
+        own_encoder,
     )
 
 
-def load_model(encoder: nn.Module, head: nn.Module, state: ClientState, vector: Tensor, buffers: Mapping[str, Tensor]) -> None:
+def load_model(
+    encoder: nn.Module,
+    head: nn.Module,
+    state: ClientState,
+    vector: Tensor,
+    buffers: Mapping[str, Tensor],
+) -> None:
     """Put a client's model together in place: the shared or its own encoder, the shared or its own buffers, and its head.
 
     Raises:
@@ -170,8 +198,14 @@ def load_head(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if name in tensors and tensors[name].shape == own.shape:
             own.copy_(tensors[name])
         elif name in needed:
-            found = f"it of shape {tuple(tensors[name].shape)}" if name in tensors else f"{sorted(tensors)[:10]}"
-            raise FederationError(f"head: expected '{name}' of shape {tuple(own.shape)}, found {found}")
+            found = (
+                f"it of shape {tuple(tensors[name].shape)}"
+                if name in tensors
+                else f"{sorted(tensors)[:10]}"
+            )
+            raise FederationError(
+                f"head: expected '{name}' of shape {tuple(own.shape)}, found {found}"
+            )
 
 
 @contextmanager
@@ -190,7 +224,14 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def initial_loss_of(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig, *, random_model: bool) -> float:
+def initial_loss_of(
+    client: Client,
+    encoder: nn.Module,
+    head: nn.Module,
+    training: TrainConfig,
+    *,
+    random_model: bool,
+) -> float:
     """F(0): the mean training loss, or with ``initial_loss = "guess"`` that of the constant answer."""
     if training.initial_loss == "guess":
         return guess_loss(client, encoder, head, training)
@@ -198,7 +239,14 @@ def initial_loss_of(client: Client, encoder: nn.Module, head: nn.Module, trainin
 
 
 @torch.no_grad()
-def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig, *, random_model: bool = True) -> float:
+def mean_loss(
+    client: Client,
+    encoder: nn.Module,
+    head: nn.Module,
+    training: TrainConfig,
+    *,
+    random_model: bool = True,
+) -> float:
     """The mean training loss over the batches of `loss_batches`, as F(k) is: in training mode. Modes and buffers are put back.
 
     A client with few examples has few batches, so where the model or the loss draws random numbers they are taken several times. Without
@@ -214,8 +262,14 @@ def mean_loss(client: Client, encoder: nn.Module, head: nn.Module, training: Tra
         return float(client.task.loss(head(encoder(inputs)), targets))
 
     losses = [loss(indices) for indices in batches]
-    if random_model and len(batches) < FEWEST_BATCHES and Generators.now(device_of(encoder)) != drawn:
-        losses += [loss(batches[number % len(batches)]) for number in range(len(batches), FEWEST_BATCHES)]
+    if (
+        random_model
+        and len(batches) < FEWEST_BATCHES
+        and Generators.now(device_of(encoder)) != drawn
+    ):
+        losses += [
+            loss(batches[number % len(batches)]) for number in range(len(batches), FEWEST_BATCHES)
+        ]
     for module, mode, before in zip((encoder, head), modes, buffers, strict=True):
         module.train(mode)
         load_buffers(module, before.items())
@@ -239,8 +293,13 @@ def guess_loss(client: Client, encoder: nn.Module, head: nn.Module, training: Tr
     targets = [take(client.train_data, indices)[1] for indices in loss_batches(client, training)]
     answer = constant_answer(client.task, tuple(output.shape[1:]), output.dtype, targets, even=True)
     if answer is None:
-        raise FederationError(f"client '{client.id}': initial_loss = 'guess': what a constant answer is to its task is not known")
-    return fmean(client.task.loss(answer.expand(len(batch), *answer.shape), batch).item() for batch in targets)
+        raise FederationError(
+            f"client '{client.id}': initial_loss = 'guess': what a constant answer is to its task is not known"
+        )
+    return fmean(
+        client.task.loss(answer.expand(len(batch), *answer.shape), batch).item()
+        for batch in targets
+    )
 
 
 def loss_batches(client: Client, training: TrainConfig) -> np.ndarray:
@@ -253,11 +312,17 @@ def loss_batches(client: Client, training: TrainConfig) -> np.ndarray:
     batch = min(training.batch_size, examples)
     count = max(min(training.loss_examples, examples) // batch, 1) * batch
     rng = generator(training.seed, 0, client.id, "loss examples")
-    order = distinct(rng, examples, count) if draws_few(examples, count) else rng.permutation(examples)[:count]
+    order = (
+        distinct(rng, examples, count)
+        if draws_few(examples, count)
+        else rng.permutation(examples)[:count]
+    )
     return order.reshape(-1, batch)
 
 
-def evaluate_client(client: Client, encoder: nn.Module, head: nn.Module, seed: int, batch_size: int) -> Evaluation:
+def evaluate_client(
+    client: Client, encoder: nn.Module, head: nn.Module, seed: int, batch_size: int
+) -> Evaluation:
     """The loss and the metrics over a client's test data, with the generators seeded.
 
     Raises:
@@ -272,4 +337,8 @@ def evaluate_client(client: Client, encoder: nn.Module, head: nn.Module, seed: i
 
 def _snapshot(head: nn.Module, of: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Copies of a head's tensors: of all, or of those that it had when training began."""
-    return {name: tensor.clone() for name, tensor in held_tensors(head).items() if of is None or name in of}
+    return {
+        name: tensor.clone()
+        for name, tensor in held_tensors(head).items()
+        if of is None or name in of
+    }

@@ -23,7 +23,9 @@ class Costs:
     """
 
     def __init__(self, before: Mapping[str, float] = {}) -> None:
-        self.seconds = dict.fromkeys(("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0) | dict(before)
+        self.seconds = dict.fromkeys(
+            ("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0
+        ) | dict(before)
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -64,12 +66,16 @@ class TimedEngine:
         start = perf_counter()
         reports = self.engine.execute(instructions)
         seconds, in_all = perf_counter() - start, sum(report.seconds for report in reports)
-        of_heads = seconds * sum(report.head_seconds for report in reports) / in_all if in_all > 0 else 0.0
+        of_heads = (
+            seconds * sum(report.head_seconds for report in reports) / in_all if in_all > 0 else 0.0
+        )
         self.costs.seconds["head steps"] += of_heads
         self.costs.seconds["encoder steps"] += seconds - of_heads
         return reports
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
+    def evaluate(
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
+    ) -> Mapping[str, Evaluation]:
         """Test every client."""
         with self.costs.of("evaluation"):
             return self.engine.evaluate(encoder, buffers, batch_size)

@@ -54,7 +54,11 @@ def misfit(data: object) -> str | None:
     """Why something cannot be a client's data, with what to do, or None. Of a dataset that is not a list no item is looked at."""
     if isinstance(data, tuple):
         return _misfit_of_pair(data)
-    if isinstance(data, Dataset) and not isinstance(data, NOT_BY_NUMBER) and not hasattr(data, "iloc"):
+    if (
+        isinstance(data, Dataset)
+        and not isinstance(data, NOT_BY_NUMBER)
+        and not hasattr(data, "iloc")
+    ):
         return _misfit_of_item(data[0], 0) if isinstance(data, list) and data else None
     what = {
         "DataLoader": "give its .dataset: the batches are drawn by train.batch_size",
@@ -64,12 +68,18 @@ def misfit(data: object) -> str | None:
     }.get("DataLoader" if isinstance(data, DataLoader) else type(data).__name__)
     if isinstance(data, IterableDataset):
         what = "an IterableDataset has no examples by number: give a map-style one"
-    return f"expected (inputs, targets) or a map-style dataset, found {_kind(data)}" + (f"; {what}" if what else "")
+    return f"expected (inputs, targets) or a map-style dataset, found {_kind(data)}" + (
+        f"; {what}" if what else ""
+    )
 
 
 def _misfit_of_pair(data: Sequence[object]) -> str | None:
     if len(data) != 2:
-        hint = "; weights of examples belong into the targets, where the loss reads them" if len(data) == 3 else ""
+        hint = (
+            "; weights of examples belong into the targets, where the loss reads them"
+            if len(data) == 3
+            else ""
+        )
         return f"expected a pair (inputs, targets), found a tuple of {len(data)}{hint}"
     for name, part in zip(("inputs", "targets"), data, strict=True):
         if not isinstance(part, Tensor):
@@ -86,7 +96,11 @@ def _misfit_of_item(item: object, index: int) -> str | None:
     if isinstance(item, tuple | list) and len(item) == 2:
         return None
     found = f"{len(item)} parts" if isinstance(item, tuple | list) else _kind(item)
-    hint = "; weights of examples belong into the target, where the loss reads them" if found == "3 parts" else ""
+    hint = (
+        "; weights of examples belong into the target, where the loss reads them"
+        if found == "3 parts"
+        else ""
+    )
     return f"example {index}: expected a pair (input, target), found {found}{hint}"
 
 
@@ -118,7 +132,10 @@ def take(data: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return data[0][index], data[1][index]
     numbers = [int(index) for index in indices]
     pairs = [_pair(data[index], index) for index in numbers]
-    inputs, targets = (_stacked([pair[part] for pair in pairs], numbers, name) for part, name in ((0, "input"), (1, "target")))
+    inputs, targets = (
+        _stacked([pair[part] for pair in pairs], numbers, name)
+        for part, name in ((0, "input"), (1, "target"))
+    )
     return inputs, targets
 
 
@@ -130,7 +147,9 @@ def _pair(item: Any, index: int) -> tuple[Tensor, Tensor]:
         try:
             found.append(torch.as_tensor(part))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"example {index}: {name}: expected a tensor, an array or a number, found {_kind(part)}") from error
+            raise TypeError(
+                f"example {index}: {name}: expected a tensor, an array or a number, found {_kind(part)}"
+            ) from error
     return found[0], found[1]
 
 
@@ -138,7 +157,9 @@ def _stacked(parts: Sequence[Tensor], indices: Sequence[int], name: str) -> Tens
     for index, part in zip(indices, parts, strict=True):
         if part.shape != parts[0].shape:
             first, other = (tuple(one.shape) for one in (parts[0], part))
-            raise ValueError(f"examples {indices[0]} and {index}: expected {name}s of one shape, found {first} and {other}")
+            raise ValueError(
+                f"examples {indices[0]} and {index}: expected {name}s of one shape, found {first} and {other}"
+            )
     return torch.stack(list(parts))
 
 
@@ -148,10 +169,18 @@ def in_batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     The batches are copies, because the user's own code may change them in place.
     """
     count, start = size(data), 0
-    most = _examples_at_once(data[0][:1], batch_size) if isinstance(data, tuple) else min(batch_size, FIRST)
+    most = (
+        _examples_at_once(data[0][:1], batch_size)
+        if isinstance(data, tuple)
+        else min(batch_size, FIRST)
+    )
     while start < count:
         end = min(start + most, count)
-        batch = (data[0][start:end].clone(), data[1][start:end].clone()) if isinstance(data, tuple) else take(data, np.arange(start, end))
+        batch = (
+            (data[0][start:end].clone(), data[1][start:end].clone())
+            if isinstance(data, tuple)
+            else take(data, np.arange(start, end))
+        )
         yield batch
         start, most = end, _examples_at_once(batch[0][:1], batch_size)
 

@@ -89,7 +89,10 @@ def printable(text: str) -> str:
     >>> printable("no\x1b[2J luck")
     'no\\x1b[2J luck'
     """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def warn(message: str) -> None:

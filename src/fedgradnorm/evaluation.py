@@ -12,7 +12,14 @@ from fedgradnorm.errors import described
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.task import Metric, Task
 
-__all__ = ["EVALUATION_BATCH", "NOT_FINITE", "Evaluation", "constant_guess", "evaluate", "evaluation_of"]
+__all__ = [
+    "EVALUATION_BATCH",
+    "NOT_FINITE",
+    "Evaluation",
+    "constant_guess",
+    "evaluate",
+    "evaluation_of",
+]
 
 SMALL, MOVED = 1e-5, 1e-3
 """A metric of a constant answer is a number if it moves by no more than the second when the answer moves by the first."""
@@ -44,7 +51,9 @@ class Evaluation:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def evaluate(task: Task, encoder: nn.Module, head: nn.Module, data: Data, batch_size: int = EVALUATION_BATCH) -> Evaluation:
+def evaluate(
+    task: Task, encoder: nn.Module, head: nn.Module, data: Data, batch_size: int = EVALUATION_BATCH
+) -> Evaluation:
     """The loss and all metrics of a task over a whole set of data, in evaluation mode, which the modules are left in.
 
     No more outputs are kept than metrics need: none where all are `Metric.batched`.
@@ -62,7 +71,11 @@ def evaluation_of(task: Task, loss: float, outputs: Tensor, targets: Tensor) -> 
 
 @torch.no_grad()
 def constant_guess(
-    task: Task, test: Data, shape: tuple[int, ...], dtype: torch.dtype, batch_size: int = EVALUATION_BATCH
+    task: Task,
+    test: Data,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    batch_size: int = EVALUATION_BATCH,
 ) -> dict[str, float]:
     """The metrics of an answer that looks at no input, chosen in hindsight, as `constant_answer` gives it.
 
@@ -77,26 +90,45 @@ def constant_guess(
         The metrics that have a finite value for it, by name, and keep it when the answer is moved a little: those that only read the order
         of outputs, such as an AUC or a correlation, have none. Empty where it is not known what a constant answer is.
     """
-    answer = constant_answer(task, shape, dtype, (targets for _, targets in in_batches(test, batch_size)))
+    answer = constant_answer(
+        task, shape, dtype, (targets for _, targets in in_batches(test, batch_size))
+    )
     if answer is None:
         return {}
-    found = _scored(task, test, lambda inputs: answer.expand(len(inputs), *shape), batch_size, with_loss=False)
+    found = _scored(
+        task, test, lambda inputs: answer.expand(len(inputs), *shape), batch_size, with_loss=False
+    )
     draws = torch.Generator().manual_seed(0)
 
     def moved(inputs: Tensor) -> Tensor:
         noise = torch.randn((len(inputs), *shape), generator=draws).to(dtype)
         return answer + SMALL * (1 + answer.abs()) * noise
 
-    near = _scored(task, test, moved, batch_size, with_loss=False).metrics if answer.is_floating_point() else found.metrics
+    near = (
+        _scored(task, test, moved, batch_size, with_loss=False).metrics
+        if answer.is_floating_point()
+        else found.metrics
+    )
     return {
-        name: value for name, value in found.metrics.items() if math.isfinite(value) and abs(near[name] - value) <= MOVED * (1 + abs(value))
+        name: value
+        for name, value in found.metrics.items()
+        if math.isfinite(value) and abs(near[name] - value) <= MOVED * (1 + abs(value))
     }
 
 
 @torch.no_grad()
-def _scored(task: Task, data: Data, answer: Callable[[Tensor], Tensor], batch_size: int, *, with_loss: bool = True) -> Evaluation:
+def _scored(
+    task: Task,
+    data: Data,
+    answer: Callable[[Tensor], Tensor],
+    batch_size: int,
+    *,
+    with_loss: bool = True,
+) -> Evaluation:
     count = size(data)
-    at_once, by_batch = ([one for one in task.metrics if one.batched is batched] for batched in (False, True))
+    at_once, by_batch = (
+        [one for one in task.metrics if one.batched is batched] for batched in (False, True)
+    )
     outputs, targets = _Kept(count), _Kept(count)  # targets that are a tensor are there already
     total, sums, failed = 0.0, dict.fromkeys((one.name for one in by_batch), 0.0), dict[str, str]()
     for inputs, expected in in_batches(data, batch_size):
@@ -106,7 +138,9 @@ def _scored(task: Task, data: Data, answer: Callable[[Tensor], Tensor], batch_si
             if not isinstance(data, tuple):
                 targets.add(expected)
         if with_loss:  # which may change its arguments in place
-            total += task.loss(*((found.clone(), expected.clone()) if by_batch else (found, expected))).item() * len(expected)
+            total += task.loss(
+                *((found.clone(), expected.clone()) if by_batch else (found, expected))
+            ).item() * len(expected)
         if by_batch:
             values, raised = _metrics_of(by_batch, found.cpu(), expected.cpu())
             sums = {name: sums[name] + values[name] * len(expected) for name in sums}
@@ -147,7 +181,11 @@ def _metrics_of(
         targets: of the same examples.
         shared: whether other code has the same tensors.
     """
-    values, failed, spoilt_by = dict.fromkeys((metric.name for metric in metrics), math.nan), dict[str, str](), ""
+    values, failed, spoilt_by = (
+        dict.fromkeys((metric.name for metric in metrics), math.nan),
+        dict[str, str](),
+        "",
+    )
     small = outputs.nbytes + targets.nbytes <= COPIED_BYTES
     if shared and not small:
         outputs, targets = outputs.clone(), targets.clone()

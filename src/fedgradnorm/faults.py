@@ -53,21 +53,36 @@ class FaultyEngine:
         """Put the clients' states back."""
         self.engine.restore(states)
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
+    def evaluate(
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
+    ) -> Mapping[str, Evaluation]:
         """Test every client, without faults."""
         return self.engine.evaluate(encoder, buffers, batch_size)
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, and spoil some of their reports."""
-        arrived, self._late = [one for one in self._late if one.round not in {each.round for each in instructions}], []
+        arrived, self._late = (
+            [one for one in self._late if one.round not in {each.round for each in instructions}],
+            [],
+        )
         by_client = {instruction.client: instruction for instruction in instructions}
         for report in self.engine.execute(instructions):
             arrived += self._after_faults(report, by_client[report.client])
         return arrived
 
     def _after_faults(self, report: Report, instruction: Instruction) -> list[Report]:
-        rng = generator(instruction.training.seed, instruction.round, instruction.client, f"faults {instruction.attempt}")
-        lost, late, nan, corrupt = rng.random(4) < (self.faults.drop, self.faults.delay, self.faults.nan, self.faults.corrupt)
+        rng = generator(
+            instruction.training.seed,
+            instruction.round,
+            instruction.client,
+            f"faults {instruction.attempt}",
+        )
+        lost, late, nan, corrupt = rng.random(4) < (
+            self.faults.drop,
+            self.faults.delay,
+            self.faults.nan,
+            self.faults.corrupt,
+        )
         if lost:
             return []
         if late:
@@ -78,7 +93,9 @@ class FaultyEngine:
             gradient[int(rng.integers(len(gradient)))] = torch.nan
             report = replace(report, gradient=gradient)
         if corrupt:
-            report = _corrupted(report, CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))], int(rng.integers(2**62)))
+            report = _corrupted(
+                report, CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))], int(rng.integers(2**62))
+            )
         return [report]
 
 
@@ -90,5 +107,7 @@ def _corrupted(report: Report, how: str, seed: int) -> Report:
         return replace(report, gradient=gradient[: len(gradient) // 2])
     if how == "infinite loss":
         return replace(report, loss=math.inf)
-    noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype)
+    noise = torch.randn(
+        gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype
+    )
     return replace(report, gradient=noise * gradient.norm())

@@ -57,9 +57,13 @@ class Client:
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not CLIENT_ID.fullmatch(self.id):
-            raise FederationError(f"client id '{self.id}': expected up to 100 letters, digits, '.', '_', '-', the first no '.' or '-'")
+            raise FederationError(
+                f"client id '{self.id}': expected up to 100 letters, digits, '.', '_', '-', the first no '.' or '-'"
+            )
         if not isinstance(self.task, Task):
-            raise FederationError(f"client '{self.id}': task: expected a Task, found {type(self.task).__name__}")
+            raise FederationError(
+                f"client '{self.id}': task: expected a Task, found {type(self.task).__name__}"
+            )
         for source, kind in ((self.train, "training"), (self.test, "test")):
             if not _is_loader(source) and not (source is None and kind == "test"):
                 self._check(source, kind)
@@ -83,7 +87,9 @@ class Client:
         except FedGradNormError:
             raise
         except Exception as error:  # the user's own code may raise anything
-            raise FederationError(f"client '{self.id}': the function that loads its {kind} data raised {described(error)}") from error
+            raise FederationError(
+                f"client '{self.id}': the function that loads its {kind} data raised {described(error)}"
+            ) from error
         self._check(data, kind)
         return data
 
@@ -92,9 +98,13 @@ class Client:
         if (why := misfit(data)) is not None:
             raise FederationError(f"client '{self.id}': {kind} data: {why}")
         if isinstance(data, tuple) and len(data[0]) != len(data[1]):
-            raise FederationError(f"client '{self.id}': {len(data[0])} {kind} inputs, but {len(data[1])} targets")
+            raise FederationError(
+                f"client '{self.id}': {len(data[0])} {kind} inputs, but {len(data[1])} targets"
+            )
         if size(data) == 0:  # type: ignore[arg-type]  # it fits
-            raise FederationError(f"client '{self.id}' is empty: expected at least one {kind} example")
+            raise FederationError(
+                f"client '{self.id}' is empty: expected at least one {kind} example"
+            )
 
 
 def _is_loader(source: Data | Callable[[], Data] | None) -> TypeIs[Callable[[], Data]]:
@@ -107,7 +117,9 @@ def absent(*_: object) -> Any:
     raise LookupError("a client's data and losses are with the client alone")
 
 
-def absent_client(id: str, task: str, metric: str = "", higher_is_better: bool = True, percent: bool = False) -> Client:
+def absent_client(
+    id: str, task: str, metric: str = "", higher_is_better: bool = True, percent: bool = False
+) -> Client:
     """A client of whom no more is known than names: its id, its task's, and that of its main metric, empty for none."""
     metrics = (Metric(metric, absent, higher_is_better, percent),) if metric else ()
     return Client(id, Task(task, absent, absent, metrics), absent)
@@ -160,7 +172,10 @@ class Members(ABC):
     @cached_property
     def layout(self) -> list[tuple[str, tuple[int, ...]]]:
         """The encoder's trainable parameters: names and shapes in the order of the flat vector."""
-        return [(name, tuple(parameter.shape)) for name, parameter in trainable(self.make_encoder(seed=0))]
+        return [
+            (name, tuple(parameter.shape))
+            for name, parameter in trainable(self.make_encoder(seed=0))
+        ]
 
 
 @dataclass(frozen=True)
@@ -191,18 +206,38 @@ class Federation(Members):
         object.__setattr__(self, "clients", _listed(self.clients))
         _check_ids([client.id for client in self.clients])
         if isinstance(self.encoder, nn.Module) or not callable(self.encoder):
-            hint = "; for a trained one: encoder=lambda: module" if isinstance(self.encoder, nn.Module) else ""
-            raise FederationError(f"encoder: expected a function that makes the encoder, found {type(self.encoder).__name__}{hint}")
-        if self.example is not None and not (isinstance(self.example, Tensor) and self.example.ndim and len(self.example) == 1):
-            found = tuple(self.example.shape) if isinstance(self.example, Tensor) else type(self.example).__name__
-            raise FederationError(f"example: expected one input as a batch of one, of shape (1, ...), found {found}")
+            hint = (
+                "; for a trained one: encoder=lambda: module"
+                if isinstance(self.encoder, nn.Module)
+                else ""
+            )
+            raise FederationError(
+                f"encoder: expected a function that makes the encoder, found {type(self.encoder).__name__}{hint}"
+            )
+        if self.example is not None and not (
+            isinstance(self.example, Tensor) and self.example.ndim and len(self.example) == 1
+        ):
+            found = (
+                tuple(self.example.shape)
+                if isinstance(self.example, Tensor)
+                else type(self.example).__name__
+            )
+            raise FederationError(
+                f"example: expected one input as a batch of one, of shape (1, ...), found {found}"
+            )
         tasks: dict[str, Task] = {}
         for client in self.clients:
             other = tasks.setdefault(client.task.name, client.task)
-            if [(m.name, m.higher_is_better) for m in other.metrics] != [(m.name, m.higher_is_better) for m in client.task.metrics]:
-                raise FederationError(f"client '{client.id}': two tasks with different metrics have the name '{client.task.name}'")
+            if [(m.name, m.higher_is_better) for m in other.metrics] != [
+                (m.name, m.higher_is_better) for m in client.task.metrics
+            ]:
+                raise FederationError(
+                    f"client '{client.id}': two tasks with different metrics have the name '{client.task.name}'"
+                )
         if self.buffers not in ("local", "averaged"):
-            raise FederationError(f"buffers: expected 'local' or 'averaged', found '{self.buffers}'")
+            raise FederationError(
+                f"buffers: expected 'local' or 'averaged', found '{self.buffers}'"
+            )
         encoder = self.make_encoder(seed=0)
         if len({parameter.dtype for _, parameter in trainable(encoder)}) != 1:
             raise FederationError(_of_no_one_type(encoder))
@@ -219,7 +254,9 @@ class Federation(Members):
         try:
             return self._by_id[id]
         except KeyError:
-            raise FederationError(f"there is no client '{id}'; {nearest(id, self.client_ids)}") from None
+            raise FederationError(
+                f"there is no client '{id}'; {nearest(id, self.client_ids)}"
+            ) from None
 
     @cached_property
     def _by_id(self) -> dict[str, Client]:
@@ -242,7 +279,9 @@ class Federation(Members):
 
     def heads_of(self, client: Client) -> Source:
         """The factory of a client's head, made safe to be called again and again; a key is a seed and the client's id."""
-        features = self.num_features  # known before the generators are seeded: to find it out may draw from them
+        features = (
+            self.num_features
+        )  # known before the generators are seeded: to find it out may draw from them
 
         def call(key: tuple[int, str]) -> nn.Module:
             with seeded(key[0], 0, key[1], "head"):
@@ -268,7 +307,11 @@ class Federation(Members):
         """A number that clients share whose heads do the same with the same parameters, and whose losses are one."""
         known, numbers = self._kinds
         if (seed, client.id) not in known:
-            kind = kind_of(client.task.head), kind_of(client.task.loss), makeup_of(self.make_head(client, seed))
+            kind = (
+                kind_of(client.task.head),
+                kind_of(client.task.loss),
+                makeup_of(self.make_head(client, seed)),
+            )
             known[seed, client.id] = numbers.setdefault(kind, len(numbers))
         return known[seed, client.id]
 
@@ -354,21 +397,37 @@ class Federation(Members):
         without = [id for id, names in reached.items() if not set(layer) & set(names)]
         if len(without) == len(reached):
             every = set().union(*reached.values())
-            used = [name for name, parameter in trainable(encoder) if parameter.ndim >= 2 and name in every]
+            used = [
+                name
+                for name, parameter in trainable(encoder)
+                if parameter.ndim >= 2 and name in every
+            ]
             hint = f", such as '{used[-1].rpartition('.')[0] or used[-1]}'" if used else ""
-            raise FederationError(f"norm_layer: no gradient reaches '{layer[0]}' from any client; name another layer{hint}")
+            raise FederationError(
+                f"norm_layer: no gradient reaches '{layer[0]}' from any client; name another layer{hint}"
+            )
         for id in without:
-            warn(f"client '{id}': no gradient reaches the norm layer, '{layer[0]}', from it: FedGradNorm leaves its weight as it is")
+            warn(
+                f"client '{id}': no gradient reaches the norm layer, '{layer[0]}', from it: FedGradNorm leaves its weight as it is"
+            )
 
     def _check_metrics(self, failed: Mapping[str, Mapping[str, str]]) -> None:
         """Raise FederationError for a metric that can be taken of no client that has its task, and warn of others that cannot be taken."""
         for id, reasons in failed.items():
             task = self.client(id).task.name
-            alike = [client.id for client in self.clients if client.task.name == task and client.test is not None]
+            alike = [
+                client.id
+                for client in self.clients
+                if client.task.name == task and client.test is not None
+            ]
             for metric, why in reasons.items():
                 if all(metric in failed[other] for other in alike):
-                    raise FederationError(f"client '{id}': metric '{metric}' cannot be taken of its test data: {why}")
-                warn(f"client '{id}': metric '{metric}' cannot be taken of its test data, and will be missing: {why}")
+                    raise FederationError(
+                        f"client '{id}': metric '{metric}' cannot be taken of its test data: {why}"
+                    )
+                warn(
+                    f"client '{id}': metric '{metric}' cannot be taken of its test data, and will be missing: {why}"
+                )
 
     def _example_of(self, client: Client) -> Tensor:
         if self.example is not None:
@@ -378,7 +437,9 @@ class Federation(Members):
         except FederationError:
             raise
         except Exception as error:  # the user's own code may raise anything
-            raise FederationError(f"client '{client.id}': training data: {described(error)}") from error
+            raise FederationError(
+                f"client '{client.id}': training data: {described(error)}"
+            ) from error
 
     def _check_encoder(self, client: Client, encoder: nn.Module) -> Tensor:
         """The features of an example of a client."""
@@ -389,7 +450,9 @@ class Federation(Members):
             reason = f"its inputs do not pass through the encoder one at a time: {described(error)}"
             raise FederationError(f"client '{client.id}': {reason}") from error
         if features.ndim < 2:
-            raise FederationError(f"the encoder gives shape {tuple(features.shape)} for a batch of one, expected (1, features)")
+            raise FederationError(
+                f"the encoder gives shape {tuple(features.shape)} for a batch of one, expected (1, features)"
+            )
         if self.encoders.shared and client is self.clients[0]:
             _check_copied(self.encoders, 0, example)
         return features
@@ -406,8 +469,14 @@ class Federation(Members):
                 f"client '{client.id}': the encoder's output of shape {shape} does not fit its head: {described(error)}"
             ) from error
         if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != 1:
-            found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise FederationError(f"client '{client.id}': head: expected outputs of shape (1, ...) for a batch of one, found {found}")
+            found = (
+                f"shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
+            raise FederationError(
+                f"client '{client.id}': head: expected outputs of shape (1, ...) for a batch of one, found {found}"
+            )
         self.outputs[client.id] = tuple(output.shape[1:]), output.dtype
         if not alike:
             self._check_ties(client, features)
@@ -420,7 +489,9 @@ class Federation(Members):
         head = self.heads_of(client).original((0, client.id))
         _check_memory(head, what)
         with torch.no_grad():
-            if have_memory_in_common(encoder, head) or reads_tensors_of(encoder, lambda: head.eval()(features)):
+            if have_memory_in_common(encoder, head) or reads_tensors_of(
+                encoder, lambda: head.eval()(features)
+            ):
                 raise FederationError(
                     f"{what}: it has or reads a tensor of the encoder, of which every client trains copies: expected a head with "
                     "tensors of its own, which gets the encoder's output"
@@ -442,7 +513,9 @@ def _listed(clients: object) -> tuple[Client, ...]:
     listed = tuple(clients)
     for place, client in enumerate(listed):
         if not isinstance(client, Client):
-            raise FederationError(f"clients: expected a list of Client, found {type(client).__name__} at place {place}")
+            raise FederationError(
+                f"clients: expected a list of Client, found {type(client).__name__} at place {place}"
+            )
     if not listed:
         raise FederationError("a federation needs at least one client")
     return listed
@@ -466,15 +539,23 @@ def _materialise(module: nn.Module, example: Tensor, what: str) -> None:
     try:
         materialise(module, example)
     except Exception as error:  # the user's own code may raise anything
-        raise FederationError(f"{what}: its lazy parameters cannot be given their shapes by an example: {described(error)}") from error
+        raise FederationError(
+            f"{what}: its lazy parameters cannot be given their shapes by an example: {described(error)}"
+        ) from error
 
 
 def _of_no_one_type(encoder: nn.Module) -> str:
     """What is wrong with an encoder whose trainable parameters are none, or of several types."""
-    types = sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable(encoder)})
+    types = sorted(
+        {str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable(encoder)}
+    )
     if types:
         return f"encoder: expected trainable parameters of one type, found {' and '.join(types)}: encoder.float() makes them alike"
-    found = "all parameters are frozen: requires_grad_(True) lets them be trained" if list(encoder.parameters()) else "it has no parameters"
+    found = (
+        "all parameters are frozen: requires_grad_(True) lets them be trained"
+        if list(encoder.parameters())
+        else "it has no parameters"
+    )
     return f"encoder: expected trainable parameters, and {found}"
 
 
@@ -482,9 +563,13 @@ def _check_memory(module: nn.Module, what: str) -> None:
     """Raise FederationError for tensors that share memory without being one parameter, or whose numbers share it."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and overlaps_itself(parameter):
-            raise FederationError(f"{what}: several numbers of '{name}' lie in the same memory: expected a parameter of its own, .clone()")
+            raise FederationError(
+                f"{what}: several numbers of '{name}' lie in the same memory: expected a parameter of its own, .clone()"
+            )
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise FederationError(f"{what}: '{name}' has a hook after its gradient is accumulated, which never runs here: take it off")
+            raise FederationError(
+                f"{what}: '{name}' has a hook after its gradient is accumulated, which never runs here: take it off"
+            )
     if (names := shared_memory(module)) is not None:
         raise FederationError(
             f"{what}: '{names[0]}' and '{names[1]}' share memory, and would be trained as two: use one parameter in both places, "

@@ -25,7 +25,9 @@ FLAT = 1e-4
 AnswerKind = Literal["scores", "values"]
 
 
-def answer_kind(task: Task, shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor) -> AnswerKind | None:
+def answer_kind(
+    task: Task, shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor
+) -> AnswerKind | None:
     """What a task's outputs are, found out by its loss; None where that does not tell.
 
     - ``"scores"``: targets are classes, whole numbers of shape ``(n,)``; outputs have a score for each, shape
@@ -40,7 +42,12 @@ def answer_kind(task: Task, shape: tuple[int, ...], dtype: torch.dtype, targets:
     """
     targets = targets[:TRIED]
     try:
-        if not targets.is_floating_point() and targets.ndim == 1 and len(shape) == 1 and shape[0] > 1:
+        if (
+            not targets.is_floating_point()
+            and targets.ndim == 1
+            and len(shape) == 1
+            and shape[0] > 1
+        ):
             return "scores" if _are_scores(task, shape[0], dtype, targets) else None
         if tuple(targets.shape[1:]) == shape and not targets.is_complex():
             return "values" if _are_values(task, dtype, targets) else None
@@ -78,7 +85,9 @@ def _is_absolute_error(task: Task, dtype: torch.dtype, targets: Tensor) -> bool:
 
 
 def _loss(task: Task, outputs: Tensor, targets: Tensor) -> float:
-    return float(task.loss(outputs.clone(), targets.clone()))  # copies: the user's own loss may change them in place
+    return float(
+        task.loss(outputs.clone(), targets.clone())
+    )  # copies: the user's own loss may change them in place
 
 
 @torch.enable_grad()
@@ -89,7 +98,12 @@ def _slopes(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def constant_answer(
-    task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches: Iterable[Tensor], *, even: bool = False
+    task: Task,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    batches: Iterable[Tensor],
+    *,
+    even: bool = False,
 ) -> Tensor | None:
     """One output that is the best without looking at inputs: the task's own `Task.guess`, the majority class, or the mean target.
 
@@ -121,13 +135,19 @@ def constant_answer(
         if absolute:  # a median needs them all
             kept.append(targets)
         else:
-            total = total + (torch.bincount(targets.long(), minlength=shape[0]) if kind == "scores" else targets.double().sum(dim=0))
+            total = total + (
+                torch.bincount(targets.long(), minlength=shape[0])
+                if kind == "scores"
+                else targets.double().sum(dim=0)
+            )
     if kind == "scores":
         return functional.one_hot(total.argmax(), shape[0]).to(dtype)
     return (torch.cat(kept).double().median(dim=0).values if absolute else total / count).to(dtype)
 
 
-def _own_answer(task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches: Iterable[Tensor]) -> Tensor:
+def _own_answer(
+    task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches: Iterable[Tensor]
+) -> Tensor:
     """The task's own `Task.guess`. Raises FederationError for what is not one output."""
     given = task.guess(torch.cat(list(batches))) if callable(task.guess) else task.guess
     if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype == torch.bool):
@@ -137,5 +157,7 @@ def _own_answer(task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches:
         found = f"the number {answer.item():g}" if answer.ndim == 0 else str(tuple(answer.shape))
         raise FederationError(f"expected one output of shape {shape}, found {found}")
     if not torch.isfinite(answer).all():
-        raise FederationError(f"expected finite numbers, found {answer[~torch.isfinite(answer)].flatten()[0].item()}")
+        raise FederationError(
+            f"expected finite numbers, found {answer[~torch.isfinite(answer)].flatten()[0].item()}"
+        )
     return answer.reshape(shape)

@@ -110,14 +110,25 @@ class RunWriter:
             self._metrics = undo.enter_context((folder / "metrics.jsonl").open("a+b"))
             self._metrics.truncate(_end_of_round(self._metrics, folder, round))
             events = folder / "tensorboard"
-            self._tensorboard = _tensorboard_writer(events, purge_step=round + 1) if config.run.tensorboard else None
+            self._tensorboard = (
+                _tensorboard_writer(events, purge_step=round + 1)
+                if config.run.tensorboard
+                else None
+            )
             undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError) if error is not None else self._writing():  # what an error left unsaid is not worth a second one
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with (
+            suppress(OSError) if error is not None else self._writing()
+        ):  # what an error left unsaid is not worth a second one
             self._metrics.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -125,13 +136,17 @@ class RunWriter:
     def write_round(self, rows: Sequence[Row]) -> None:
         """Add a round's lines to metrics.jsonl and its figures to TensorBoard."""
         with self._writing():
-            self._metrics.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+            self._metrics.write(
+                "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+            )
             self._metrics.flush()
             if self._tensorboard is not None:
                 for row in rows:
                     for key in CURVES:
                         if row[key] is not None:
-                            self._tensorboard.add_scalar(f"{key}/{row['client']}", row[key], row["round"])
+                            self._tensorboard.add_scalar(
+                                f"{key}/{row['client']}", row[key], row["round"]
+                            )
 
     def write_members(self, members: MembersRecord) -> None:
         """Write members.json."""
@@ -149,14 +164,18 @@ class RunWriter:
         """Write a checkpoint, after the lines that belong to it are on the disk."""
         with self._writing():
             os.fsync(self._metrics.fileno())
-            checkpoint = Checkpoint(server, clients, self.config.model_dump(mode="json"), members, seconds, costs)
+            checkpoint = Checkpoint(
+                server, clients, self.config.model_dump(mode="json"), members, seconds, costs
+            )
             save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
         """Save the encoder's state and every client's head, with the encoder buffers, and the encoder, of its own."""
         with self._writing():
             _save(_all_tensors(encoder), self.folder / "models" / "encoder.safetensors")
-            if self.config.run.experiment is not None:  # the heads are with the clients, on other machines
+            if (
+                self.config.run.experiment is not None
+            ):  # the heads are with the clients, on other machines
                 return
             for id, state in states.items():
                 head = {f"head.{name}": value for name, value in state.head.items()}
@@ -167,7 +186,10 @@ class RunWriter:
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
         with self._writing():
-            write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+            write_atomically(
+                self.folder / "summary.json",
+                (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode(),
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -199,7 +221,9 @@ def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> N
     try:
         if aside.exists():
             shutil.rmtree(aside)
-        if old.exists() and folder.exists():  # a run that was killed in its first round leaves the run before it
+        if (
+            old.exists() and folder.exists()
+        ):  # a run that was killed in its first round leaves the run before it
             shutil.rmtree(old if _has_rounds(folder) else folder)
         (aside / "models" / "heads").mkdir(parents=True)
         write_atomically(aside / "config.toml", content)
@@ -208,7 +232,9 @@ def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> N
         aside.rename(folder)
         sync_folder(folder.parent)
     except (OSError, ValueError) as error:
-        raise RunError(f"run folder {str(folder)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise RunError(
+            f"run folder {str(folder)!r}: cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def set_rounds_aside(folder: Path, round: int) -> Path | None:
@@ -229,11 +255,15 @@ def set_rounds_aside(folder: Path, round: int) -> Path | None:
         later = later_than(folder / CHECKPOINTS, round)
         if not lines and not later:
             return None
-        numbers = [int(entry.name) for entry in (folder / UNDONE).glob("*") if entry.name.isdecimal()]
+        numbers = [
+            int(entry.name) for entry in (folder / UNDONE).glob("*") if entry.name.isdecimal()
+        ]
         aside = folder / UNDONE / str(max(numbers, default=0) + 1)
         (aside / CHECKPOINTS).mkdir(parents=True)
         write_atomically(aside / "metrics.jsonl", lines)
-        for name in RESULTS:  # before the checkpoints: while these are there, it is not gone back yet
+        for (
+            name
+        ) in RESULTS:  # before the checkpoints: while these are there, it is not gone back yet
             if (folder / name).is_file():
                 (folder / name).rename(aside / Path(name).name)
         for path in later:  # the newest first: the newest that is left is one to go on from
@@ -241,7 +271,9 @@ def set_rounds_aside(folder: Path, round: int) -> Path | None:
         sync_folder(aside)
         sync_folder(folder / CHECKPOINTS)
     except OSError as error:
-        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"run folder {folder}: cannot be written: {error.strerror or error}"
+        ) from error
     return aside
 
 
@@ -264,7 +296,9 @@ def put_back(folder: Path) -> None:
         old.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        raise RunError(f"run folder {folder}: cannot be written: {error.strerror or error}; the run that was there is in {old}") from error
+        raise RunError(
+            f"run folder {folder}: cannot be written: {error.strerror or error}; the run that was there is in {old}"
+        ) from error
 
 
 def _has_rounds(folder: Path) -> bool:
@@ -298,11 +332,15 @@ def alone_in(folder: Path, timeout: float | None = None, hint: str = "") -> Iter
         file = lock_of(real)
         file.touch()  # FileLock waits where no file can be made
         if HELD.get(real) == get_ident():
-            raise RunError(f"run folder {folder}: a run of this program is writing to it: expected another run to begin after its end")
+            raise RunError(
+                f"run folder {folder}: a run of this program is writing to it: expected another run to begin after its end"
+            )
         lock = FileLock(file)
         lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout, poll_interval=0.1)
     except Timeout:
-        raise RunError(f"run folder {folder}: another run is writing to it: wait for it, or stop it (with Flower: `flwr stop`)") from None
+        raise RunError(
+            f"run folder {folder}: another run is writing to it: wait for it, or stop it (with Flower: `flwr stop`)"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise
@@ -328,7 +366,9 @@ def being_written(folder: Path) -> bool | None:
     except (ImportError, OSError, RuntimeError):  # there is no fcntl on Windows
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once do not see each other
+        fcntl.flock(
+            lock, fcntl.LOCK_SH | fcntl.LOCK_NB
+        )  # shared: two who ask at once do not see each other
     except BlockingIOError:
         return True
     except OSError:
@@ -355,7 +395,11 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 def how_to_go_on(folder: Path, config: RunConfig) -> str:
     """How a run is gone on with: by a command, or where its clients are on other machines by its Flower app."""
-    return f"fedgradnorm resume {folder}" if config.run.experiment is None else "start its Flower app again"
+    return (
+        f"fedgradnorm resume {folder}"
+        if config.run.experiment is None
+        else "start its Flower app again"
+    )
 
 
 def _toml_of(config: RunConfig) -> bytes:
@@ -386,7 +430,9 @@ class Run:
         except (OSError, ValueError):
             found = False
         if not found:
-            raise RunError(f"{str(folder)[:200]} is no run: expected a folder with a config.toml, as `fedgradnorm run` makes it")
+            raise RunError(
+                f"{str(folder)[:200]} is no run: expected a folder with a config.toml, as `fedgradnorm run` makes it"
+            )
         self.config = load_config_of(self.folder)
 
     def rows(self) -> list[Row]:
@@ -415,7 +461,9 @@ class Run:
                     start = file.seek(max(0, end - size))
                     *lines, torn = file.read(end - start).split(b"\n")
                     rows = self._parsed(lines[1:] if start else lines)
-                    if start == 0 or len({row["round"] for row in rows}) > 2:  # the first may be cut here, and the last not be whole
+                    if (
+                        start == 0 or len({row["round"] for row in rows}) > 2
+                    ):  # the first may be cut here, and the last not be whole
                         rows = _whole(rows, torn=torn)
                         return [row for row in rows if row["round"] == rows[-1]["round"]]
                     size *= 4
@@ -429,24 +477,32 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether summary.json is there, and of as many rounds as the settings say. Raises RunError where it is damaged."""
-        return (self.folder / "summary.json").exists() and self.summary()["rounds"] >= self.config.train.num_rounds
+        return (self.folder / "summary.json").exists() and self.summary()[
+            "rounds"
+        ] >= self.config.train.num_rounds
 
     def members(self) -> MembersRecord | None:
         """What members.json holds; None where there is none, for the clients are on other machines."""
         if not (self.folder / "members.json").exists():
             return None
-        return self._checked("members.json", MEMBERS, self._json("members.json", self._text("members.json")))
+        return self._checked(
+            "members.json", MEMBERS, self._json("members.json", self._text("members.json"))
+        )
 
     def summary(self) -> Summary:
         """What summary.json holds."""
-        return self._checked("summary.json", SUMMARY, self._json("summary.json", self._text("summary.json")))
+        return self._checked(
+            "summary.json", SUMMARY, self._json("summary.json", self._text("summary.json"))
+        )
 
     def has_results(self) -> bool:
         """Whether it got beyond its first round, which may have been cut short before there was a checkpoint."""
         rounds = set()
         with suppress(OSError), (self.folder / "metrics.jsonl").open("rb") as file:
             for line in file:
-                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn or damaged line
+                with suppress(
+                    ValueError, KeyError, TypeError, RecursionError
+                ):  # a torn or damaged line
                     rounds.add(json.loads(line)["round"])
         return bool(rounds - {1}) or (self.folder / "summary.json").exists()
 
@@ -456,17 +512,24 @@ class Run:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{path}: expected a sound safetensors file, as a finished run has it; {error}") from error
+            raise RunError(
+                f"{path}: expected a sound safetensors file, as a finished run has it; {error}"
+            ) from error
 
     def _parsed(self, lines: Sequence[str | bytes]) -> list[Row]:
-        rows = [self._json("metrics.jsonl", line, f" line {number}") for number, line in enumerate(lines, start=1)]
+        rows = [
+            self._json("metrics.jsonl", line, f" line {number}")
+            for number, line in enumerate(lines, start=1)
+        ]
         return self._checked("metrics.jsonl", ROWS, rows)
 
     def _text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.folder / name}: cannot be read; {error}. Did the run finish?") from error
+            raise RunError(
+                f"{self.folder / name}: cannot be read; {error}. Did the run finish?"
+            ) from error
 
     def _json(self, name: str, text: str | bytes, place: str = "") -> Any:
         try:
@@ -483,7 +546,9 @@ class Run:
             place = f" line {int(keys.pop(0)) + 1}" if adapter is ROWS else ""
             where = ".".join(map(str, keys)) or "the whole"
             found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:100]}"
-            raise RunError(f"{self.folder / name}{place}: {where}: {first['msg']}{found}") from error
+            raise RunError(
+                f"{self.folder / name}{place}: {where}: {first['msg']}{found}"
+            ) from error
 
 
 def _whole(rows: list[Row], *, torn: bytes) -> list[Row]:
@@ -492,7 +557,9 @@ def _whole(rows: list[Row], *, torn: bytes) -> list[Row]:
         return rows
     last = rows[-1]["round"]
     count, before = (sum(row["round"] == round for row in rows) for round in (last, last - 1))
-    if count < before or (torn and not before and not torn.startswith(b'{"round": %d,' % (last + 1))):
+    if count < before or (
+        torn and not before and not torn.startswith(b'{"round": %d,' % (last + 1))
+    ):
         return [row for row in rows if row["round"] != last]
     return rows
 
@@ -515,13 +582,21 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     try:
         if not folder.exists() and not folder.is_symlink():
             return
-        entries = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".writing")} if folder.is_dir() else None
+        entries = (
+            {entry.name for entry in folder.iterdir() if not entry.name.endswith(".writing")}
+            if folder.is_dir()
+            else None
+        )
     except (OSError, ValueError) as error:
-        raise RunError(f"run folder {str(folder)[:100]!r}: no such folder can be: {getattr(error, 'strerror', None) or error}") from error
+        raise RunError(
+            f"run folder {str(folder)[:100]!r}: no such folder can be: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if entries is not None and folder.samefile("."):
         raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if entries is None or folder.is_symlink():
-        raise RunError(f"run folder {folder} exists, and is a link or no folder: choose another run.dir")
+        raise RunError(
+            f"run folder {folder} exists, and is a link or no folder: choose another run.dir"
+        )
     if not overwrite:
         raise RunError(
             f"run folder {folder} exists: choose another one, or replace it: --overwrite on the command line, overwrite=True in Python"
@@ -529,9 +604,13 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if not entries:
         return
     if foreign := sorted(entries - ENTRIES):
-        raise RunError(f"{folder} is not overwritten: it holds what no run writes, such as '{foreign[0]}'")
+        raise RunError(
+            f"{folder} is not overwritten: it holds what no run writes, such as '{foreign[0]}'"
+        )
     if not load_config_of(folder).versions:
-        raise RunError(f"{folder} is not overwritten: it is no run, for its config.toml names no versions")
+        raise RunError(
+            f"{folder} is not overwritten: it is no run, for its config.toml names no versions"
+        )
 
 
 def _end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
@@ -545,24 +624,32 @@ def _end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
                 raise ValueError(f"round {found!r} after round {last}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if line.endswith(b"\n") and last <= round:
-                raise RunError(f"{path} line {number}: expected a round's figures as JSON; {error!r}") from error
+                raise RunError(
+                    f"{path} line {number}: expected a round's figures as JSON; {error!r}"
+                ) from error
             break  # the line that was being written
         if found > round or not line.endswith(b"\n"):
             break
         end, last = end + len(line), found
     if last < round:
-        raise RunError(f"{path}: expected the figures of {round} rounds, as the checkpoint has them, found those of {last}")
+        raise RunError(
+            f"{path}: expected the figures of {round} rounds, as the checkpoint has them, found those of {last}"
+        )
     return end
 
 
 def _all_tensors(encoder: nn.Module) -> dict[str, Tensor]:
     """What a state dict has, and the buffers and plain tensors that it leaves out."""
-    tensors = {name: value for name, value in encoder.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value for name, value in encoder.state_dict().items() if isinstance(value, Tensor)
+    }
     return {**tensors, **held_tensors(encoder)}
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    write_atomically(path, to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
+    write_atomically(
+        path, to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+    )
 
 
 def _tensorboard_writer(folder: Path, purge_step: int) -> Any:

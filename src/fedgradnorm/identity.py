@@ -57,18 +57,33 @@ def members_record(members: Members, seed: int, *, with_data: bool = True) -> Me
         with_data: whether the data are to be looked at, which loads them.
     """
     encoder = members.make_encoder(seed)
-    trained = {name for name, _ in trainable(encoder)} | {name for name, _ in encoder.named_buffers()}
-    fixed = {name: list(_means(tensor[None])) for name, tensor in held_tensors(encoder).items() if name not in trained}
-    record: MembersRecord = {"encoder": members.layout, "fixed": fixed, "clients": {}, "buffers": members.buffers}
+    trained = {name for name, _ in trainable(encoder)} | {
+        name for name, _ in encoder.named_buffers()
+    }
+    fixed = {
+        name: list(_means(tensor[None]))
+        for name, tensor in held_tensors(encoder).items()
+        if name not in trained
+    }
+    record: MembersRecord = {
+        "encoder": members.layout,
+        "fixed": fixed,
+        "clients": {},
+        "buffers": members.buffers,
+    }
     looked_at = set(sorted(members.client_ids)[:MODELS])
     if isinstance(members, Federation):
         record["norm_layer"] = names_in(encoder, norm_layer_slices(encoder, members.norm_layer))
         record["modules"] = _class_names(encoder)
         start = {name: tensor.clone() for name, tensor in held_tensors(encoder).items()}
         for client in members.clients:
-            record["clients"][client.id] = _record_here(members, client, with_data, encoder, start, client.id in looked_at)
+            record["clients"][client.id] = _record_here(
+                members, client, with_data, encoder, start, client.id in looked_at
+            )
     else:
-        record["clients"] = {client.id: _record_elsewhere(members, client, with_data) for client in members.clients}
+        record["clients"] = {
+            client.id: _record_elsewhere(members, client, with_data) for client in members.clients
+        }
     return record
 
 
@@ -87,7 +102,12 @@ def _record_elsewhere(members: Members, client: Client, with_data: bool) -> Clie
 
 
 def _record_here(
-    federation: Federation, client: Client, with_data: bool, encoder: nn.Module, start: dict[str, Tensor], with_model: bool
+    federation: Federation,
+    client: Client,
+    with_data: bool,
+    encoder: nn.Module,
+    start: dict[str, Tensor],
+    with_model: bool,
 ) -> ClientRecord:
     """The record of a client whose head and data are here. The encoder's tensors are set to ``start`` before it is used."""
     head = federation.make_head(client, 0)
@@ -101,7 +121,9 @@ def _record_here(
         record["train"], sample = _data_record(client.id, client.train_data)
         if client.test_data is not None:
             record["test"] = _data_record(client.id, client.test_data)[0]
-        shared = federation.encoders.shared or federation.heads_of(client).shared  # what a user sets in such a module is state
+        shared = (
+            federation.encoders.shared or federation.heads_of(client).shared
+        )  # what a user sets in such a module is state
         if with_model and sample is not None and not shared:
             load_held(encoder, start)
             record["model"] = _model_record(client, encoder, head, sample)
@@ -110,7 +132,10 @@ def _record_here(
 
 def _class_names(module: nn.Module) -> list[str]:
     """The names of the classes of a module's parts; of users' own classes none, for these may be renamed."""
-    return [type(part).__name__ if type(part).__module__.startswith("torch.") else "" for part in module.modules()]
+    return [
+        type(part).__name__ if type(part).__module__.startswith("torch.") else ""
+        for part in module.modules()
+    ]
 
 
 def _data_record(client: str, data: Data) -> tuple[DataRecord, tuple[Tensor, Tensor] | None]:
@@ -145,9 +170,13 @@ def same_data(then: DataRecord, now: DataRecord) -> bool:
 
 
 @torch.no_grad()
-def _model_record(client: Client, encoder: nn.Module, head: nn.Module, sample: tuple[Tensor, Tensor]) -> ModelRecord | None:
+def _model_record(
+    client: Client, encoder: nn.Module, head: nn.Module, sample: tuple[Tensor, Tensor]
+) -> ModelRecord | None:
     """What the model and the loss give, in training mode and then with what that left in the buffers. None where they raise an error."""
-    initial = [number for module in (encoder, head) for number in _of_all(held_tensors(module).values())]
+    initial = [
+        number for module in (encoder, head) for number in _of_all(held_tensors(module).values())
+    ]
     record: ModelRecord = {"initial": initial, "features": [], "outputs": [], "losses": []}
     losses: list[float] = []
     with seeded(0, 0, client.id, "model"):
@@ -199,7 +228,9 @@ def _sketch(part: Tensor) -> Sketch:
     centre = relative.mean(dim=0)
     spread = (relative - centre).abs().amax(dim=0)
     varied = spread > CLOSE
-    deviations = ((relative - centre) / spread.where(varied, torch.ones_like(spread))).where(varied, torch.zeros(()).double())
+    deviations = ((relative - centre) / spread.where(varied, torch.ones_like(spread))).where(
+        varied, torch.zeros(()).double()
+    )
     rows = torch.cat([deviations, torch.stack([centre, spread, scales.log()])])
     weights = 1 + 0.5 * torch.cos(torch.arange(values.shape[1], dtype=torch.float64))
     groups = (rows * weights).tensor_split(min(GROUPS, values.shape[1]), dim=1)
@@ -211,7 +242,13 @@ def _whole(targets: Tensor) -> Sketch:
     """Two sums over all targets, the second with other weights for every example, as shares of the sum of their magnitudes, and that."""
     if targets.is_complex():
         targets = torch.view_as_real(targets)
-    sums = targets.detach().reshape(len(targets), -1).sum(dim=1, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).cpu()
+    sums = (
+        targets.detach()
+        .reshape(len(targets), -1)
+        .sum(dim=1, dtype=torch.float64)
+        .nan_to_num(0.0, 0.0, 0.0)
+        .cpu()
+    )
     total = max(float(sums.abs().sum()), 1e-300)
     weights = torch.cos(torch.arange(len(sums), dtype=torch.float64))
     return [float(sums.sum()) / total, float(sums @ weights) / total, float(np.log(total))]
@@ -246,7 +283,9 @@ def of_fixed_tensors(before: MembersRecord, now: MembersRecord) -> str | None:
 def of_training(before: MembersRecord, now: MembersRecord) -> str | None:
     """Which parts of the federation that only training depends on differ, in words, or None."""
     if before.get("buffers", now.get("buffers")) != now.get("buffers"):
-        return f"buffers: the federation has '{now.get('buffers')}', and had '{before.get('buffers')}'"
+        return (
+            f"buffers: the federation has '{now.get('buffers')}', and had '{before.get('buffers')}'"
+        )
     then, found = before.get("norm_layer"), now.get("norm_layer")
     if then is not None and found is not None and then != found:
         return f"norm_layer: the federation has {', '.join(found)}, and had {', '.join(then)}"
@@ -267,8 +306,13 @@ def of_clients(before: MembersRecord, now: MembersRecord) -> str | None:
         found = now["clients"][id]
         if then["task"] != found["task"]:
             return f"client '{id}' has task '{found['task']}', and had '{then['task']}'"
-        if (then["metric"], then["higher_is_better"]) != (found["metric"], found["higher_is_better"]):
-            return f"client '{id}' has the main metric '{found['metric']}', and had '{then['metric']}'"
+        if (then["metric"], then["higher_is_better"]) != (
+            found["metric"],
+            found["higher_is_better"],
+        ):
+            return (
+                f"client '{id}' has the main metric '{found['metric']}', and had '{then['metric']}'"
+            )
         if then["head"] is not None and found["head"] is not None:
             for layer, other in zip_longest(then["head"], found["head"]):
                 if layer != other:
@@ -295,10 +339,17 @@ def of_data(before: MembersRecord, now: MembersRecord, *, test_only: bool = Fals
     """How the data of the clients differ, in words, or None. What a data set draws anew at every look is not compared."""
     for id, then in before["clients"].items():
         found = now["clients"][id]
-        for kind, one, other in (("training", then["train"], found["train"]), ("test", then["test"], found["test"])):
+        for kind, one, other in (
+            ("training", then["train"], found["train"]),
+            ("test", then["test"], found["test"]),
+        ):
             if test_only and kind == "training":
                 continue
-            if (one is None) != (other is None) and then["train"] is not None and found["train"] is not None:
+            if (
+                (one is None) != (other is None)
+                and then["train"] is not None
+                and found["train"] is not None
+            ):
                 return f"client '{id}' has {'no' if other is None else 'now'} {kind} data"
             if one is None or other is None:
                 continue
@@ -312,11 +363,19 @@ def of_data(before: MembersRecord, now: MembersRecord, *, test_only: bool = Fals
 def _other_part(one: DataRecord, other: DataRecord) -> str | None:
     """Which part of some data of the same size differs, or None."""
     if one["sample"] is not None and other["sample"] is not None:
-        for part, then, found in zip(("inputs", "targets"), one["sample"], other["sample"], strict=True):
+        for part, then, found in zip(
+            ("inputs", "targets"), one["sample"], other["sample"], strict=True
+        ):
             if not _close(then, found, SKETCH_SCALE):
                 return part
     then_all, now_all = one.get("targets"), other.get("targets")
-    return "targets" if then_all is not None and now_all is not None and not _close(then_all, now_all, WHOLE_SCALE) else None
+    return (
+        "targets"
+        if then_all is not None
+        and now_all is not None
+        and not _close(then_all, now_all, WHOLE_SCALE)
+        else None
+    )
 
 
 def of_models(before: MembersRecord, now: MembersRecord) -> str | None:
@@ -330,16 +389,29 @@ def of_models(before: MembersRecord, now: MembersRecord) -> str | None:
         one_train, other_train = record["train"], other["train"]
         if then is None or found is None or one_train is None or other_train is None:
             continue
-        if _other_part(one_train, other_train) is not None or one_train["examples"] != other_train["examples"]:
+        if (
+            _other_part(one_train, other_train) is not None
+            or one_train["examples"] != other_train["examples"]
+        ):
             continue
         if not _close(then["initial"], found["initial"]):
             continue
         for part, what in (("features", "encoder"), ("outputs", "head")):
-            for mode, one, two in zip(("training", "evaluation"), then[part], found[part], strict=True):  # type: ignore[literal-required]
+            for mode, one, two in zip(
+                ("training", "evaluation"), then[part], found[part], strict=True
+            ):  # type: ignore[literal-required]
                 if not _close(one, two, SKETCH_SCALE):
-                    whose = "the encoder is another one" if what == "encoder" else f"client '{id}' has another head"
+                    whose = (
+                        "the encoder is another one"
+                        if what == "encoder"
+                        else f"client '{id}' has another head"
+                    )
                     return f"{whose}: in {mode} mode it gives other {part} for the same examples of client '{id}'"
-        if then["losses"] is not None and found["losses"] is not None and not _close(then["losses"], found["losses"]):
+        if (
+            then["losses"] is not None
+            and found["losses"] is not None
+            and not _close(then["losses"], found["losses"])
+        ):
             return (
                 f"client '{id}' has another loss: for the same outputs and targets it is {_listed(found['losses'])}, "
                 f"and was {_listed(then['losses'])}"

@@ -32,8 +32,16 @@ def has_rate(initial_loss: float, loss_floor: float) -> bool:
 
 def no_rate(initial_loss: float, loss: float, loss_floor: float, task: str) -> str:
     """Why no training rate can be taken of the losses of a task, and what to do."""
-    first = f"its first loss is {initial_loss:.4g}" if not has_rate(initial_loss, loss_floor) else f"its loss is {loss:.4g}"
-    near = " (it is too near its floor)" if not has_rate(initial_loss, loss_floor) and initial_loss > loss_floor else ""
+    first = (
+        f"its first loss is {initial_loss:.4g}"
+        if not has_rate(initial_loss, loss_floor)
+        else f"its loss is {loss:.4g}"
+    )
+    near = (
+        " (it is too near its floor)"
+        if not has_rate(initial_loss, loss_floor) and initial_loss > loss_floor
+        else ""
+    )
     return (
         f"{first}{near}, and the weighting needs losses above the task's loss_floor, which is {loss_floor:g}: give "
         f"Task('{task}', ..., loss_floor=...) a number that no loss is below, or choose a weighting that reads no losses, such as 'equal'"

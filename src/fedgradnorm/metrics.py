@@ -16,7 +16,11 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 def balanced_accuracy(outputs: Tensor, targets: Tensor) -> float:
     """The mean over the classes present of the share of their examples that is found: chance level whatever the majority."""
     labels = targets.unique().tolist()
-    return float(recall_score(targets.tolist(), outputs.argmax(dim=1).tolist(), labels=labels, average="macro"))
+    return float(
+        recall_score(
+            targets.tolist(), outputs.argmax(dim=1).tolist(), labels=labels, average="macro"
+        )
+    )
 
 
 def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
@@ -25,5 +29,7 @@ def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
 
 
 ACCURACY = Metric("accuracy", accuracy, higher_is_better=True, percent=True)
-BALANCED_ACCURACY = Metric("balanced accuracy", balanced_accuracy, higher_is_better=True, percent=True)
+BALANCED_ACCURACY = Metric(
+    "balanced accuracy", balanced_accuracy, higher_is_better=True, percent=True
+)
 MEAN_ABSOLUTE_ERROR = Metric("mean absolute error", mean_absolute_error, higher_is_better=False)

@@ -15,7 +15,11 @@ __all__ = ["ConvEncoder", "cnn", "linear_head", "mlp"]
 MOST_UNITS = 100_000
 
 
-def mlp(input_shape: Sequence[int], hidden: Sequence[int] = (256, 512, 1024, 2048, 512, 256), he_init: bool = True) -> nn.Module:
+def mlp(
+    input_shape: Sequence[int],
+    hidden: Sequence[int] = (256, 512, 1024, 2048, 512, 256),
+    he_init: bool = True,
+) -> nn.Module:
     """A multi-layer perceptron with ReLU after every layer.
 
     Args:
@@ -46,7 +50,9 @@ class ConvEncoder(nn.Module):
     kept in the channels-last layout, which is more than twice as fast on CPUs.
     """
 
-    def __init__(self, input_shape: Sequence[int], channels: Sequence[int], features: int, batch_norm: bool) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], channels: Sequence[int], features: int, batch_norm: bool
+    ) -> None:
         super().__init__()
         depth, height, width = input_shape
         layers: list[nn.Module] = []
@@ -66,7 +72,12 @@ class ConvEncoder(nn.Module):
         return torch.relu(self.fc(maps.flatten(1)))
 
 
-def cnn(input_shape: Sequence[int], channels: Sequence[int] = (16, 48, 64, 64), features: int = 100, batch_norm: bool = False) -> nn.Module:
+def cnn(
+    input_shape: Sequence[int],
+    channels: Sequence[int] = (16, 48, 64, 64),
+    features: int = 100,
+    batch_norm: bool = False,
+) -> nn.Module:
     """A small convolutional network for face crops.
 
     Args:
@@ -76,12 +87,18 @@ def cnn(input_shape: Sequence[int], channels: Sequence[int] = (16, 48, 64, 64), 
         batch_norm: whether the blocks have BatchNorm.
     """
     if len(input_shape) != 3:
-        raise ConfigError(f"name: cnn takes inputs of shape (channels, height, width), found {tuple(input_shape)}")
+        raise ConfigError(
+            f"name: cnn takes inputs of shape (channels, height, width), found {tuple(input_shape)}"
+        )
     if not channels or not 1 <= min(*channels, features) <= max(*channels, features) <= MOST_UNITS:
-        raise ConfigError(f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {list(channels)} and {features}")
+        raise ConfigError(
+            f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {list(channels)} and {features}"
+        )
     if min(input_shape[1:]) < 2 ** len(channels):
         size = 2 ** len(channels)
-        raise ConfigError(f"channels: {len(channels)} blocks need images of {size} x {size} or more, found {tuple(input_shape[1:])}")
+        raise ConfigError(
+            f"channels: {len(channels)} blocks need images of {size} x {size} or more, found {tuple(input_shape[1:])}"
+        )
     return ConvEncoder(input_shape, channels, features, batch_norm)
 
 

@@ -77,7 +77,9 @@ class Source:
         before, after = held_tensors(one), held_tensors(two)
         self.shared = one is two or bool(_places(before.values()) & _places(after.values()))
         self._trained = trained_names(one)
-        self.varying = None if self.shared else _difference(before, after, what) or _other_attribute(one, two)
+        self.varying = (
+            None if self.shared else _difference(before, after, what) or _other_attribute(one, two)
+        )
         if self.varying is not None:
             self._first[key] = one
 
@@ -89,7 +91,9 @@ class Source:
         except Exception as error:  # the user's own code may raise anything
             raise FederationError(f"{self.what}: its factory raised {described(error)}") from error
         if not isinstance(made, nn.Module):
-            raise FederationError(f"{self.what}: expected a function that makes an nn.Module, and it gave {type(made).__name__}")
+            raise FederationError(
+                f"{self.what}: expected a function that makes an nn.Module, and it gave {type(made).__name__}"
+            )
         return made
 
     def original(self, key: Any) -> nn.Module:
@@ -101,14 +105,18 @@ class Source:
         if self.shared:
             made = self._called(key)
             for name in trained_names(made) ^ self._trained:
-                raise FederationError(f"{self.what}: '{name}' was frozen, or is no longer, since the federation was made: make a new one")
+                raise FederationError(
+                    f"{self.what}: '{name}' was frozen, or is no longer, since the federation was made: make a new one"
+                )
             own = self._copied(made, "gives the same module again and again")
             COPIES[own] = _Followed(made, own, self.what)
             return own
         if self.varying is not None:
             if key not in self._first:
                 self._first[key] = self._called(key)
-            return self._copied(self._first[key], f"gives other values of '{self.varying}' in every call")
+            return self._copied(
+                self._first[key], f"gives other values of '{self.varying}' in every call"
+            )
         return self._called(key)
 
     def _copied(self, made: nn.Module, why: str) -> nn.Module:
@@ -143,8 +151,14 @@ class _Followed:
 
     def __init__(self, original: nn.Module, own: nn.Module, what: str) -> None:
         self._original, self._what = original, what
-        self._pairs = [(vars(one), vars(other)) for one, other in zip(original.modules(), own.modules(), strict=True)]
-        self._seen = [{name: _makeup(value, ()) for name, value in _plain_attributes(one)} for one, _ in self._pairs]
+        self._pairs = [
+            (vars(one), vars(other))
+            for one, other in zip(original.modules(), own.modules(), strict=True)
+        ]
+        self._seen = [
+            {name: _makeup(value, ()) for name, value in _plain_attributes(one)}
+            for one, _ in self._pairs
+        ]
         self._fixed = _not_followed(original)
 
     def update(self) -> None:
@@ -169,7 +183,11 @@ COPIES: WeakKeyDictionary[nn.Module, _Followed] = WeakKeyDictionary()
 
 
 def _plain_attributes(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in attributes.items() if name not in OF_TORCH and _is_plain(value, set())]
+    return [
+        (name, value)
+        for name, value in attributes.items()
+        if name not in OF_TORCH and _is_plain(value, set())
+    ]
 
 
 def _not_followed(module: nn.Module) -> dict[str, object]:
@@ -182,7 +200,9 @@ def _not_followed(module: nn.Module) -> dict[str, object]:
                 found[f"{prefix}.{name}".strip(".")] = id(one), one._version, one.requires_grad
         found[prefix or "the layers"] = [(name, id(one)) for name, one in part._modules.items()]
         for name in HOOKS:
-            found[f"{prefix}.{name}".strip(".")] = [id(hook) for hook in getattr(part, name, {}).values()]
+            found[f"{prefix}.{name}".strip(".")] = [
+                id(hook) for hook in getattr(part, name, {}).values()
+            ]
     return found
 
 
@@ -214,7 +234,12 @@ def _uncopyable(module: nn.Module) -> str:
     """The first attribute that cannot be copied, in words."""
     for prefix, part in module.named_modules():
         for name, value in (*vars(part).items(), *part._parameters.items(), *part._buffers.items()):
-            if not isinstance(value, nn.Module) and name != "_modules" and _deep_copy(value) is value and not _is_plain(value, set()):
+            if (
+                not isinstance(value, nn.Module)
+                and name != "_modules"
+                and _deep_copy(value) is value
+                and not _is_plain(value, set())
+            ):
                 return f"'{prefix}.{name}'".replace("'.", "'")
     return "it"
 
@@ -225,7 +250,11 @@ def _is_plain(value: object, seen: set[int]) -> bool:
         return False
     if isinstance(value, BuiltinMethodType):
         return not isinstance(value.__self__, GENERATORS)
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | type) or id(value) in seen:
+    if (
+        value is None
+        or isinstance(value, bool | int | float | complex | str | bytes | type)
+        or id(value) in seen
+    ):
         return True
     seen.add(id(value))
     if isinstance(value, Mapping):
@@ -233,7 +262,9 @@ def _is_plain(value: object, seen: set[int]) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return all(_is_plain(one, seen) for one in value)
     if isinstance(value, partial):
-        return all(_is_plain(one, seen) for one in (value.func, *value.args, *value.keywords.values()))
+        return all(
+            _is_plain(one, seen) for one in (value.func, *value.args, *value.keywords.values())
+        )
     if isinstance(value, MethodType):
         return _is_plain(value.__self__, seen)
     return all(_is_plain(one, seen) for one in _attributes_of(value).values())
@@ -244,7 +275,11 @@ def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
-            if isinstance(value, Tensor) and value.grad_fn is None and not isinstance(value, nn.Parameter):
+            if (
+                isinstance(value, Tensor)
+                and value.grad_fn is None
+                and not isinstance(value, nn.Parameter)
+            ):
                 found.setdefault(f"{prefix}.{name}".removeprefix("."), value)
     return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -274,10 +309,17 @@ def makeup_of(module: nn.Module) -> object:
 
     An object without attributes that can be read, such as a generator, is the same as itself alone.
     """
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    layout = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
+    tensors = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    layout = tuple(
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors
+    )
     try:
-        return layout, tuple((name, _makeup(part, ())) for name, part in module.named_modules(remove_duplicate=False))
+        return layout, tuple(
+            (name, _makeup(part, ())) for name, part in module.named_modules(remove_duplicate=False)
+        )
     except RecursionError:
         return _Itself(module)
 
@@ -287,13 +329,18 @@ def _makeup(value: Any, inside: tuple[int, ...]) -> object:
     kind, within = type(value), (*inside, id(value))
     if isinstance(value, float):
         return kind, repr(value)  # a NaN is the same as itself here
-    if value is None or isinstance(value, bool | int | complex | str | bytes | type | torch.dtype | torch.device):
+    if value is None or isinstance(
+        value, bool | int | complex | str | bytes | type | torch.dtype | torch.device
+    ):
         return kind, value
     if id(value) in inside or isinstance(value, Tensor):  # tensors are looked at elsewhere
         return kind
     if isinstance(value, nn.Module):
         hooks = [list(vars(value)[name].values()) for name in HOOKS]
-        return kind, _makeup([hooks, {name: held for name, held in vars(value).items() if name not in OF_TORCH}], within)
+        return kind, _makeup(
+            [hooks, {name: held for name, held in vars(value).items() if name not in OF_TORCH}],
+            within,
+        )
     if isinstance(value, Mapping | list | tuple | deque):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         return kind, tuple((_makeup(key, within), _makeup(held, within)) for key, held in pairs)
@@ -303,7 +350,9 @@ def _makeup(value: Any, inside: tuple[int, ...]) -> object:
         return kind, value.shape, value.tobytes()
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        return value.__code__, _makeup([cells, value.__defaults__, value.__kwdefaults__, vars(value)], within)
+        return value.__code__, _makeup(
+            [cells, value.__defaults__, value.__kwdefaults__, vars(value)], within
+        )
     if isinstance(value, partial):
         return kind, _makeup([value.func, value.args, value.keywords], within)
     if isinstance(value, MethodType):
@@ -319,13 +368,20 @@ def slots_of(kind: type) -> Iterator[str]:
         slots = vars(base).get("__slots__", ())
         for name in [slots] if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__"):
-                yield f"_{base.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+                yield (
+                    f"_{base.__name__.lstrip('_')}{name}"
+                    if name.startswith("__") and not name.endswith("__")
+                    else name
+                )
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
     """The attributes of an object, or none where they cannot be read."""
     try:
-        return {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots_of(type(value))}}
+        return {
+            **getattr(value, "__dict__", {}),
+            **{name: getattr(value, name, None) for name in slots_of(type(value))},
+        }
     except Exception:  # noqa: BLE001  # a user's __getattr__ may raise anything
         return {}
 
@@ -345,7 +401,10 @@ class _Itself:
 
 def is_lazy(module: nn.Module) -> bool:
     """Whether a module has parameters or buffers whose shapes only an input tells."""
-    return any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in (*module.parameters(), *module.buffers()))
+    return any(
+        isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 @torch.no_grad()
@@ -378,7 +437,11 @@ def _overlap(one: Tensor, two: Tensor) -> bool:
     (start, end), (other_start, other_end) = _span(one), _span(two)
     if start >= other_end or other_start >= end:
         return False
-    return bool(np.intersect1d(_numbers_of(one), _numbers_of(two)).size) if one.dtype == two.dtype else True
+    return (
+        bool(np.intersect1d(_numbers_of(one), _numbers_of(two)).size)
+        if one.dtype == two.dtype
+        else True
+    )
 
 
 def _numbers_of(tensor: Tensor) -> np.ndarray:
@@ -391,7 +454,10 @@ def _numbers_of(tensor: Tensor) -> np.ndarray:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether several numbers of a tensor lie in the same memory, as those of an expanded one do."""
-    return any(stride == 0 and length > 1 for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return any(
+        stride == 0 and length > 1
+        for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def have_memory_in_common(one: nn.Module, two: nn.Module) -> bool:
@@ -402,7 +468,9 @@ def have_memory_in_common(one: nn.Module, two: nn.Module) -> bool:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its storage, and the one after the last."""
     size = tensor.element_size()
-    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = sum(
+        (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return int(tensor.storage_offset() * size), int((tensor.storage_offset() + reach + 1) * size)
 
 
@@ -441,7 +509,12 @@ def _other_attribute(one: nn.Module, two: nn.Module) -> str | None:
         others = dict(_plain_attributes(vars(after)))
         for name, value in _plain_attributes(vars(before)):
             own = not name.startswith("_torch")  # a compiled module has a number of its own
-            if own and name in others and _is_value(value) and _makeup(value, ()) != _makeup(others[name], ()):
+            if (
+                own
+                and name in others
+                and _is_value(value)
+                and _makeup(value, ()) != _makeup(others[name], ())
+            ):
                 return f"{prefix}.{name}".strip(".")
     return None
 
@@ -452,15 +525,23 @@ def _is_value(value: object) -> bool:
         return all(_is_value(one) for pair in value.items() for one in pair)
     if isinstance(value, list | tuple | set | frozenset):
         return all(_is_value(one) for one in value)
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes | np.ndarray | np.generic)
+    return value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | np.ndarray | np.generic
+    )
 
 
 def _places(tensors: Iterable[Tensor]) -> set[tuple[torch.device, int]]:
     """The storages of tensors."""
     found = set()
     for tensor in tensors:
-        if not isinstance(tensor, UninitializedParameter) and tensor.layout == torch.strided and tensor.device.type != "meta":
-            found |= {(tensor.device, tensor.untyped_storage().data_ptr())} if tensor.numel() else set()
+        if (
+            not isinstance(tensor, UninitializedParameter)
+            and tensor.layout == torch.strided
+            and tensor.device.type != "meta"
+        ):
+            found |= (
+                {(tensor.device, tensor.untyped_storage().data_ptr())} if tensor.numel() else set()
+            )
     return found
 
 
@@ -468,7 +549,12 @@ def _difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor], what: str)
     """The name of a tensor that has other values in two modules, or None. Raises FederationError where it is not in both."""
     for name in sorted(one.keys() | two.keys()):
         before, after = one.get(name), two.get(name)
-        if before is None or after is None or before.shape != after.shape or before.dtype != after.dtype:
+        if (
+            before is None
+            or after is None
+            or before.shape != after.shape
+            or before.dtype != after.dtype
+        ):
             raise FederationError(
                 f"{what}: two calls of its factory give other parameters: '{name}' is not the same kind of tensor in both"
             )

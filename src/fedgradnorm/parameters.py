@@ -9,12 +9,26 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 
-__all__ = ["buffers_of", "concatenated", "flatten", "load_buffers", "load_flat", "matches", "norm_layer_slices", "norm_over", "trainable"]
+__all__ = [
+    "buffers_of",
+    "concatenated",
+    "flatten",
+    "load_buffers",
+    "load_flat",
+    "matches",
+    "norm_layer_slices",
+    "norm_over",
+    "trainable",
+]
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The names and parameters that are trained and sent, in the order of the flat vector."""
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def concatenated(tensors: Iterable[Tensor]) -> Tensor:
@@ -56,12 +70,16 @@ def default_norm_layer(module: nn.Module) -> str:
     """
     names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
     if not names:
-        raise FederationError("norm_layer: the encoder has no layer with a weight matrix; name the parameters to use")
+        raise FederationError(
+            "norm_layer: the encoder has no layer with a weight matrix; name the parameters to use"
+        )
     layer, _, parameter = names[-1].rpartition(".")
     return layer or parameter
 
 
-def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None) -> tuple[slice, ...]:
+def norm_layer_slices(
+    module: nn.Module, norm_layer: str | Sequence[str] | None
+) -> tuple[slice, ...]:
     """Where the parameters of the norm layer ω̃ lie in the flat vector.
 
     Args:
@@ -76,12 +94,16 @@ def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None)
         norm_layer = default_norm_layer(module)
     patterns: list[Any] = list(norm_layer) if isinstance(norm_layer, list | tuple) else [norm_layer]
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise FederationError(f"norm_layer: expected names of encoder parameters, found {norm_layer!r}")
+        raise FederationError(
+            f"norm_layer: expected names of encoder parameters, found {norm_layer!r}"
+        )
     names = [name for name, _ in trainable(module)]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             layers = {name.rpartition(".")[0] for name in names} - {""}
-            raise FederationError(f"norm_layer '{pattern}' names no encoder parameter; {nearest(pattern, layers | set(names))}")
+            raise FederationError(
+                f"norm_layer '{pattern}' names no encoder parameter; {nearest(pattern, layers | set(names))}"
+            )
     slices, start = [], 0
     for name, parameter in trainable(module):
         if matches(name, patterns):
@@ -92,7 +114,10 @@ def norm_layer_slices(module: nn.Module, norm_layer: str | Sequence[str] | None)
 
 def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
     """The 2-norms of these parts of flat gradients of shape ``(..., P)``, n_i = ‖∇_ω̃ F_i‖₂, in double precision."""
-    norms = [torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64) for part in slices]
+    norms = [
+        torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64)
+        for part in slices
+    ]
     return torch.stack(norms).square().sum(dim=0).sqrt()
 
 

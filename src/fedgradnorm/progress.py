@@ -15,7 +15,11 @@ from fedgradnorm.summary import task_curve
 
 __all__ = ["Progress"]
 
-SHOWN: tuple[Literal["loss", "inverse_training_rate", "weight"], ...] = ("loss", "inverse_training_rate", "weight")
+SHOWN: tuple[Literal["loss", "inverse_training_rate", "weight"], ...] = (
+    "loss",
+    "inverse_training_rate",
+    "weight",
+)
 
 
 class Progress:
@@ -29,10 +33,20 @@ class Progress:
 
     def __init__(self, console: Console, num_rounds: int, line_every: int) -> None:
         self.console, self.num_rounds, self.line_every = console, num_rounds, line_every
-        self.bar = Bar(TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("time left"), TimeRemainingColumn())
+        self.bar = Bar(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("time left"),
+            TimeRemainingColumn(),
+        )
         self.job = self.bar.add_task("rounds", total=num_rounds)
         self.dropped: list[str] = []
-        self.live = Live(Group(self.bar, ""), console=console, refresh_per_second=4) if console.is_terminal else None
+        self.live = (
+            Live(Group(self.bar, ""), console=console, refresh_per_second=4)
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         if self.live is not None:
@@ -48,9 +62,15 @@ class Progress:
     def show(self, rows: Sequence[Row]) -> None:
         """Show one round, given its rows."""
         round = rows[0]["round"]
-        self.dropped += [f"{row['client']} in round {round}: {row['dropped']}" for row in rows if row["dropped"] is not None]
+        self.dropped += [
+            f"{row['client']} in round {round}: {row['dropped']}"
+            for row in rows
+            if row["dropped"] is not None
+        ]
         tasks = dict.fromkeys(row["task"] for row in rows)
-        figures = {task: [_text(task_curve(rows, task, key).get(round)) for key in SHOWN] for task in tasks}
+        figures = {
+            task: [_text(task_curve(rows, task, key).get(round)) for key in SHOWN] for task in tasks
+        }
         if self.live is not None:
             self.bar.update(self.job, completed=round)
             table = Table("task", "loss", "share of initial loss", "weight", box=None)
@@ -58,11 +78,23 @@ class Progress:
                 table.add_row(Text(task), *texts)
             self.live.update(Group(self.bar, table, Text(self._dropped_text())))
         elif round in (1, self.num_rounds) or round % self.line_every == 0:
-            line = "  ".join(f"{task}: loss {loss} ({ratio} of F(0)), p {p}" for task, (loss, ratio, p) in figures.items())
-            self.console.print(f"round {round}/{self.num_rounds}  {line}", soft_wrap=True, highlight=False, markup=False)
+            line = "  ".join(
+                f"{task}: loss {loss} ({ratio} of F(0)), p {p}"
+                for task, (loss, ratio, p) in figures.items()
+            )
+            self.console.print(
+                f"round {round}/{self.num_rounds}  {line}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
 
     def _dropped_text(self) -> str:
-        return f"reports dropped: {len(self.dropped)}; the last, {self.dropped[-1]}" if self.dropped else ""
+        return (
+            f"reports dropped: {len(self.dropped)}; the last, {self.dropped[-1]}"
+            if self.dropped
+            else ""
+        )
 
 
 def _text(number: float | None) -> str:

@@ -72,7 +72,12 @@ class Generators(NamedTuple):
         """The states of the generators of Python, NumPy and torch, and of the GPU where ``device`` is one."""
         name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one is what users' code draws from
         cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-        return cls(random.getstate(), (name, np.asarray(keys).tobytes(), *rest), torch.get_rng_state().numpy().tobytes(), cuda)
+        return cls(
+            random.getstate(),
+            (name, np.asarray(keys).tobytes(), *rest),
+            torch.get_rng_state().numpy().tobytes(),
+            cuda,
+        )
 
     def put_back(self, device: torch.device = CPU) -> None:
         """Set the generators to these states."""
@@ -81,11 +86,15 @@ class Generators(NamedTuple):
         np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
         torch.set_rng_state(torch.frombuffer(bytearray(self.of_torch), dtype=torch.uint8))
         if self.of_cuda:
-            torch.cuda.set_rng_state(torch.frombuffer(bytearray(self.of_cuda), dtype=torch.uint8), device)
+            torch.cuda.set_rng_state(
+                torch.frombuffer(bytearray(self.of_cuda), dtype=torch.uint8), device
+            )
 
 
 @contextmanager
-def seeded(seed: int, round: int, client: str, purpose: str, device: torch.device = CPU) -> Iterator[None]:
+def seeded(
+    seed: int, round: int, client: str, purpose: str, device: torch.device = CPU
+) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch inside the block, and put them back after it.
 
     It belongs around whatever is the user's: data sets, models, losses, metrics, factories. With a GPU as ``device`` its generator is

@@ -100,13 +100,17 @@ def resolve(kind: str, name: str) -> Any:
     target = known.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        raise ConfigError(f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')")
+        raise ConfigError(
+            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')"
+        )
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own module may raise anything
-        raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {_raised(error)}") from error
+        raise ConfigError(
+            f"{_table(kind)}.name: '{name}' cannot be imported: {_raised(error)}"
+        ) from error
 
 
 def resolved(kind: str, part: Part) -> Part:
@@ -115,7 +119,9 @@ def resolved(kind: str, part: Part) -> Part:
     Raises:
         ConfigError: an unknown option (names the nearest), or one of the wrong type.
     """
-    options = validated(_options_model(kind, part.name), part.options, prefix=_table(kind)).model_dump()
+    options = validated(
+        _options_model(kind, part.name), part.options, prefix=_table(kind)
+    ).model_dump()
     return part.with_options(options)
 
 
@@ -135,17 +141,25 @@ def build(kind: str, part: Component, **given: Any) -> Any:
     except TypeError as error:
         raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {_raised(error)}") from error
+        raise ConfigError(
+            f"{_table(kind)}.name: '{part.name}' cannot be made: {_raised(error)}"
+        ) from error
     missing = [name for name in MEMBERS[kind] if not hasattr(made, name)]
     if missing:
-        raise ConfigError(f"{_table(kind)}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'")
+        raise ConfigError(
+            f"{_table(kind)}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'"
+        )
     return made
 
 
 def _raised(error: BaseException) -> str:
     """What an error of someone else says, and the line that it comes from."""
     last = extract_tb(error.__traceback__)[-1]
-    place = "" if isinstance(error, SyntaxError) else f" ({Path(last.filename).name}, line {last.lineno})"
+    place = (
+        ""
+        if isinstance(error, SyntaxError)
+        else f" ({Path(last.filename).name}, line {last.lineno})"
+    )
     return described(error) + place
 
 
@@ -157,7 +171,9 @@ def name_of(kind: str, made_by: type) -> str:
 
 def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
     """The first line of a part's documentation, and its options with their defaults."""
-    options = {key: field.get_default() for key, field in _options_model(kind, name).model_fields.items()}  # PydanticUndefined: required
+    options = {
+        key: field.get_default() for key, field in _options_model(kind, name).model_fields.items()
+    }  # PydanticUndefined: required
     return (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0], options
 
 
@@ -172,7 +188,9 @@ def _options_model(kind: str, name: str) -> type[BaseModel]:
     try:
         parameters = inspect.signature(maker, eval_str=True).parameters
     except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(f"{_table(kind)}.name: '{name}' is nothing that makes a {kind}: {error}") from error
+        raise ConfigError(
+            f"{_table(kind)}.name: '{name}' is nothing that makes a {kind}: {error}"
+        ) from error
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             extra = "allow"
@@ -182,7 +200,10 @@ def _options_model(kind: str, name: str) -> type[BaseModel]:
             )
         elif parameter.name not in GIVEN[kind]:
             annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
-            fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+            fields[parameter.name] = (
+                annotation,
+                ... if parameter.default is parameter.empty else parameter.default,
+            )
     config = ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True)
     model: type[BaseModel] = create_model(name, __config__=config, **fields)
     return model

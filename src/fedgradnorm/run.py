@@ -21,13 +21,36 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 from fedgradnorm import client as client_side
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config, resolve_training, versions
+from fedgradnorm.build import (
+    IN_PYTHON,
+    build_federation,
+    default_weighting,
+    resolve_config,
+    resolve_training,
+    versions,
+)
 from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState
-from fedgradnorm.config import EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, WeightingConfig, dotted, validated
+from fedgradnorm.config import (
+    EngineConfig,
+    FederationConfig,
+    RunConfig,
+    RunSettings,
+    TrainConfig,
+    WeightingConfig,
+    dotted,
+    validated,
+)
 from fedgradnorm.costs import Costs, TimedEngine
 from fedgradnorm.engines.base import Engine
-from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, RunError, StoppedError, warn
+from fedgradnorm.errors import (
+    ConfigError,
+    FederationError,
+    FedGradNormError,
+    RunError,
+    StoppedError,
+    warn,
+)
 from fedgradnorm.evaluation import Evaluation, constant_guess
 from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation, Members
@@ -46,7 +69,15 @@ from fedgradnorm.history import (
     set_rounds_aside,
     write_config,
 )
-from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_fixed_tensors, of_models, of_training
+from fedgradnorm.identity import (
+    members_record,
+    of_clients,
+    of_data,
+    of_encoder,
+    of_fixed_tensors,
+    of_models,
+    of_training,
+)
 from fedgradnorm.messages import no_rate
 from fedgradnorm.parameters import load_buffers, load_flat
 from fedgradnorm.randomness import seeded
@@ -162,15 +193,21 @@ def train(
     """
     check_call(federation, on_round, should_stop)
     if not isinstance(engine, str):
-        raise ConfigError(f"engine: expected a name, such as 'vectorized' or 'reference', found {engine!r:.100}")
+        raise ConfigError(
+            f"engine: expected a name, such as 'vectorized' or 'reference', found {engine!r:.100}"
+        )
     settings = resolve_training(validated(TrainConfig, training, prefix="train"))
-    method, component = weighting_of(weighting if weighting is not None else default_weighting(settings))
+    method, component = weighting_of(
+        weighting if weighting is not None else default_weighting(settings)
+    )
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
         train=settings,
         weighting=component,
         engine=EngineConfig(name=engine),
-        run=validated(RunSettings, {"dir": run_dir if run_dir is None else _path_text(run_dir)}, prefix="run"),
+        run=validated(
+            RunSettings, {"dir": run_dir if run_dir is None else _path_text(run_dir)}, prefix="run"
+        ),
     )
     make_engine = partial(_engine_here, federation, method)
     return begin(config, federation, method, make_engine, overwrite, on_round, should_stop)
@@ -185,7 +222,9 @@ def _path_text(run_dir: object) -> str:
 def check_call(federation: object, on_round: object, should_stop: object) -> None:
     """Raise FederationError or ConfigError for arguments of other kinds."""
     if not isinstance(federation, Federation):
-        raise FederationError(f"federation: expected a Federation, found {type(federation).__name__}")
+        raise FederationError(
+            f"federation: expected a Federation, found {type(federation).__name__}"
+        )
     check_functions(on_round=on_round, should_stop=should_stop)
 
 
@@ -205,7 +244,9 @@ def check_functions(**functions: object) -> None:
         try:
             signature.bind(*given)
         except TypeError as error:
-            raise ConfigError(f"{name}: expected a function that can be called as {expected}: {error}") from error
+            raise ConfigError(
+                f"{name}: expected a function that can be called as {expected}: {error}"
+            ) from error
 
 
 def weighting_of(weighting: str | Weighting) -> tuple[Weighting, WeightingConfig]:
@@ -213,10 +254,18 @@ def weighting_of(weighting: str | Weighting) -> tuple[Weighting, WeightingConfig
     if isinstance(weighting, str):
         settings = registry.resolved("weighting", WeightingConfig(name=weighting))
         return registry.build("weighting", settings), settings
-    if isinstance(weighting, type) or not (hasattr(weighting, "init") and hasattr(weighting, "update")):
-        raise ConfigError(f"weighting: expected a name or a weighting such as FedGradNorm(), found {weighting!r}")
-    options: dict[str, Any] = dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
-    return weighting, WeightingConfig(name=registry.name_of("weighting", type(weighting)), **options)
+    if isinstance(weighting, type) or not (
+        hasattr(weighting, "init") and hasattr(weighting, "update")
+    ):
+        raise ConfigError(
+            f"weighting: expected a name or a weighting such as FedGradNorm(), found {weighting!r}"
+        )
+    options: dict[str, Any] = (
+        dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
+    )
+    return weighting, WeightingConfig(
+        name=registry.name_of("weighting", type(weighting)), **options
+    )
 
 
 def run(
@@ -244,7 +293,9 @@ def run(
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
     make_engine = partial(_engine_here, federation, weighting)
-    return begin(resolved, federation, weighting, make_engine, overwrite, on_round, should_stop, profiled)
+    return begin(
+        resolved, federation, weighting, make_engine, overwrite, on_round, should_stop, profiled
+    )
 
 
 def resume(
@@ -280,7 +331,16 @@ def resume(
     federation = federation_of(opened, federation)
     weighting = registry.build("weighting", opened.config.weighting)
     make_engine = partial(_engine_here, federation, weighting)
-    return go_on(opened, federation, weighting, make_engine, rounds, on_round, should_stop, on_message or (lambda _: None))
+    return go_on(
+        opened,
+        federation,
+        weighting,
+        make_engine,
+        rounds,
+        on_round,
+        should_stop,
+        on_message or (lambda _: None),
+    )
 
 
 def _rounds(number: object) -> int:
@@ -290,7 +350,9 @@ def _rounds(number: object) -> int:
     except TypeError:
         rounds = 0
     if rounds < 1:
-        raise ConfigError(f"num_rounds: expected a whole number of at least 1, found {number!r:.100}")
+        raise ConfigError(
+            f"num_rounds: expected a whole number of at least 1, found {number!r:.100}"
+        )
     return rounds
 
 
@@ -313,7 +375,11 @@ def go_on(
     If ``weighting`` is None, it is built from the settings. With ``back_to`` it goes on from that round's checkpoint; what there is of
     later rounds is set aside, as `set_rounds_aside` does.
     """
-    with nullcontext() if locked else alone_in(opened.folder, hint=how_to_go_on(opened.folder, opened.config)):
+    with (
+        nullcontext()
+        if locked
+        else alone_in(opened.folder, hint=how_to_go_on(opened.folder, opened.config))
+    ):
         checkpoint, path, faults = load_newest(opened.folder / CHECKPOINTS, back_to)
         for fault in faults.values():
             on_message(f"warning: {fault}; it is skipped")
@@ -328,16 +394,23 @@ def go_on(
         if checkpoint is not None:
             state = checkpoint.server
             engine.restore(checkpoint.clients)
-        on_message(f"going on after round {done} of {config.train.num_rounds}" + (f", from {path}" if path else ": no checkpoint is there"))
+        on_message(
+            f"going on after round {done} of {config.train.num_rounds}"
+            + (f", from {path}" if path else ": no checkpoint is there")
+        )
         if back_to is not None and (aside := set_rounds_aside(opened.folder, done)) is not None:
-            on_message(f"warning: the rounds after round {done} are undone: their lines and checkpoints are in {aside}")
+            on_message(
+                f"warning: the rounds after round {done} are undone: their lines and checkpoints are in {aside}"
+            )
         write_config(opened.folder, config)
         for damaged in faults:
             with suppress(OSError):
                 set_aside(damaged)
         with RunWriter(opened.folder, config, done) as writer:
             aggregate = registry.build("aggregation", config.aggregation)
-            job = _Job(config, federation, engine, weighting, aggregate, state, opened.rows(), on_state)
+            job = _Job(
+                config, federation, engine, weighting, aggregate, state, opened.rows(), on_state
+            )
             if checkpoint is not None:
                 job.seconds, job.costs = checkpoint.seconds, Costs(checkpoint.costs)
             result = job.go_on(writer, on_round, should_stop)
@@ -357,23 +430,37 @@ def _check_same(path: Path, before: MembersRecord, federation: Members, config: 
         raise RunError(f"{path}: {why}")
 
 
-def _config_to_resume(opened: Run, checkpoint: Checkpoint | None, done: int, num_rounds: int | None) -> RunConfig:
+def _config_to_resume(
+    opened: Run, checkpoint: Checkpoint | None, done: int, num_rounds: int | None
+) -> RunConfig:
     """The settings of a run with ``num_rounds`` raised. Raises ConfigError where they are not those of the checkpoint."""
-    config = opened.config.model_copy(update={"run": opened.config.run.model_copy(update={"dir": str(opened.folder)})})
+    config = opened.config.model_copy(
+        update={"run": opened.config.run.model_copy(update={"dir": str(opened.folder)})}
+    )
     if checkpoint is not None:
         changed = changes(checkpoint.settings, config.model_dump(mode="json"))
         if changed:
-            raise ConfigError(f"{opened.folder / 'config.toml'}: a run goes on with the settings that it began with; changed: {changed}")
+            raise ConfigError(
+                f"{opened.folder / 'config.toml'}: a run goes on with the settings that it began with; changed: {changed}"
+            )
     wanted = config.train.num_rounds if num_rounds is None else num_rounds
     if wanted < max(done, 1):
-        raise ConfigError(f"train.num_rounds: expected at least the {done} rounds that are done, found {wanted}")
-    return config.model_copy(update={"train": config.train.model_copy(update={"num_rounds": wanted})})
+        raise ConfigError(
+            f"train.num_rounds: expected at least the {done} rounds that are done, found {wanted}"
+        )
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"num_rounds": wanted})}
+    )
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """In words, which settings differ that a run has to go on with: all but those of its folder, and the number of rounds."""
     then, now = (dotted({**settings, "run": {}, "versions": {}}) for settings in (before, after))
-    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "train.num_rounds")
+    differing = sorted(
+        key
+        for key in then.keys() | now.keys()
+        if then.get(key) != now.get(key) and key != "train.num_rounds"
+    )
     return ", ".join(f"{key} = {now.get(key)} (was {then.get(key)})" for key in differing)
 
 
@@ -384,7 +471,9 @@ def check_settings(config: RunConfig, federation: Members) -> None:
         for client in listed:
             federation.client(client)
     if config.train.min_clients > len(federation.clients):
-        raise ConfigError(f"train.min_clients: expected at most the {len(federation.clients)} clients, found {config.train.min_clients}")
+        raise ConfigError(
+            f"train.min_clients: expected at most the {len(federation.clients)} clients, found {config.train.min_clients}"
+        )
     _check_method(config, federation)
 
 
@@ -392,17 +481,25 @@ def _check_method(config: RunConfig, federation: Members) -> None:
     """Raise ConfigError where the settings ask for what the method cannot do."""
     method, name = method_of(config.train), config.train.method.name
     if method.own_encoder and federation.buffers == "averaged":
-        raise ConfigError(f'train.method: {name} exchanges nothing: expected model.buffers = "local", found "averaged"')
+        raise ConfigError(
+            f'train.method: {name} exchanges nothing: expected model.buffers = "local", found "averaged"'
+        )
     if method.lockstep and (config.train.fraction_train < 1 or config.train.participants):
-        raise ConfigError(f"train.method: {name} trains on all data at every step: expected no fraction_train below 1 and no participants")
+        raise ConfigError(
+            f"train.method: {name} trains on all data at every step: expected no fraction_train below 1 and no participants"
+        )
     if method.lockstep and any(config.faults.model_dump().values()):
-        raise ConfigError(f"train.method: {name} sends no reports that could meet faults: expected no [faults]")
+        raise ConfigError(
+            f"train.method: {name} sends no reports that could meet faults: expected no [faults]"
+        )
 
 
 def refuse_lockstep(config: RunConfig) -> None:
     """Raise ConfigError for a method that an engine of messages cannot run: one whose server steps after each of the clients' steps."""
     if method_of(config.train).lockstep:
-        raise ConfigError(f"train.method: {config.train.method.name} keeps all clients in lockstep, which is for the simulation alone")
+        raise ConfigError(
+            f"train.method: {config.train.method.name} keeps all clients in lockstep, which is for the simulation alone"
+        )
 
 
 def _require_clients_here(config: RunConfig) -> None:
@@ -424,7 +521,9 @@ def _engine_here(federation: Federation, weighting: Weighting, config: RunConfig
         initial_guess=config.train.initial_loss == "guess",
         seed=config.train.seed,
     )
-    engine: Engine = registry.build("engine", config.engine, federation=federation, seed=config.train.seed)
+    engine: Engine = registry.build(
+        "engine", config.engine, federation=federation, seed=config.train.seed
+    )
     if not getattr(engine, "lockstep", True):
         refuse_lockstep(config)
     return with_faults(engine, config)
@@ -432,7 +531,9 @@ def _engine_here(federation: Federation, weighting: Weighting, config: RunConfig
 
 def with_faults(engine: Engine, config: RunConfig) -> Engine:
     """The engine, with the faults of the settings where there are any."""
-    return FaultyEngine(engine, config.faults) if any(config.faults.model_dump().values()) else engine
+    return (
+        FaultyEngine(engine, config.faults) if any(config.faults.model_dump().values()) else engine
+    )
 
 
 @contextmanager
@@ -470,7 +571,11 @@ class _Job:
 
     @_unwatched()
     def go_on(
-        self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop | None, profiler: profile | None = None
+        self,
+        writer: RunWriter | None,
+        on_round: OnRound | None,
+        should_stop: ShouldStop | None,
+        profiler: profile | None = None,
     ) -> Result:
         """Train the rounds that are left, and write what is to be written. Whatever is raised, the rounds that are done are kept."""
         try:
@@ -485,7 +590,9 @@ class _Job:
             again = type(error)(f"{error}; {hint}" if hint else str(error))
             again.result = result
             raise again from error.__cause__
-        except BaseException as error:  # Ctrl-C, or what a callback raises, which may be what someone waits for
+        except (
+            BaseException
+        ) as error:  # Ctrl-C, or what a callback raises, which may be what someone waits for
             result, hint = self._keep(writer)
             with suppress(AttributeError):  # it may have no room for it
                 error.result = result  # type: ignore[attr-defined]
@@ -498,7 +605,13 @@ class _Job:
         self._say_who_was_silent(result.summary)
         return result
 
-    def _train(self, writer: RunWriter | None, on_round: OnRound | None, should_stop: ShouldStop | None, profiler: profile | None) -> None:
+    def _train(
+        self,
+        writer: RunWriter | None,
+        on_round: OnRound | None,
+        should_stop: ShouldStop | None,
+        profiler: profile | None,
+    ) -> None:
         training, settings = self.config.train, self.config.run
         engine = TimedEngine(self.engine, self.costs)
         while self.state.round < training.num_rounds:
@@ -520,14 +633,18 @@ class _Job:
                 remove_replaced(writer.folder)
             self.begun = True
             if should_stop is not None and should_stop() and not ended:
-                raise StoppedError(f"stopped after round {self.state.round} of {training.num_rounds}")
+                raise StoppedError(
+                    f"stopped after round {self.state.round} of {training.num_rounds}"
+                )
 
     def _round(self, engine: Engine) -> list[Row]:
         """One round: it counts with its rows and the states of all clients, or not at all."""
         training = self.config.train
         try:
             with self.costs.of("aggregation"):
-                state, record = run_round(self.state, self.federation, engine, self.weighting, self.aggregate, training)
+                state, record = run_round(
+                    self.state, self.federation, engine, self.weighting, self.aggregate, training
+                )
             evaluations = _evaluations(engine, state, training)
             rows = rows_of(self.federation, state, record, evaluations)
             _add_notes(rows, self.engine)
@@ -542,21 +659,33 @@ class _Job:
 
     def _result(self) -> Result:
         summary = summarise(
-            self.federation.clients, self.rows, self._guesses, self.config.run, self._seconds(), self.costs.seconds, self._failed
+            self.federation.clients,
+            self.rows,
+            self._guesses,
+            self.config.run,
+            self._seconds(),
+            self.costs.seconds,
+            self._failed,
         )
-        return Result(self.federation, self.state, self._states, self.rows, summary, self.config.train.seed)
+        return Result(
+            self.federation, self.state, self._states, self.rows, summary, self.config.train.seed
+        )
 
     def _seconds(self) -> float:
         """How long the run has taken, over all of its starts."""
         return self.seconds + perf_counter() - self._start
 
     def _record(self) -> MembersRecord:
-        if self._members is None or self.config.run.experiment is not None:  # elsewhere, clients may come later
+        if (
+            self._members is None or self.config.run.experiment is not None
+        ):  # elsewhere, clients may come later
             self._members = members_record(self.federation, self.config.train.seed)
         return self._members
 
     def _checkpoint(self, writer: RunWriter) -> None:
-        writer.write_checkpoint(self.state, self._states, self._record(), self._seconds(), self.costs.seconds)
+        writer.write_checkpoint(
+            self.state, self._states, self._record(), self._seconds(), self.costs.seconds
+        )
 
     def _keep(self, writer: RunWriter | None) -> tuple[Result | None, str]:
         """Write what is done to the run's folder. The result, None before the first round, and how to go on.
@@ -581,7 +710,9 @@ class _Job:
             for metric, why in evaluation.failed.items():
                 if (id, metric) not in self._warned:
                     self._warned.add((id, metric))
-                    warn(f"client '{id}': metric '{metric}' is missing from round {self.state.round} on: {why}")
+                    warn(
+                        f"client '{id}': metric '{metric}' is missing from round {self.state.round} on: {why}"
+                    )
 
     def _say_who_has_no_rate(self, record: RoundRecord) -> None:
         """Warn of clients whose losses are not what the weighting needs, each once."""
@@ -591,13 +722,19 @@ class _Job:
             if math.isnan(report.inverse_training_rate) and report.client not in self._warned:
                 self._warned.add(report.client)
                 why = no_rate(report.initial_loss, report.loss, report.loss_floor, report.task)
-                warn(f"client '{report.client}': from round {self.state.round} on its weight stays as it is where {why}")
+                warn(
+                    f"client '{report.client}': from round {self.state.round} on its weight stays as it is where {why}"
+                )
 
     def _say_what_rises(self, rows: Sequence[Row]) -> None:
         """Warn of tasks whose loss has been above the initial one for some rounds, each once."""
         training = self.config.train
         for task in dict.fromkeys(row["task"] for row in rows):
-            last = list(task_curve(self.rows[-RISEN_ROUNDS * len(rows) :], task, "inverse_training_rate").values())
+            last = list(
+                task_curve(
+                    self.rows[-RISEN_ROUNDS * len(rows) :], task, "inverse_training_rate"
+                ).values()
+            )
             if len(last) == RISEN_ROUNDS and min(last) > RISEN and task not in self._warned:
                 self._warned.add(task)
                 warn(
@@ -642,7 +779,10 @@ def begin(
     with nullcontext() if locked else alone_in(folder):
         create_run(folder, config, overwrite=overwrite)
         try:
-            with RunWriter(folder, config) as writer, profiler_of(folder, config) if profiled else nullcontext() as profiler:
+            with (
+                RunWriter(folder, config) as writer,
+                profiler_of(folder, config) if profiled else nullcontext() as profiler,
+            ):
                 result = job.go_on(writer, on_round, should_stop, profiler)
         except BaseException:
             if not job.begun and replaced_by(folder).exists():
@@ -658,7 +798,9 @@ def profiler_of(folder: Path, config: RunConfig) -> profile:
     return profile(
         schedule=schedule(wait=0, warmup=min(1, config.train.num_rounds - 1), active=2, repeat=1),
         on_trace_ready=tensorboard_trace_handler(str(folder / PROFILE), use_gzip=True),
-        experimental_config=_ExperimentalConfig(profile_all_threads=True),  # the workers' threads too
+        experimental_config=_ExperimentalConfig(
+            profile_all_threads=True
+        ),  # the workers' threads too
     )
 
 
@@ -668,7 +810,9 @@ def write_page(folder: Path) -> None:
         write_report([Run(folder)], folder / "report.html")
 
 
-def _evaluations(engine: Engine, state: ServerState, training: TrainConfig) -> Mapping[str, Evaluation]:
+def _evaluations(
+    engine: Engine, state: ServerState, training: TrainConfig
+) -> Mapping[str, Evaluation]:
     if state.round in (1, training.num_rounds) or state.round % training.eval_every == 0:
         return engine.evaluate(state.encoder, state.buffers, training.eval_batch_size)
     return {}
@@ -681,19 +825,31 @@ def _guesses(federation: Members, batch_size: int) -> dict[str, dict[str, float]
     guesses = {}
     for client in federation.clients:
         if client.test_data is not None:
-            with client_side.naming(client.id, "the constant answer to its test data"), seeded(0, 0, client.id, "guess"):
-                guesses[client.id] = constant_guess(client.task, client.test_data, *federation.outputs[client.id], batch_size)
+            with (
+                client_side.naming(client.id, "the constant answer to its test data"),
+                seeded(0, 0, client.id, "guess"),
+            ):
+                guesses[client.id] = constant_guess(
+                    client.task, client.test_data, *federation.outputs[client.id], batch_size
+                )
     return guesses
 
 
-def rows_of(federation: Members, state: ServerState, record: RoundRecord, evaluations: Mapping[str, Evaluation]) -> list[Row]:
+def rows_of(
+    federation: Members,
+    state: ServerState,
+    record: RoundRecord,
+    evaluations: Mapping[str, Evaluation],
+) -> list[Row]:
     """A round as lines for metrics.jsonl: one a client, in the federation's order. What a client did not do is None."""
     reports = {report.client: report for report in record.reports}
     instructed = {instruction.client for instruction in record.instructions}
     method = method_of(record.instructions[0].training)
     sends = not (method.own_encoder or method.lockstep)
     bytes_down = record.instructions[0].num_bytes if sends else 0  # to each the same
-    targets, applied = (record.weights.targets, record.weights.values) if record.weights is not None else ({}, {})
+    targets, applied = (
+        (record.weights.targets, record.weights.values) if record.weights is not None else ({}, {})
+    )
     rows: list[Row] = []
     for client in federation.clients:
         id, report, evaluation = client.id, reports.get(client.id), evaluations.get(client.id)
@@ -714,7 +870,9 @@ def rows_of(federation: Members, state: ServerState, record: RoundRecord, evalua
                 "target": targets.get(id),
                 "test_loss": _finite(evaluation.loss) if evaluation else None,
                 "metric": _finite(evaluation.metrics[main.name]) if evaluation and main else None,
-                "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()} if evaluation else {},
+                "metrics": {name: _finite(value) for name, value in evaluation.metrics.items()}
+                if evaluation
+                else {},
                 "examples": report.num_examples if report else federation.num_examples(id),
                 "bytes_up": report.num_bytes if report and sends else 0,
                 "bytes_down": bytes_down if id in instructed else 0,

@@ -52,7 +52,9 @@ def federation_of(opened: Run, federation: object) -> Federation:
     if federation is None:
         return build_federation(opened.config)
     if not isinstance(federation, Federation):
-        raise FederationError(f"federation: expected a Federation, found {type(federation).__name__}")
+        raise FederationError(
+            f"federation: expected a Federation, found {type(federation).__name__}"
+        )
     return federation
 
 
@@ -65,7 +67,9 @@ def _check_same(opened: Run, federation: Federation, *, with_data: bool) -> None
         if with_data:
             why = why or of_data(before, now, test_only=True) or of_models(before, now)
         if why is not None:
-            raise RunError(f"{opened.folder}: the federation is not the one that was trained: {why}")
+            raise RunError(
+                f"{opened.folder}: the federation is not the one that was trained: {why}"
+            )
 
 
 def _loaded(opened: Run, client: str, federation: Federation) -> nn.Module:
@@ -83,7 +87,9 @@ def _loaded(opened: Run, client: str, federation: Federation) -> nn.Module:
         load_buffers(encoder, _with_prefix(saved, "buffer.").items())
     except (RuntimeError, KeyError, FederationError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{opened.folder}: the saved models do not fit the federation: {reason}") from error
+        raise RunError(
+            f"{opened.folder}: the saved models do not fit the federation: {reason}"
+        ) from error
     return joined(encoder, head)
 
 
@@ -102,7 +108,9 @@ def evaluate_run(run: str | Path, federation: Federation | None = None) -> dict[
         if client.test_data is not None:
             model = _loaded(opened, client.id, federation)
             encoder, head = model.get_submodule("encoder"), model.get_submodule("head")
-            evaluations[client.id] = evaluate_client(client, encoder, head, training.seed, training.eval_batch_size)
+            evaluations[client.id] = evaluate_client(
+                client, encoder, head, training.seed, training.eval_batch_size
+            )
     return evaluations
 
 
@@ -111,7 +119,9 @@ def _check_fits(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = f"one of {tuple(tensors[name].shape)}" if name in tensors else "none"
-            raise RuntimeError(f"encoder: expected '{name}' of shape {tuple(tensor.shape)}, found {found}")
+            raise RuntimeError(
+                f"encoder: expected '{name}' of shape {tuple(tensor.shape)}, found {found}"
+            )
 
 
 def joined(encoder: nn.Module, head: nn.Module) -> nn.Module:
@@ -120,4 +130,8 @@ def joined(encoder: nn.Module, head: nn.Module) -> nn.Module:
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -27,7 +27,16 @@ from fedgradnorm.threads import kernel_threads
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
-__all__ = ["RoundRecord", "ServerState", "advance", "conclude", "initial_state", "instruct", "run_round", "screen"]
+__all__ = [
+    "RoundRecord",
+    "ServerState",
+    "advance",
+    "conclude",
+    "initial_state",
+    "instruct",
+    "run_round",
+    "screen",
+]
 
 LAST_NORMS, FEWEST_NORMS = 10, 3
 """How many lengths of a client's gradients are remembered, and how many it takes to know what is usual for it."""
@@ -84,7 +93,12 @@ def initial_state(federation: Members, weighting: Weighting, seed: int) -> Serve
 
 
 def run_round(
-    state: ServerState, federation: Members, engine: Engine, weighting: Weighting, aggregate: Aggregation, training: TrainConfig
+    state: ServerState,
+    federation: Members,
+    engine: Engine,
+    weighting: Weighting,
+    aggregate: Aggregation,
+    training: TrainConfig,
 ) -> tuple[ServerState, RoundRecord]:
     """One round. With fewer sound reports than ``min_clients`` it is undone at server and clients, and repeated.
 
@@ -100,7 +114,15 @@ def run_round(
     try:
         after, record = _run_step(state, federation, engine, weighting, aggregate, training, 0)
         for step in range(1, training.encoder_steps):
-            after, another = _run_step(replace(after, round=state.round), federation, engine, weighting, aggregate, training, step)
+            after, another = _run_step(
+                replace(after, round=state.round),
+                federation,
+                engine,
+                weighting,
+                aggregate,
+                training,
+                step,
+            )
             record = joined(record, step, another)
     except (StoppedError, WeightingError):
         engine.restore(before)
@@ -122,13 +144,21 @@ def _run_step(
     only_summed = isinstance(aggregate, Mean) and not getattr(weighting, "reads_gradients", True)
     for attempt in range(training.max_retries + 1):
         instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
-        replies = sorted(engine.execute(instructions), key=attrgetter("client"))  # so that sums do not depend on the engine
+        replies = sorted(
+            engine.execute(instructions), key=attrgetter("client")
+        )  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
         failures: Mapping[str, str] = getattr(engine, "failures", {})
-        dropped |= {client: f"no report: {why}" for client, why in failures.items() if dropped.get(client) == "no report"}
+        dropped |= {
+            client: f"no report: {why}"
+            for client, why in failures.items()
+            if dropped.get(client) == "no report"
+        }
         if len(reports) >= training.min_clients:
             heard = {reply.client for reply in replies if reply.round == state.round + 1}
-            undone = {client: before[client] for client in dropped if client in heard}  # one bad round must not spoil all later ones
+            undone = {
+                client: before[client] for client in dropped if client in heard
+            }  # one bad round must not spoil all later ones
             engine.restore({**engine.client_states, **undone})
             break
         engine.restore(before)
@@ -143,7 +173,10 @@ def _by_reason(dropped: Mapping[str, str]) -> str:
     clients: dict[str, list[str]] = {}
     for client, reason in dropped.items():
         clients.setdefault(reason, []).append(client)
-    named = {reason: ", ".join(them[:3]) + (f" and {len(them) - 3} more" if len(them) > 3 else "") for reason, them in clients.items()}
+    named = {
+        reason: ", ".join(them[:3]) + (f" and {len(them) - 3} more" if len(them) > 3 else "")
+        for reason, them in clients.items()
+    }
     return "; ".join(f"{them}: {reason}" for reason, them in named.items())
 
 
@@ -159,7 +192,9 @@ def conclude(
     """The end of a round, from its sound reports on: weight, aggregate, advance."""
     attempt = max((instruction.attempt for instruction in instructions), default=0)
     if not reports:
-        return replace(state, round=state.round + 1), RoundRecord(instructions, reports, dropped, None, attempt)
+        return replace(state, round=state.round + 1), RoundRecord(
+            instructions, reports, dropped, None, attempt
+        )
     with seeded(training.seed, state.round + 1, "", f"weighting {instructions[0].step}"):
         weights, weighting_state = _weigh(weighting, state.weighting, reports)
         with kernel_threads(1):
@@ -167,11 +202,15 @@ def conclude(
     after = advance(state, reports, direction, weighting_state, training)
     if not _is_finite(after.encoder):
         dropped |= {report.client: "the step with it is not finite" for report in reports}
-        return replace(state, round=state.round + 1), RoundRecord(instructions, [], dropped, None, attempt)
+        return replace(state, round=state.round + 1), RoundRecord(
+            instructions, [], dropped, None, attempt
+        )
     return after, RoundRecord(instructions, reports, dropped, weights, attempt)
 
 
-def _weigh(weighting: Weighting, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+def _weigh(
+    weighting: Weighting, state: WeightingState, reports: Sequence[Report]
+) -> tuple[Weights, WeightingState]:
     """What a weighting gives for these reports, in plain numbers. Raises WeightingError where it is not what it has to be."""
     what = f"{_named(weighting, 'weighting')}: update()"
     try:
@@ -181,14 +220,20 @@ def _weigh(weighting: Weighting, state: WeightingState, reports: Sequence[Report
     except Exception as error:  # the user's own code may raise anything
         raise WeightingError(f"{what} raised {described(error)}") from error
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Weights)):
-        raise WeightingError(f"{what}: expected a pair (Weights, WeightingState), found {_kind(given)}")
+        raise WeightingError(
+            f"{what}: expected a pair (Weights, WeightingState), found {_kind(given)}"
+        )
     weights, clients = given[0], [report.client for report in reports]
     values = _finite_numbers(weights.values, clients, f"{what}: weights.values")
     if not sum(values.values()) > 0:
-        raise WeightingError(f"{what}: weights.values: expected a sum above 0, found {sum(values.values()):g}")
+        raise WeightingError(
+            f"{what}: weights.values: expected a sum above 0, found {sum(values.values()):g}"
+        )
     targets = _finite_numbers(weights.targets, (), f"{what}: weights.targets")
     scale = _finite_numbers({"scale": weights.scale}, (), f"{what}: weights")["scale"]
-    return Weights({client: values[client] for client in clients}, targets, scale), _plain_state(given[1], what)
+    return Weights({client: values[client] for client in clients}, targets, scale), _plain_state(
+        given[1], what
+    )
 
 
 def _plain_state(state: object, what: str) -> WeightingState:
@@ -197,7 +242,9 @@ def _plain_state(state: object, what: str) -> WeightingState:
         raise WeightingError(f"{what}: expected a WeightingState, found {_kind(state)}")
     weights = _finite_numbers(state.weights, (), f"{what}: state.weights")
     if not isinstance(state.memory, Mapping):
-        raise WeightingError(f"{what}: state.memory: expected a dictionary, found {_kind(state.memory)}")
+        raise WeightingError(
+            f"{what}: state.memory: expected a dictionary, found {_kind(state.memory)}"
+        )
     return WeightingState(weights, _plain(state.memory, f"{what}: state.memory"))
 
 
@@ -206,23 +253,33 @@ def _finite_numbers(numbers: object, clients: Iterable[str], what: str) -> dict[
     if not isinstance(numbers, Mapping):
         raise WeightingError(f"{what}: expected a dictionary by client id, found {_kind(numbers)}")
     if (missing := next((client for client in clients if client not in numbers), None)) is not None:
-        raise WeightingError(f"{what}: expected a number for every client, found none for '{missing}'")
-    if all(type(number) is float for number in numbers.values()) and math.isfinite(sum(numbers.values())):
+        raise WeightingError(
+            f"{what}: expected a number for every client, found none for '{missing}'"
+        )
+    if all(type(number) is float for number in numbers.values()) and math.isfinite(
+        sum(numbers.values())
+    ):
         return dict(numbers)
     plain = {}
     for client, number in numbers.items():
         try:
             plain[client] = float(number)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise WeightingError(f"{what}: expected a number for '{client}', found {number!r:.100}") from error
+            raise WeightingError(
+                f"{what}: expected a number for '{client}', found {number!r:.100}"
+            ) from error
         if not math.isfinite(plain[client]):
-            raise WeightingError(f"{what}: expected a finite number for '{client}', found {plain[client]}")
+            raise WeightingError(
+                f"{what}: expected a finite number for '{client}', found {plain[client]}"
+            )
     return plain
 
 
 def _plain(value: Any, what: str) -> Any:
     """A value as JSON has it, the numbers of NumPy and torch as Python's. Raises WeightingError for anything else."""
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray | Tensor) and value.ndim == 0
+    ):
         value = value.item()
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -233,14 +290,25 @@ def _plain(value: Any, what: str) -> Any:
     if isinstance(value, Mapping):
         if (odd := next((key for key in value if not isinstance(key, str)), None)) is not None:
             raise WeightingError(f"{what}: expected texts as keys, found {odd!r:.100}")
-        return {key: held if type(held) is str else _plain(held, f"{what}[{key!r:.100}]") for key, held in value.items()}
+        return {
+            key: held if type(held) is str else _plain(held, f"{what}[{key!r:.100}]")
+            for key, held in value.items()
+        }
     if isinstance(value, list | tuple):
-        return type(value)(_plain(held, what) for held in value) if type(value) in (list, tuple) else [_plain(held, what) for held in value]
+        return (
+            type(value)(_plain(held, what) for held in value)
+            if type(value) in (list, tuple)
+            else [_plain(held, what) for held in value]
+        )
     hint = "; .tolist() makes numbers of it" if isinstance(value, np.ndarray | Tensor) else ""
-    raise WeightingError(f"{what}: expected what JSON has: texts, finite numbers, lists and dictionaries, found {_kind(value)}{hint}")
+    raise WeightingError(
+        f"{what}: expected what JSON has: texts, finite numbers, lists and dictionaries, found {_kind(value)}{hint}"
+    )
 
 
-def _aggregated(aggregate: Aggregation, reports: Sequence[Report], weights: Weights, encoder: Tensor) -> Tensor:
+def _aggregated(
+    aggregate: Aggregation, reports: Sequence[Report], weights: Weights, encoder: Tensor
+) -> Tensor:
     """The direction that an aggregation gives. Raises WeightingError where it is not what it has to be."""
     what = _named(aggregate, "aggregation")
     try:
@@ -279,7 +347,10 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
     was dropped at any step counts as dropped.
     """
     share = 1 / (steps + 1)
-    earlier, dropped = {report.client: report for report in record.reports}, {**record.dropped, **another.dropped}
+    earlier, dropped = (
+        {report.client: report for report in record.reports},
+        {**record.dropped, **another.dropped},
+    )
     reports = [
         replace(
             report,
@@ -295,9 +366,18 @@ def joined(record: RoundRecord, steps: int, another: RoundRecord) -> RoundRecord
     weights = another.weights
     if weights is not None and record.weights is not None:
         old = record.weights.targets
-        targets = {client: old.get(client, new) + (new - old.get(client, new)) * share for client, new in weights.targets.items()}
+        targets = {
+            client: old.get(client, new) + (new - old.get(client, new)) * share
+            for client, new in weights.targets.items()
+        }
         weights = replace(weights, targets=targets)
-    return RoundRecord(record.instructions, reports, dropped, weights or record.weights, record.retries + another.retries)
+    return RoundRecord(
+        record.instructions,
+        reports,
+        dropped,
+        weights or record.weights,
+        record.retries + another.retries,
+    )
 
 
 def instruct(
@@ -311,7 +391,12 @@ def instruct(
 ) -> list[Instruction]:
     """One instruction for each client that takes part in the next round, or in this step of it, sorted by client id."""
     round, ids = state.round + 1, participants(federation, training, state.round + 1)
-    return [Instruction(round, client, state.encoder, state.buffers, training, attempt, step, only_summed) for client in ids]
+    return [
+        Instruction(
+            round, client, state.encoder, state.buffers, training, attempt, step, only_summed
+        )
+        for client in ids
+    ]
 
 
 def participants(federation: Members, training: TrainConfig, round: int) -> list[str]:
@@ -323,7 +408,11 @@ def participants(federation: Members, training: TrainConfig, round: int) -> list
     count = max(1, round_half_up(training.fraction_train * len(ids)))
     if count == len(ids):
         return ids
-    return sorted(generator(training.seed, round, "", "participants").choice(ids, size=count, replace=False).tolist())
+    return sorted(
+        generator(training.seed, round, "", "participants")
+        .choice(ids, size=count, replace=False)
+        .tolist()
+    )
 
 
 def round_half_up(number: float) -> int:
@@ -353,7 +442,13 @@ def screen(
         by_sender.setdefault((reply.client, reply.round), []).append(reply)
     for instruction in instructions:
         own = by_sender.get((instruction.client, instruction.round), [])
-        reason = "no report" if not own else f"{len(own)} reports" if len(own) > 1 else _misfit(own[0], instruction)
+        reason = (
+            "no report"
+            if not own
+            else f"{len(own)} reports"
+            if len(own) > 1
+            else _misfit(own[0], instruction)
+        )
         if reason is None:
             reports[instruction.client] = own[0]
         else:
@@ -383,7 +478,11 @@ def _median_without(ascending: Sequence[float], number: float) -> float:
     if number == 0:
         return number
     middle = (len(ascending) - 2) // 2
-    return number if middle < 0 else ascending[middle if middle < bisect_left(ascending, number) else middle + 1]
+    return (
+        number
+        if middle < 0
+        else ascending[middle if middle < bisect_left(ascending, number) else middle + 1]
+    )
 
 
 def _misfit(report: Report, instruction: Instruction) -> str | None:
@@ -395,7 +494,11 @@ def _misfit(report: Report, instruction: Instruction) -> str | None:
         return "buffers: not those that were sent"
     for name, buffer in report.buffers.items():
         sent = instruction.buffers[name]
-        if buffer.shape != sent.shape or buffer.dtype != sent.dtype or not torch.isfinite(buffer).all():
+        if (
+            buffer.shape != sent.shape
+            or buffer.dtype != sent.dtype
+            or not torch.isfinite(buffer).all()
+        ):
             return f"buffer {name}: wrong shape or type, or not finite"
     return None
 
@@ -404,9 +507,21 @@ def _wrong_number(report: Report, length: float) -> str | None:
     """Which number of a report is out of range, or None."""
     if not math.isfinite(length):
         finite = bool(torch.isfinite(report.gradient).all())
-        return f"gradient: expected a length of at most {LARGEST:g}, found a longer one" if finite else "gradient: not finite"
-    if not (abs(report.loss) <= LARGEST and abs(report.initial_loss) <= LARGEST and abs(report.loss_floor) <= LARGEST):
-        numbers = {"loss": report.loss, "initial_loss": report.initial_loss, "loss_floor": report.loss_floor}
+        return (
+            f"gradient: expected a length of at most {LARGEST:g}, found a longer one"
+            if finite
+            else "gradient: not finite"
+        )
+    if not (
+        abs(report.loss) <= LARGEST
+        and abs(report.initial_loss) <= LARGEST
+        and abs(report.loss_floor) <= LARGEST
+    ):
+        numbers = {
+            "loss": report.loss,
+            "initial_loss": report.initial_loss,
+            "loss_floor": report.loss_floor,
+        }
         name = next(name for name, number in numbers.items() if not abs(number) <= LARGEST)
         return f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {numbers[name]}"
     if not 0 <= report.grad_norm <= LARGEST:
@@ -418,23 +533,35 @@ def _wrong_number(report: Report, length: float) -> str | None:
 
 @kernel_threads(1)
 def advance(
-    state: ServerState, reports: Sequence[Report], direction: Tensor, weighting: WeightingState, training: TrainConfig
+    state: ServerState,
+    reports: Sequence[Report],
+    direction: Tensor,
+    weighting: WeightingState,
+    training: TrainConfig,
 ) -> ServerState:
     """The next state: a step of the server's optimiser along the direction, and the mean of the clients' buffers.
 
     With plain SGD, ω ← ω - η · direction, where η = τ_ω · β · server_lr; τ_ω is 1 in lockstep. Where every client has an encoder of its
     own, ω stays.
     """
-    encoder, optimizer = (state.encoder, state.optimizer) if method_of(training).own_encoder else _stepped(state, direction, training)
+    encoder, optimizer = (
+        (state.encoder, state.optimizer)
+        if method_of(training).own_encoder
+        else _stepped(state, direction, training)
+    )
     buffers = {name: _mean([report.buffers[name] for report in reports]) for name in state.buffers}
     norms = dict(state.norms)
     for report in reports:
-        if report.length > 0:  # nothing can be told from a task that had nothing to learn in a round
+        if (
+            report.length > 0
+        ):  # nothing can be told from a task that had nothing to learn in a round
             norms[report.client] = (*norms.get(report.client, ()), report.length)[-LAST_NORMS:]
     return ServerState(state.round + 1, encoder, buffers, weighting, optimizer, norms)
 
 
-def _stepped(state: ServerState, direction: Tensor, training: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _stepped(
+    state: ServerState, direction: Tensor, training: TrainConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The encoder and the optimiser's state after its step."""
     steps = 1 if method_of(training).lockstep else training.encoder_steps
     step_size = steps * training.encoder_lr * training.server_lr  # η
@@ -445,9 +572,15 @@ def _stepped(state: ServerState, direction: Tensor, training: TrainConfig) -> tu
         optimizer = torch.optim.Adam([parameter], lr=step_size)
     else:
         optimizer = torch.optim.SGD([parameter], lr=step_size, momentum=training.server_momentum)
-    optimizer.state[parameter].update({name: value.clone() for name, value in state.optimizer.items()})
+    optimizer.state[parameter].update(
+        {name: value.clone() for name, value in state.optimizer.items()}
+    )
     optimizer.step()
-    return parameter.detach(), {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
+    return parameter.detach(), {
+        name: value
+        for name, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _mean(buffers: Sequence[Tensor]) -> Tensor:

@@ -66,14 +66,25 @@ def check_loss(task: Task, head: nn.Module, features: Tensor, targets: Tensor) -
         outputs = head(features.clone())
     note = check_pairs(task.loss, outputs, targets, "the loss")
     first = _tried(task.loss, outputs, targets)
-    if first is None or not math.isfinite(first[0]) or first[0] == 0 or not bool(first[1].any()) or len(outputs) < 2:
+    if (
+        first is None
+        or not math.isfinite(first[0])
+        or first[0] == 0
+        or not bool(first[1].any())
+        or len(outputs) < 2
+    ):
         return note  # these outputs may be none to this loss, such as probabilities above 1; or there is nothing left to learn
     slopes = first[1]
     twice = _tried(task.loss, torch.cat([outputs, outputs]), torch.cat([targets, targets]))
     if twice is not None and _alike(twice[1], torch.cat([slopes, slopes])):
-        raise Unsound('the loss of a batch given twice is twice the loss: expected the mean over a batch, such as reduction="mean"')
+        raise Unsound(
+            'the loss of a batch given twice is twice the loss: expected the mean over a batch, such as reduction="mean"'
+        )
     number = max(2, DRAWN // outputs[0].numel())
-    tries = [_tried(task.loss, *drawn, draw) for draw, drawn in enumerate(_drawn(outputs[:number], targets[:number]))]
+    tries = [
+        _tried(task.loss, *drawn, draw)
+        for draw, drawn in enumerate(_drawn(outputs[:number], targets[:number]))
+    ]
     all_slopes = [made[1] for made in tries if made is not None and bool(made[1].any())]
     _check_examples(all_slopes)
     if outputs.ndim >= 2 and all_slopes:
@@ -81,7 +92,9 @@ def check_loss(task: Task, head: nn.Module, features: Tensor, targets: Tensor) -
     return note
 
 
-def _tried(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, draw: int = 0) -> tuple[float, Tensor] | None:
+def _tried(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, draw: int = 0
+) -> tuple[float, Tensor] | None:
     """A loss and its slopes with respect to the outputs, or None where these are none to it."""
     leaf = outputs.detach().clone().requires_grad_(outputs.is_floating_point())
     try:
@@ -126,14 +139,18 @@ def _check_examples(all_slopes: list[Tensor]) -> None:
         )
 
 
-def _check_entries(task: Task, head: nn.Module, features: Tensor, targets: Tensor, all_slopes: list[Tensor]) -> None:
+def _check_entries(
+    task: Task, head: nn.Module, features: Tensor, targets: Tensor, all_slopes: list[Tensor]
+) -> None:
     """Raise Unsound for an entry of the outputs, along dimension 1, that the loss never reads, and whose parameters it never trains."""
     others = [dimension for dimension in range(all_slopes[0].ndim) if dimension != 1]
     read = torch.stack([slopes.ne(0).sum(dim=others) > 0 for slopes in all_slopes]).any(dim=0)
     with torch.no_grad():
         outputs = head(features.clone())
     for place in (~read).nonzero().flatten().tolist()[:CLASSES]:
-        if targets.dtype != torch.bool:  # each target may say which entry is read, such as its class
+        if (
+            targets.dtype != torch.bool
+        ):  # each target may say which entry is read, such as its class
             made = _tried(task.loss, outputs, torch.full_like(targets, place))
             if made is not None and bool(made[1][:, place].any()):
                 continue
@@ -142,29 +159,40 @@ def _check_entries(task: Task, head: nn.Module, features: Tensor, targets: Tenso
         except Exception:  # noqa: BLE001  # the user's own code may raise anything
             return
         if untrained:
-            raise Unsound(shapes(f"the loss does not depend on outputs[:, {place}]", outputs, targets))
+            raise Unsound(
+                shapes(f"the loss does not depend on outputs[:, {place}]", outputs, targets)
+            )
 
 
 @torch.enable_grad()
-def _is_untrained(task: Task, head: nn.Module, features: Tensor, targets: Tensor, place: int) -> bool:
+def _is_untrained(
+    task: Task, head: nn.Module, features: Tensor, targets: Tensor, place: int
+) -> bool:
     """Whether some parameters of the head matter to one entry of the outputs, and get no gradient."""
     parameters = [parameter for _, parameter in trainable(head)]
     if not parameters:
         return False
     outputs = head(features.clone())
     own = torch.autograd.grad(
-        (outputs[:, place] * torch.randn_like(outputs[:, place])).sum(), parameters, retain_graph=True, allow_unused=True
+        (outputs[:, place] * torch.randn_like(outputs[:, place])).sum(),
+        parameters,
+        retain_graph=True,
+        allow_unused=True,
     )
     with seeded(0, 0, "", "loss"):
         loss = one_number(task.loss(outputs.clone(), targets.clone()))
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for one, gradient in zip(own, gradients, strict=True):
-        if one is not None and bool(((one != 0) & (torch.zeros_like(one) if gradient is None else gradient).eq(0)).any()):
+        if one is not None and bool(
+            ((one != 0) & (torch.zeros_like(one) if gradient is None else gradient).eq(0)).any()
+        ):
             return True
     return False
 
 
-def check_pairs(function: Callable[[Tensor, Tensor], object], outputs: Tensor, targets: Tensor, what: str) -> str | None:
+def check_pairs(
+    function: Callable[[Tensor, Tensor], object], outputs: Tensor, targets: Tensor, what: str
+) -> str | None:
     """Raise Unsound for a function that broadcasts targets against outputs.
 
     Returns:
@@ -189,10 +217,16 @@ def check_pairs(function: Callable[[Tensor, Tensor], object], outputs: Tensor, t
     if pairing.broadcasts:
         raise Unsound(shapes(f"{what} broadcasts targets against outputs", outputs, targets))
     try:
-        doubtful = (pairing.explicit or pairing.leaves_torch) and _ignores_pairs(value, outputs, targets)
+        doubtful = (pairing.explicit or pairing.leaves_torch) and _ignores_pairs(
+            value, outputs, targets
+        )
     except Exception:  # noqa: BLE001  # what raises is told of elsewhere
         return None
-    return shapes(f"{what} does not depend on which target belongs to which output", outputs, targets) if doubtful else None
+    return (
+        shapes(f"{what} does not depend on which target belongs to which output", outputs, targets)
+        if doubtful
+        else None
+    )
 
 
 def _ignores_pairs(of: Callable[[Tensor, Tensor], float], outputs: Tensor, targets: Tensor) -> bool:
@@ -201,9 +235,16 @@ def _ignores_pairs(of: Callable[[Tensor, Tensor], float], outputs: Tensor, targe
         return False
     if bool((outputs == outputs[:1]).all()) or bool((targets == targets[:1]).all()):
         return False
-    value, other = of(outputs, targets), (targets != targets[:1]).reshape(len(targets), -1).any(dim=1).nonzero()[0]
-    at_one, at_other = (of(outputs, target.expand_as(targets)) for target in (targets[:1], targets[other]))
+    value, other = (
+        of(outputs, targets),
+        (targets != targets[:1]).reshape(len(targets), -1).any(dim=1).nonzero()[0],
+    )
+    at_one, at_other = (
+        of(outputs, target.expand_as(targets)) for target in (targets[:1], targets[other])
+    )
     if abs(at_one - at_other) <= 100 * EQUAL * abs(value):
         return False  # it hardly depends on the targets
     orders = [torch.roll(targets, shift, dims=0) for shift in range(1, ORDERS + 1)]
-    return all(abs(of(outputs, other) - value) <= EQUAL * max(abs(value), EQUAL) for other in orders)
+    return all(
+        abs(of(outputs, other) - value) <= EQUAL * max(abs(value), EQUAL) for other in orders
+    )

@@ -13,7 +13,16 @@ from fedgradnorm.federation import Client, Members
 from fedgradnorm.records import Heard, Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
-__all__ = ["LOSS_RATIO", "SMOOTHED", "check_targets", "costs_text", "rounds_to", "silent_texts", "summarise", "task_curve"]
+__all__ = [
+    "LOSS_RATIO",
+    "SMOOTHED",
+    "check_targets",
+    "costs_text",
+    "rounds_to",
+    "silent_texts",
+    "summarise",
+    "task_curve",
+]
 
 Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
@@ -40,12 +49,18 @@ def task_curve(rows: Sequence[Row], task: str, key: Curve) -> dict[int, float]:
     values: dict[int, list[float]] = {}
     heard = {row["client"] for row in rows if row["loss"] is not None} if key == "metric" else None
     for row in rows:
-        if row["task"] == task and (value := row[key]) is not None and (heard is None or row["client"] in heard):
+        if (
+            row["task"] == task
+            and (value := row[key]) is not None
+            and (heard is None or row["client"] in heard)
+        ):
             values.setdefault(row["round"], []).append(value)
     return {round: fmean(numbers) for round, numbers in values.items()}
 
 
-def rounds_to(curve: Mapping[int, float], target: float, *, higher_is_better: bool = False) -> int | None:
+def rounds_to(
+    curve: Mapping[int, float], target: float, *, higher_is_better: bool = False
+) -> int | None:
     """The first round at which the mean of a curve over the last five rounds has reached its target, or None.
 
     Rounds without a value do not count; before the fifth round the mean is over those there are.
@@ -54,7 +69,9 @@ def rounds_to(curve: Mapping[int, float], target: float, *, higher_is_better: bo
     5
     """
     for round in curve:
-        mean = fmean(curve[last] for last in range(round - SMOOTHED + 1, round + 1) if last in curve)
+        mean = fmean(
+            curve[last] for last in range(round - SMOOTHED + 1, round + 1) if last in curve
+        )
         if mean >= target if higher_is_better else mean <= target:
             return round
     return None
@@ -65,7 +82,9 @@ def check_targets(settings: RunSettings, federation: Members) -> None:
     tasks = _tasks(federation.clients)
     for name in settings.metric_targets:
         if name not in tasks:
-            raise ConfigError(f"run.metric_targets.{name}: there is no task '{name}'; {nearest(name, tasks)}")
+            raise ConfigError(
+                f"run.metric_targets.{name}: there is no task '{name}'; {nearest(name, tasks)}"
+            )
         if tasks[name].main_metric is None:
             raise ConfigError(f"run.metric_targets.{name}: task '{name}' has no metric")
 
@@ -135,9 +154,13 @@ def _heard(rows: Sequence[Row]) -> dict[str, Heard]:
 def silent_texts(summary: Summary) -> list[str]:
     """Which clients never or seldom counted, and why, a text for each; and in one text which were never trained."""
     clients = summary["clients"].items()
-    texts = [text for id, client in clients if (text := _silent_text(id, client["reports"])) is not None]
+    texts = [
+        text for id, client in clients if (text := _silent_text(id, client["reports"])) is not None
+    ]
     if never := [f"'{id}'" for id, client in clients if not client["reports"]["asked"]]:
-        named = ", ".join(never[:MOST_NAMED]) + (f" and {len(never) - MOST_NAMED} more" if len(never) > MOST_NAMED else "")
+        named = ", ".join(never[:MOST_NAMED]) + (
+            f" and {len(never) - MOST_NAMED} more" if len(never) > MOST_NAMED else ""
+        )
         who, were = ("client", "was") if len(never) == 1 else ("clients", "were")
         texts.append(f"{who} {named} {were} never trained: not among the participants of any round")
     return texts
@@ -152,14 +175,20 @@ def _silent_text(client: str, reports: Heard) -> str | None:
     asked, heard = reports["asked"], reports["heard"]
     if not asked or heard >= SELDOM * asked:
         return None
-    alike: dict[str, tuple[str, int]] = {}  # reasons that differ in their numbers alone are one, told by the first
+    alike: dict[
+        str, tuple[str, int]
+    ] = {}  # reasons that differ in their numbers alone are one, told by the first
     for reason, count in reports["reasons"].items():
         kind = NUMBERS.sub("", reason)
         text, known = alike.get(kind, (reason, 0))
         alike[kind] = text, known + count
     reasons = sorted(alike.values(), key=lambda item: -item[1])
     told = ", ".join(f"{reason} ({count})" for reason, count in reasons[:MOST_REASONS])
-    more = f" and for {len(reasons) - MOST_REASONS} other reasons" if len(reasons) > MOST_REASONS else ""
+    more = (
+        f" and for {len(reasons) - MOST_REASONS} other reasons"
+        if len(reasons) > MOST_REASONS
+        else ""
+    )
     how = "never counted" if heard == 0 else "seldom counted"
     return f"client '{client}' {how}: {asked - heard} of {asked} reports were dropped: {told}{more}"
 
@@ -169,7 +198,9 @@ def costs_text(summary: Summary) -> str:
     seconds = summary["seconds"]
     parts = {**summary["costs"], "other": seconds - sum(summary["costs"].values())}
     shares = ", ".join(f"{part} {value / seconds:.0%}" for part, value in parts.items())
-    up, down = (decimal(round(summary[way] / summary["rounds"])) for way in ("bytes_up", "bytes_down"))
+    up, down = (
+        decimal(round(summary[way] / summary["rounds"])) for way in ("bytes_up", "bytes_down")
+    )
     return f"time: {seconds:.1f} s, of which {shares}; sent a round: {up} up, {down} down"
 
 
@@ -177,15 +208,27 @@ def _tasks(clients: Sequence[Client]) -> dict[str, Task]:
     return {client.task.name: client.task for client in clients}
 
 
-def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mapping[str, float]], settings: RunSettings) -> TaskSummary:
+def _summarise_task(
+    task: Task,
+    rows: Sequence[Row],
+    guesses: Mapping[str, Mapping[str, float]],
+    settings: RunSettings,
+) -> TaskSummary:
     clients = sorted({row["client"] for row in rows if row["task"] == task.name})
-    ratios, weights = task_curve(rows, task.name, "inverse_training_rate"), task_curve(rows, task.name, "weight")
-    rounds = {f"{LOSS_RATIO}{target:g}": rounds_to(ratios, target) for target in settings.loss_targets}
+    ratios, weights = (
+        task_curve(rows, task.name, "inverse_training_rate"),
+        task_curve(rows, task.name, "weight"),
+    )
+    rounds = {
+        f"{LOSS_RATIO}{target:g}": rounds_to(ratios, target) for target in settings.loss_targets
+    }
     rounds_done = max(row["round"] for row in rows)
     took_part = [row["round"] for row in rows if row["task"] == task.name and row["participated"]]
     summary: TaskSummary = {
         "clients": len(clients),
-        "loss_ratio": ratios.get(max(took_part, default=0)),  # None where the last report was dropped
+        "loss_ratio": ratios.get(
+            max(took_part, default=0)
+        ),  # None where the last report was dropped
         "weight": list(weights.values())[-1],
         "metric": None,
         "rounds_to": rounds,
@@ -196,9 +239,17 @@ def _summarise_task(task: Task, rows: Sequence[Row], guesses: Mapping[str, Mappi
     best = (max if metric.higher_is_better else min)(curve, key=curve.__getitem__)
     if task.name in settings.metric_targets:
         target = settings.metric_targets[task.name]
-        rounds[f"{metric.name} {target:g}"] = rounds_to(curve, target, higher_is_better=metric.higher_is_better)
-    heard = {row["client"] for row in rows if row["loss"] is not None}  # the curve has no others either
-    known = [guesses[client][metric.name] for client in clients if client in heard and metric.name in guesses.get(client, {})]
+        rounds[f"{metric.name} {target:g}"] = rounds_to(
+            curve, target, higher_is_better=metric.higher_is_better
+        )
+    heard = {
+        row["client"] for row in rows if row["loss"] is not None
+    }  # the curve has no others either
+    known = [
+        guesses[client][metric.name]
+        for client in clients
+        if client in heard and metric.name in guesses.get(client, {})
+    ]
     summary["metric"] = {
         "name": metric.name,
         "higher_is_better": metric.higher_is_better,

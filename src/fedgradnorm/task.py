@@ -37,10 +37,14 @@ class Metric:
         if not isinstance(self.name, str) or not self.name:
             raise FederationError(f"metric: expected a name, found {self.name!r}")
         if not callable(self.function):
-            raise FederationError(f"metric '{self.name}': expected a function (outputs, targets) -> float, found {self.function!r:.100}")
+            raise FederationError(
+                f"metric '{self.name}': expected a function (outputs, targets) -> float, found {self.function!r:.100}"
+            )
         for name in ("higher_is_better", "percent", "batched"):
             if not isinstance(getattr(self, name), bool):
-                raise FederationError(f"metric '{self.name}': {name}: expected True or False, found {getattr(self, name)!r:.100}")
+                raise FederationError(
+                    f"metric '{self.name}': {name}: expected True or False, found {getattr(self, name)!r:.100}"
+                )
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,58 @@ class Task:
             ("loss", self.loss, "(outputs, targets) -> scalar"),
         ):
             if isinstance(value, nn.Module) and part == "head":
-                raise FederationError(f"task '{self.name}': head: expected a function {expected}, found a module: lambda features: module")
+                raise FederationError(
+                    f"task '{self.name}': head: expected a function {expected}, found a module: lambda features: module"
+                )
             if not callable(value):
-                raise FederationError(f"task '{self.name}': {part}: expected a function {expected}, found {value!r:.100}")
+                raise FederationError(
+                    f"task '{self.name}': {part}: expected a function {expected}, found {value!r:.100}"
+                )
         if isinstance(self.loss, type):
             raise FederationError(
                 f"task '{self.name}': loss: expected a function, found the class {self.loss.__name__}: {self.loss.__name__}()"
             )
-        if isinstance(self.loss, nn.Module) and any(parameter.requires_grad for parameter in self.loss.parameters()):
-            raise FederationError(f"task '{self.name}': loss: it has parameters, which nothing would train: expected them in the head")
+        if isinstance(self.loss, nn.Module) and any(
+            parameter.requires_grad for parameter in self.loss.parameters()
+        ):
+            raise FederationError(
+                f"task '{self.name}': loss: it has parameters, which nothing would train: expected them in the head"
+            )
         if isinstance(self.metrics, list):
             object.__setattr__(self, "metrics", tuple(self.metrics))
-        if not isinstance(self.metrics, tuple) or not all(isinstance(metric, Metric) for metric in self.metrics):
-            raise FederationError(f"task '{self.name}': metrics: expected a tuple of Metric, found {self.metrics!r:.100}")
+        if not isinstance(self.metrics, tuple) or not all(
+            isinstance(metric, Metric) for metric in self.metrics
+        ):
+            raise FederationError(
+                f"task '{self.name}': metrics: expected a tuple of Metric, found {self.metrics!r:.100}"
+            )
         names = [metric.name for metric in self.metrics]
         if len(set(names)) < len(names):
-            raise FederationError(f"task '{self.name}': its metrics need different names, found {names}")
+            raise FederationError(
+                f"task '{self.name}': its metrics need different names, found {names}"
+            )
         floor = self.loss_floor
-        if isinstance(floor, bool) or not isinstance(floor, int | float) or not math.isfinite(floor):
-            raise FederationError(f"task '{self.name}': loss_floor: expected a finite number, found {floor!r:.100}")
+        if (
+            isinstance(floor, bool)
+            or not isinstance(floor, int | float)
+            or not math.isfinite(floor)
+        ):
+            raise FederationError(
+                f"task '{self.name}': loss_floor: expected a finite number, found {floor!r:.100}"
+            )
         guess = self.guess
-        if guess is not None and not callable(guess) and (isinstance(guess, bool) or not isinstance(guess, Tensor | int | float)):
+        if (
+            guess is not None
+            and not callable(guess)
+            and (isinstance(guess, bool) or not isinstance(guess, Tensor | int | float))
+        ):
             raise FederationError(
                 f"task '{self.name}': guess: expected a tensor, a number or a function of the targets, found {guess!r:.100}"
             )
         if isinstance(guess, int | float) and not math.isfinite(guess):
-            raise FederationError(f"task '{self.name}': guess: expected a finite number, found {guess}")
+            raise FederationError(
+                f"task '{self.name}': guess: expected a finite number, found {guess}"
+            )
 
     @property
     def main_metric(self) -> Metric | None:

@@ -55,7 +55,10 @@ def test_run_writes_a_whole_run_folder_and_says_where_the_report_is(config, call
 def test_the_terminal_shows_a_bar_and_no_terminal_plain_lines(config, call, monkeypatch):
     _, plain, _ = call("run", config, *QUICK)
     assert "\x1b[" not in plain
-    monkeypatch.setattr("fedgradnorm.cli.console", __import__("rich.console").console.Console(force_terminal=True, width=100))
+    monkeypatch.setattr(
+        "fedgradnorm.cli.console",
+        __import__("rich.console").console.Console(force_terminal=True, width=100),
+    )
     _, live, _ = call("run", config, *QUICK, "--overwrite")
     assert "time left" in live
     assert "2/2" in live
@@ -66,13 +69,18 @@ def test_the_terminal_shows_a_bar_and_no_terminal_plain_lines(config, call, monk
 def test_a_run_ends_with_where_its_time_went_and_what_was_sent(config, call):
     _, out, _ = call("run", config, *QUICK)
     line = next(line for line in out.splitlines() if line.startswith("time: "))
-    shares = dict(re.findall(r"(head steps|encoder steps|evaluation|aggregation|writing|other) (\d+)%", line))
+    shares = dict(
+        re.findall(r"(head steps|encoder steps|evaluation|aggregation|writing|other) (\d+)%", line)
+    )
     assert len(shares) == 6
     assert abs(sum(map(int, shares.values())) - 100) <= 3
     summary = Run(Path("runs/my")).summary()
     assert sum(summary["costs"].values()) <= summary["seconds"]
     assert min(summary["costs"].values()) > 0
-    assert f"sent a round: {summary['bytes_up'] / 2000:.1f} kB up, {summary['bytes_down'] / 2000:.1f} kB down" in line
+    assert (
+        f"sent a round: {summary['bytes_up'] / 2000:.1f} kB up, {summary['bytes_down'] / 2000:.1f} kB down"
+        in line
+    )
 
 
 def test_verbose_says_which_way_clients_are_trained_and_why(config, call, monkeypatch):
@@ -81,7 +89,10 @@ def test_verbose_says_which_way_clients_are_trained_and_why(config, call, monkey
     assert "clients like it" not in quiet
     _, out, _ = call("run", config, *QUICK, "--overwrite", "--verbose")
     text = re.sub(r"\s+", " ", out)
-    assert "class, and clients like it: stacked where 5 or more are alike, encoded once for all head steps: an encoder step takes" in text
+    assert (
+        "class, and clients like it: stacked where 5 or more are alike, encoded once for all head steps: an encoder step takes"
+        in text
+    )
 
 
 def test_profile_writes_a_trace_with_the_workers_in_it(config, call):
@@ -134,7 +145,11 @@ def test_report_says_how_far_a_run_got_that_has_not_finished(config, call):
     assert (code, error) == (0, "")
     assert "stopped after round 2 of 2\n" in out
     Path("runs/my/metrics.jsonl").write_text("")
-    assert call("report", "runs/my") == (2, "", "error: runs/my: no round of 2 is done yet: there is nothing to report on\n")
+    assert call("report", "runs/my") == (
+        2,
+        "",
+        "error: runs/my: no round of 2 is done yet: there is nothing to report on\n",
+    )
 
 
 def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
@@ -149,9 +164,22 @@ def test_compare_trains_a_study_once_and_says_where_its_page_is(config, call):
         assert (folder / name).stat().st_size > 0
     _, again, _ = call("compare", "two.toml", "--jobs", "1")
     assert "comparison" not in again
-    call("compare", "two.toml", "--jobs", "1", "--full", "--out", "large", "seeds=[4]", "train.batch_size=8")
+    call(
+        "compare",
+        "two.toml",
+        "--jobs",
+        "1",
+        "--full",
+        "--out",
+        "large",
+        "seeds=[4]",
+        "train.batch_size=8",
+    )
     runs = [Run(path.parent) for path in Path("large/cells").glob("*/summary.json")]
-    settings = {(run.config.train.num_rounds, run.config.train.seed, run.config.train.batch_size) for run in runs}
+    settings = {
+        (run.config.train.num_rounds, run.config.train.seed, run.config.train.batch_size)
+        for run in runs
+    }
     assert settings == {(3, 4, 8)}
 
 
@@ -194,7 +222,17 @@ def test_compare_can_be_told_which_methods(config, call):
 def test_list_names_every_part_with_its_options(call):
     code, out, _ = call("list")
     assert code == 0
-    for word in ("radcom", "mtfl", "digits", "equal", "fedgradnorm", "gamma = 0.9", "cnn", "mlp", "reference"):
+    for word in (
+        "radcom",
+        "mtfl",
+        "digits",
+        "equal",
+        "fedgradnorm",
+        "gamma = 0.9",
+        "cnn",
+        "mlp",
+        "reference",
+    ):
         assert word in out
     assert "Undefined" not in out
 
@@ -211,7 +249,9 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
     code, _, err = call("run", config, *QUICK, "weighting.name=own:Mine", "weighting.strength=2")
     assert (code, err) == (0, "")
     assert Run(Path("runs/my")).config.weighting.options == {"strength": 2.0}
-    code, _, err = call("run", config, *QUICK, "weighting.name=own:Mine", "weighting.strenth=2", "--overwrite")
+    code, _, err = call(
+        "run", config, *QUICK, "weighting.name=own:Mine", "weighting.strenth=2", "--overwrite"
+    )
     assert code == 2
     assert "unknown key 'weighting.strenth'; did you mean 'strength'?" in err
 
@@ -220,18 +260,51 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
     ("words", "message"),
     [
         (["run", "absent.toml"], "config file absent.toml: expected a readable TOML file"),
-        (["run", "my.toml", "train.num_round=3"], "unknown key 'train.num_round'; did you mean 'num_rounds'? on the command line"),
-        (["run", "my.toml", "train.num_rounds=0"], "train.num_rounds: expected greater than or equal to 1, found 0"),
-        (["run", "my.toml", "weighting.gamma=-1"], "weighting.gamma: expected a number from 0 to 10, found -1"),
-        (["run", "my.toml", "weighting.gama=1"], "unknown key 'weighting.gama'; did you mean 'gamma'?"),
-        (["run", "my.toml", "federation.name=digit"], "federation.name: there is no federation 'digit'; did you mean 'digits'?"),
-        (["run", "my.toml", "federation.name=mtfl", "federation.path=no.zip"], "no.zip: no such file or folder"),
-        (["run", "my.toml", "federation.name=mtfl", "federation.path=my.toml"], "my.toml: expected MTFL.zip or its unpacked folder"),
-        (["run", "my.toml", "federation.name=radcom", "federation.path=no.hdf5"], "there is no file 'no.hdf5'"),
-        (["run", "my.toml", "federation.name=radcom", "federation.path=my.toml"], "my.toml: expected an HDF5 file"),
+        (
+            ["run", "my.toml", "train.num_round=3"],
+            "unknown key 'train.num_round'; did you mean 'num_rounds'? on the command line",
+        ),
+        (
+            ["run", "my.toml", "train.num_rounds=0"],
+            "train.num_rounds: expected greater than or equal to 1, found 0",
+        ),
+        (
+            ["run", "my.toml", "weighting.gamma=-1"],
+            "weighting.gamma: expected a number from 0 to 10, found -1",
+        ),
+        (
+            ["run", "my.toml", "weighting.gama=1"],
+            "unknown key 'weighting.gama'; did you mean 'gamma'?",
+        ),
+        (
+            ["run", "my.toml", "federation.name=digit"],
+            "federation.name: there is no federation 'digit'; did you mean 'digits'?",
+        ),
+        (
+            ["run", "my.toml", "federation.name=mtfl", "federation.path=no.zip"],
+            "no.zip: no such file or folder",
+        ),
+        (
+            ["run", "my.toml", "federation.name=mtfl", "federation.path=my.toml"],
+            "my.toml: expected MTFL.zip or its unpacked folder",
+        ),
+        (
+            ["run", "my.toml", "federation.name=radcom", "federation.path=no.hdf5"],
+            "there is no file 'no.hdf5'",
+        ),
+        (
+            ["run", "my.toml", "federation.name=radcom", "federation.path=my.toml"],
+            "my.toml: expected an HDF5 file",
+        ),
         (["run", "my.toml", "model.norm_layer=fc"], "norm_layer 'fc' names no encoder parameter"),
-        (["run", "my.toml", "federation.tasks=['class', 'class']"], "federation.tasks: a task is named twice"),
-        (["run", "my.toml", "federation.sizes.class=0"], "federation.sizes.class: expected at least 1 example, found 0"),
+        (
+            ["run", "my.toml", "federation.tasks=['class', 'class']"],
+            "federation.tasks: a task is named twice",
+        ),
+        (
+            ["run", "my.toml", "federation.sizes.class=0"],
+            "federation.sizes.class: expected at least 1 example, found 0",
+        ),
         (["run", "my.toml", "run.dir=my.toml"], "run folder my.toml exists"),
         (["report", "absent"], "absent is no run"),
         (["compare", "absent.toml"], "config file absent.toml: expected a readable TOML file"),
@@ -271,7 +344,16 @@ def test_the_installed_command_works():
 
 def test_flower_init_writes_a_deployment_and_says_what_comes_next(config, call):
     code, out, _ = call(
-        "flower", "init", "there", "--config", config, "--host", "fed.example.org", "federation.tasks=['loop']", "--port", "81"
+        "flower",
+        "init",
+        "there",
+        "--config",
+        config,
+        "--host",
+        "fed.example.org",
+        "federation.tasks=['loop']",
+        "--port",
+        "81",
     )
     assert code == 0
     assert "there: a deployment of 1 clients: loop" in out
@@ -286,7 +368,9 @@ def test_flower_init_writes_a_deployment_and_says_what_comes_next(config, call):
 def without_flower(*words):
     """A command where flwr is not installed."""
     code = "import sys; sys.modules['flwr'] = None; from fedgradnorm.cli import main; sys.argv = ['fedgradnorm', *sys.argv[1:]]; main()"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.usefixtures("config")
@@ -297,7 +381,9 @@ def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_instal
     assert not Path("there").exists()
     done = without_flower("list")
     assert done.returncode == 0, done.stderr
-    assert 'Flower is not installed: pip install "fedgradnorm[flower]"' in re.sub(r"[\s│]+", " ", done.stdout)
+    assert 'Flower is not installed: pip install "fedgradnorm[flower]"' in re.sub(
+        r"[\s│]+", " ", done.stdout
+    )
     assert "vectorized" in done.stdout
     done = without_flower("run", "my.toml", "engine.name=flower-local")
     assert done.returncode == 2
@@ -308,7 +394,11 @@ def test_without_flower_its_command_is_one_error_and_the_list_says_how_to_instal
 def test_nothing_that_is_printed_raises_whatever_the_output_can_hold(config, monkeypatch, encoding):
     study = 'title = "t"\nconfig = "my.toml"\nseeds = [0]\n[base.train]\nnum_rounds = 1\n'
     Path("study.toml").write_text(
-        study + "".join(f'[[methods]]\nname = "{name}"\nweighting.name = "{name}"\n' for name in ("equal", "rlw"))
+        study
+        + "".join(
+            f'[[methods]]\nname = "{name}"\nweighting.name = "{name}"\n'
+            for name in ("equal", "rlw")
+        )
     )
     commands = [
         ["run", str(config), *QUICK, "run.dir=one"],
@@ -340,7 +430,9 @@ def test_nothing_that_is_printed_raises_whatever_the_output_can_hold(config, mon
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
 def test_a_configuration_may_begin_with_a_byte_order_mark(config, call, encoding):
-    config.write_bytes((CONFIG + "# \N{GREEK SMALL LETTER GAMMA}\n").replace("\n", "\r\n").encode(encoding))
+    config.write_bytes(
+        (CONFIG + "# \N{GREEK SMALL LETTER GAMMA}\n").replace("\n", "\r\n").encode(encoding)
+    )
     code, _, error = call("run", config, *QUICK, "run.page=false", "run.tensorboard=false")
     assert (code, error) == (0, "")
     folder = Path("runs/my/config.toml")
@@ -371,13 +463,25 @@ def with_metrics(seed: int) -> Federation:
     made = digits.make(seed, tasks=("parity", "loop"))
     metrics = (Metric("later", broken_later, True), Metric("broken", broken, True))
     return dataclasses.replace(
-        made, clients=[dataclasses.replace(one, task=dataclasses.replace(one.task, metrics=metrics)) for one in made.clients]
+        made,
+        clients=[
+            dataclasses.replace(one, task=dataclasses.replace(one.task, metrics=metrics))
+            for one in made.clients
+        ],
     )
 
 
 def test_figures_that_are_missing_are_told_of_and_end_the_command_with_1(config, call):
     config.write_text(f'[federation]\nname = "{__name__}:with_metrics"\n')
-    code, out, error = call("run", config, *QUICK, "train.num_rounds=6", "train.eval_every=1", "run.page=false", "run.tensorboard=false")
+    code, out, error = call(
+        "run",
+        config,
+        *QUICK,
+        "train.num_rounds=6",
+        "train.eval_every=1",
+        "run.page=false",
+        "run.tensorboard=false",
+    )
     assert code == 1
     assert "warning: client 'parity': metric 'later' is missing from round " in error
     last = error.splitlines()[-1]
@@ -390,7 +494,12 @@ def test_figures_that_are_missing_are_told_of_and_end_the_command_with_1(config,
 
 
 def test_who_never_counted_is_said_by_the_command_the_table_and_the_page(config, call):
-    words = ["train.max_update_ratio=1.000001", "train.min_clients=0", "train.num_rounds=8", "faults.drop=0.9"]
+    words = [
+        "train.max_update_ratio=1.000001",
+        "train.min_clients=0",
+        "train.num_rounds=8",
+        "faults.drop=0.9",
+    ]
     code, _, error = call("run", config, *QUICK, *words)
     assert code == 0
     said = [line for line in error.splitlines() if line.startswith("warning: client ")]
@@ -405,12 +514,17 @@ def test_who_never_counted_is_said_by_the_command_the_table_and_the_page(config,
 
 def test_evaluate_tells_of_missing_figures_and_ends_with_1(config, call, monkeypatch):
     call("run", config, *QUICK)
-    evaluation = Evaluation(0.5, {"accuracy": float("nan")}, 9, {"accuracy": "ValueError: only one class"})
+    evaluation = Evaluation(
+        0.5, {"accuracy": float("nan")}, 9, {"accuracy": "ValueError: only one class"}
+    )
     monkeypatch.setattr("fedgradnorm.saved.evaluate_client", lambda *_: evaluation)
     code, out, error = call("evaluate", "runs/my")
     assert code == 1
     assert "parity" in out
-    assert "error: the models are tested, and figures are missing: client 'class': metric 'accuracy': ValueError: only one class" in error
+    assert (
+        "error: the models are tested, and figures are missing: client 'class': metric 'accuracy': ValueError: only one class"
+        in error
+    )
 
 
 def test_resume_takes_the_current_folder(config, call, monkeypatch):

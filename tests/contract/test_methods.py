@@ -18,7 +18,13 @@ from fedgradnorm.registry import BUILT_INS, build, resolve
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.training import Method, method_of
 from fedgradnorm.weighting import Equal, FedGradNorm
-from tests.helpers import batch_norm_encoder, dropout_encoder, small_encoder, small_federation, timeless
+from tests.helpers import (
+    batch_norm_encoder,
+    dropout_encoder,
+    small_encoder,
+    small_federation,
+    timeless,
+)
 from tests.parity.test_awkward_models import Tokens
 from tests.parity.test_awkward_models import federation as awkward_federation
 from tests.parity.test_vectorized import DEVICES, check_same, doubled, ways
@@ -26,7 +32,9 @@ from tests.parity.test_vectorized import DEVICES, check_same, doubled, ways
 NAMES = sorted(BUILT_INS["method"])
 EXCHANGING = [name for name in NAMES if not resolve("method", name).own_encoder]
 EVERY_METHOD = pytest.mark.parametrize("name", NAMES)
-EVERY_ENCODER = pytest.mark.parametrize("encoder", [small_encoder, batch_norm_encoder, dropout_encoder])
+EVERY_ENCODER = pytest.mark.parametrize(
+    "encoder", [small_encoder, batch_norm_encoder, dropout_encoder]
+)
 QUICK = {"head_steps": 3, "encoder_steps": 4, "batch_size": 8, "head_lr": 0.1, "encoder_lr": 0.1}
 
 
@@ -35,17 +43,35 @@ def instructed(federation, settings, *, step=None):
     engine = ReferenceEngine(federation, settings.seed)
     client = federation.clients[0]
     state = initial_state(federation, Equal(), settings.seed)
-    return engine, client, Instruction(1, client.id, state.encoder, state.buffers, settings, step=step)
+    return (
+        engine,
+        client,
+        Instruction(1, client.id, state.encoder, state.buffers, settings, step=step),
+    )
 
 
 def update(engine, client, instruction):
-    return local_update(client, engine.encoder, engine.heads[client.id], engine.norm_layer, engine.client_states[client.id], instruction)
+    return local_update(
+        client,
+        engine.encoder,
+        engine.heads[client.id],
+        engine.norm_layer,
+        engine.client_states[client.id],
+        instruction,
+    )
 
 
 def tensors(state):
     parts = {"head": state.head, "velocity": state.head_velocity, "buffers": state.encoder_buffers}
     own = {} if state.encoder is None else {"encoder": state.encoder}
-    return {**own, **{f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}}
+    return {
+        **own,
+        **{
+            f"{part}.{name}": value
+            for part, values in parts.items()
+            for name, value in values.items()
+        },
+    }
 
 
 @EVERY_METHOD
@@ -80,7 +106,9 @@ def test_it_is_a_frozen_dataclass_of_options_with_a_documented_source(name):
 @pytest.mark.parametrize("step", [None, 2])
 def test_the_gradient_is_the_way_that_the_encoder_went(name, step):
     federation = doubled(small_federation())
-    engine, client, instruction = instructed(federation, TrainConfig(method=name, **QUICK), step=step)
+    engine, client, instruction = instructed(
+        federation, TrainConfig(method=name, **QUICK), step=step
+    )
     report, _ = update(engine, client, instruction)
     steps = QUICK["encoder_steps"] if step is None else 1
     way = (instruction.encoder - flatten(engine.encoder)) / (steps * QUICK["encoder_lr"])
@@ -93,12 +121,20 @@ def test_the_gradient_is_the_way_that_the_encoder_went(name, step):
 def test_a_round_is_a_pure_function_of_values_that_can_be_sent(name, encoder):
     settings = TrainConfig(method=name, head_momentum=0.5, **QUICK)
     engine, client, instruction = instructed(small_federation(encoder=encoder), settings)
-    encoder_before, state_before = instruction.encoder.clone(), {k: v.clone() for k, v in tensors(engine.client_states[client.id]).items()}
+    encoder_before, state_before = (
+        instruction.encoder.clone(),
+        {k: v.clone() for k, v in tensors(engine.client_states[client.id]).items()},
+    )
     report, state = update(engine, client, instruction)
-    received = dataclasses.replace(instruction, training=TrainConfig.model_validate_json(settings.model_dump_json()))
+    received = dataclasses.replace(
+        instruction, training=TrainConfig.model_validate_json(settings.model_dump_json())
+    )
     again, same = update(engine, client, received)  # with what the first left in the modules
     assert torch.equal(instruction.encoder, encoder_before)
-    assert all(torch.equal(value, state_before[key]) for key, value in tensors(engine.client_states[client.id]).items())
+    assert all(
+        torch.equal(value, state_before[key])
+        for key, value in tensors(engine.client_states[client.id]).items()
+    )
     assert torch.equal(report.gradient, again.gradient)
     assert (report.loss, report.grad_norm) == (again.loss, again.grad_norm)
     assert tensors(state).keys() == tensors(same).keys()
@@ -107,7 +143,10 @@ def test_a_round_is_a_pure_function_of_values_that_can_be_sent(name, encoder):
     assert (state.encoder is not None) == method_of(settings).own_encoder
 
 
-@pytest.mark.parametrize(("name", "buffers"), [(name, "local") for name in NAMES] + [(name, "averaged") for name in EXCHANGING])
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [(name, "local") for name in NAMES] + [(name, "averaged") for name in EXCHANGING],
+)
 @EVERY_ENCODER
 def test_the_engines_agree(name, encoder, buffers):
     settings = TrainConfig(method=name, head_momentum=0.5, **QUICK)
@@ -122,11 +161,24 @@ def test_the_engines_agree(name, encoder, buffers):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_engines_agree_on_the_digits_and_on_every_clients_own_encoder(name, device):
     federation, states = doubled(digits.make(0)), []
-    for engine in (ReferenceEngine(federation, 0), VectorizedEngine(federation, 0, threads=2, device=device)):
+    for engine in (
+        ReferenceEngine(federation, 0),
+        VectorizedEngine(federation, 0, threads=2, device=device),
+    ):
         state = initial_state(federation, FedGradNorm(), 0)
         for _ in range(2):
-            state, _ = run_round(state, federation, engine, FedGradNorm(), Mean(), TrainConfig(method=name, loss_estimate="exact", **QUICK))
-        states.append([tensors(engine.client_states[id]) for id in sorted(engine.client_states)] + [{"encoder": state.encoder}])
+            state, _ = run_round(
+                state,
+                federation,
+                engine,
+                FedGradNorm(),
+                Mean(),
+                TrainConfig(method=name, loss_estimate="exact", **QUICK),
+            )
+        states.append(
+            [tensors(engine.client_states[id]) for id in sorted(engine.client_states)]
+            + [{"encoder": state.encoder}]
+        )
     for one, other in zip(*states, strict=True):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -138,12 +190,20 @@ def test_the_engines_agree_on_the_digits_and_on_every_clients_own_encoder(name, 
 def test_sparse_gradients_are_as_good_as_dense_ones(name, engine):
     encoders = []
     for sparse in (False, True):
-        federation, settings = awkward_federation(partial(Tokens, sparse=sparse)), TrainConfig(method=name, head_momentum=0.5, **QUICK)
+        federation, settings = (
+            awkward_federation(partial(Tokens, sparse=sparse)),
+            TrainConfig(method=name, head_momentum=0.5, **QUICK),
+        )
         made, state = engine(federation, 0), initial_state(federation, Equal(), 0)
         for _ in range(2):
             state, record = run_round(state, federation, made, Equal(), Mean(), settings)
             assert not record.dropped
-        encoders.append([state.encoder, *(each.encoder for each in made.client_states.values() if each.encoder is not None)])
+        encoders.append(
+            [
+                state.encoder,
+                *(each.encoder for each in made.client_states.values() if each.encoder is not None),
+            ]
+        )
     for dense, sparse in zip(*encoders, strict=True):
         torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
 
@@ -152,7 +212,12 @@ def test_sparse_gradients_are_as_good_as_dense_ones(name, engine):
 def test_buffers_are_averaged_or_stay(name):
     """As the federation says, whoever moves the encoder."""
     if name in EXCHANGING:
-        result = train(small_federation(encoder=batch_norm_encoder, buffers="averaged"), method=name, num_rounds=2, **QUICK)
+        result = train(
+            small_federation(encoder=batch_norm_encoder, buffers="averaged"),
+            method=name,
+            num_rounds=2,
+            **QUICK,
+        )
         averaged = [result.model(id).encoder[1].running_mean for id in "abc"]
         assert all(torch.equal(mean, averaged[0]) for mean in averaged)
         assert not any(state.encoder_buffers for state in result.client_states.values())
@@ -166,6 +231,9 @@ def test_buffers_are_averaged_or_stay(name):
 
 @EVERY_METHOD
 def test_one_seed_gives_one_run_and_another_another(name):
-    runs = [train(small_federation(), method=name, num_rounds=2, seed=seed, **QUICK) for seed in (0, 0, 1)]
+    runs = [
+        train(small_federation(), method=name, num_rounds=2, seed=seed, **QUICK)
+        for seed in (0, 0, 1)
+    ]
     rows = [timeless(one.rows) for one in runs]
     assert rows[0] == rows[1] != rows[2]

@@ -28,7 +28,11 @@ NUMBERS = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
 GRADIENTS = st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=1, max_size=5)
 FEW = settings(max_examples=40)
 ROUNDS = st.lists(
-    st.dictionaries(st.sampled_from("abcd"), st.tuples(st.floats(1e-6, 1e6), st.floats(0, 1e3)), min_size=1), min_size=1, max_size=5
+    st.dictionaries(
+        st.sampled_from("abcd"), st.tuples(st.floats(1e-6, 1e6), st.floats(0, 1e3)), min_size=1
+    ),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -40,7 +44,9 @@ def play(method, rounds, state=None):
     state = state or method.init(["a", "b", "c"])
     weights = None
     for round in rounds:
-        weights, state = method.update(state, [report(client, *round[client]) for client in sorted(round)])
+        weights, state = method.update(
+            state, [report(client, *round[client]) for client in sorted(round)]
+        )
     return weights, state
 
 
@@ -61,14 +67,24 @@ def round_of(gradients, losses=(0.5, 1.0, 2.0)):
     for index, gradient in enumerate(gradients):
         vector = torch.tensor(gradient, dtype=torch.float64)
         norm = float(vector.norm())
-        some.append(report(f"c{index}", norm, losses[index % len(losses)], gradient=vector, num_examples=10 + 5 * index))
+        some.append(
+            report(
+                f"c{index}",
+                norm,
+                losses[index % len(losses)],
+                gradient=vector,
+                num_examples=10 + 5 * index,
+            )
+        )
     return some
 
 
 @EVERY_WEIGHTING
 @FEW
 @given(rounds=st.lists(GRADIENTS, min_size=1, max_size=3), exponent=st.integers(-25, 25))
-def test_whatever_the_gradients_are_the_direction_is_finite_and_all_weights_keep_their_sum(name, rounds, exponent):
+def test_whatever_the_gradients_are_the_direction_is_finite_and_all_weights_keep_their_sum(
+    name, rounds, exponent
+):
     method = make(name)
     state = method.init(["c0", "c1", "other"])
     for gradients in rounds:
@@ -77,9 +93,14 @@ def test_whatever_the_gradients_are_the_direction_is_finite_and_all_weights_keep
         before = sum(state.weights.get(client, 1.0) for client in clients)
         weights, state = method.update(state, some)
         assert sum(weights.values.values()) == pytest.approx(before, rel=1e-6)
-        assert all(math.isfinite(value) and (value >= 0 or name in SIGNED) for value in weights.values.values())
+        assert all(
+            math.isfinite(value) and (value >= 0 or name in SIGNED)
+            for value in weights.values.values()
+        )
         assert all(value > 0 for value in state.weights.values())
-        assert sum(state.weights.values()) == pytest.approx(len({"c0", "c1", "other"}.union(state.weights)))
+        assert sum(state.weights.values()) == pytest.approx(
+            len({"c0", "c1", "other"}.union(state.weights))
+        )
         assert math.isfinite(weights.scale)
         assert weights.scale > 0
         assert torch.isfinite(Mean()(some, weights)).all()
@@ -87,17 +108,31 @@ def test_whatever_the_gradients_are_the_direction_is_finite_and_all_weights_keep
 
 @EVERY_WEIGHTING
 @FEW
-@given(gradients=st.lists(st.lists(st.floats(-1, 1), min_size=4, max_size=4), min_size=2, max_size=4), data=st.data())
+@given(
+    gradients=st.lists(st.lists(st.floats(-1, 1), min_size=4, max_size=4), min_size=2, max_size=4),
+    data=st.data(),
+)
 def test_relabelling_the_clients_relabels_the_weights_and_nothing_else(name, gradients, data):
     if (name in BY_NAME and len(gradients) > 2) or name in RANDOM:
         return
-    gradients = [[value + (index == place) for place, value in enumerate(gradient)] for index, gradient in enumerate(gradients)]
+    gradients = [
+        [value + (index == place) for place, value in enumerate(gradient)]
+        for index, gradient in enumerate(gradients)
+    ]
     some = round_of(gradients)
     order = data.draw(st.permutations(range(len(some))))
-    renamed = [dataclasses.replace(some[old], client=f"c{new}", task=f"c{new}") for new, old in enumerate(order)]
+    renamed = [
+        dataclasses.replace(some[old], client=f"c{new}", task=f"c{new}")
+        for new, old in enumerate(order)
+    ]
     method = make(name)
-    first, second = (method.update(method.init([one.client for one in given]), given)[0] for given in (some, renamed))
-    assert [second.values[f"c{new}"] for new in range(len(order))] == pytest.approx([first.values[f"c{old}"] for old in order], abs=1e-5)
+    first, second = (
+        method.update(method.init([one.client for one in given]), given)[0]
+        for given in (some, renamed)
+    )
+    assert [second.values[f"c{new}"] for new in range(len(order))] == pytest.approx(
+        [first.values[f"c{old}"] for old in order], abs=1e-5
+    )
     torch.testing.assert_close(Mean()(renamed, second), Mean()(some, first), rtol=1e-5, atol=1e-8)
 
 
@@ -113,11 +148,20 @@ def test_gradients_of_nothing_but_zeros_are_no_trouble(name, zeros):
 
 
 ANY_LOSS = st.one_of(st.sampled_from([0.0, -1.0, 1.0, 1e-12]), st.floats(-1e3, 1e3))
-ANY_REPORT = st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), ANY_LOSS, ANY_LOSS, st.sampled_from([0.0, -1.0, -1e4, 2.0]))
+ANY_REPORT = st.tuples(
+    st.one_of(st.just(0.0), st.floats(1e-6, 1e6)),
+    ANY_LOSS,
+    ANY_LOSS,
+    st.sampled_from([0.0, -1.0, -1e4, 2.0]),
+)
 
 
 @EVERY_WEIGHTING
-@given(rounds=st.lists(st.dictionaries(st.sampled_from("abcd"), ANY_REPORT, min_size=1), min_size=1, max_size=4))
+@given(
+    rounds=st.lists(
+        st.dictionaries(st.sampled_from("abcd"), ANY_REPORT, min_size=1), min_size=1, max_size=4
+    )
+)
 def test_nothing_to_learn_and_losses_of_any_sign_are_no_trouble(name, rounds):
     """Norms of 0, and losses that are 0, negative, or below the floor of their task."""
     method = make(name)
@@ -126,7 +170,9 @@ def test_nothing_to_learn_and_losses_of_any_sign_are_no_trouble(name, rounds):
         some = []
         for client, (norm, loss, initial, floor) in sorted(round.items()):
             fields = {"gradient": torch.full((3,), norm), "loss_floor": floor}
-            some.append(dataclasses.replace(report(client, norm, **fields), loss=loss, initial_loss=initial))
+            some.append(
+                dataclasses.replace(report(client, norm, **fields), loss=loss, initial_loss=initial)
+            )
         before = sum(state.weights.get(client, 1.0) for client in round)
         weights, state = method.update(state, some)
         assert sum(weights.values.values()) == pytest.approx(before, rel=1e-6)
@@ -143,7 +189,9 @@ def needs_losses(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if needs_losses(name)])
-def test_a_client_without_a_training_rate_keeps_its_weight_and_the_others_are_weighed_as_without_it(name):
+def test_a_client_without_a_training_rate_keeps_its_weight_and_the_others_are_weighed_as_without_it(
+    name,
+):
     method = make(name)
     others = [report("a", 1.0, 0.5), report("c", 3.0, 0.9)]
     lost = dataclasses.replace(report("b", 2.0), loss=-0.5, initial_loss=-0.1)
@@ -154,7 +202,10 @@ def test_a_client_without_a_training_rate_keeps_its_weight_and_the_others_are_we
     floored = dataclasses.replace(lost, loss_floor=-1.0)  # from the floor on they are 0.5 and 0.9
     assert floored.inverse_training_rate == pytest.approx(0.5 / 0.9)
     same = dataclasses.replace(lost, loss=0.5, initial_loss=0.9)
-    given_floor, given_same = (method.update(method.init(["a", "b", "c"]), [others[0], one, others[1]])[0] for one in (floored, same))
+    given_floor, given_same = (
+        method.update(method.init(["a", "b", "c"]), [others[0], one, others[1]])[0]
+        for one in (floored, same)
+    )
     assert given_floor.values == pytest.approx(given_same.values)
 
 
@@ -162,8 +213,13 @@ def test_a_client_without_a_training_rate_keeps_its_weight_and_the_others_are_we
 def test_to_a_weighting_that_reads_no_losses_their_sign_is_nothing(name):
     method = make(name)
     some = round_of([[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.2, 1.0, 0.0]])
-    negative = [dataclasses.replace(one, loss=one.loss - 10, initial_loss=one.initial_loss - 10) for one in some]
-    one, other = (method.update(method.init(["c0", "c1", "c2"]), given)[0] for given in (some, negative))
+    negative = [
+        dataclasses.replace(one, loss=one.loss - 10, initial_loss=one.initial_loss - 10)
+        for one in some
+    ]
+    one, other = (
+        method.update(method.init(["c0", "c1", "c2"]), given)[0] for given in (some, negative)
+    )
     assert one.values == pytest.approx(other.values)
 
 

@@ -27,7 +27,9 @@ def distances(method, rounds):
     some = [report(name, norm, rate) for name, norm, rate in zip(names, NORMS, RATES, strict=True)]
     for _ in range(rounds):
         _, state = method.update(state, some)
-        found.append(np.linalg.norm([state.weights[name] for name in names] - fixed_point(method.gamma)))
+        found.append(
+            np.linalg.norm([state.weights[name] for name in names] - fixed_point(method.gamma))
+        )
     return np.array(found)
 
 
@@ -50,7 +52,11 @@ def quadratic_federation(scales):
     """Client i pulls the encoder's four outputs to a target of its own, times a scale: strongly convex in the encoder."""
 
     def pull(scale):
-        return Task(f"times {scale}", lambda _: nn.Identity(), lambda outputs, targets: scale * ((outputs - targets) ** 2).mean())
+        return Task(
+            f"times {scale}",
+            lambda _: nn.Identity(),
+            lambda outputs, targets: scale * ((outputs - targets) ** 2).mean(),
+        )
 
     def encoder():
         return nn.Linear(1, 4, bias=False)
@@ -69,9 +75,15 @@ def test_a_task_of_a_hundredfold_loss_no_longer_has_the_encoder_to_itself():
     federation = quadratic_federation([100.0, 1.0, 1.0])
 
     def rates(weighting):
-        return [row["loss"] / row["initial_loss"] for row in train(federation, weighting, **training).rows[-3:]]
+        return [
+            row["loss"] / row["initial_loss"]
+            for row in train(federation, weighting, **training).rows[-3:]
+        ]
 
-    with pytest.warns(FedGradNormWarning, match="task 'times 1.0': its loss has been above its initial loss for 5 rounds"):
+    with pytest.warns(
+        FedGradNormWarning,
+        match="task 'times 1.0': its loss has been above its initial loss for 5 rounds",
+    ):
         equal = rates(Equal())
     balanced = rates(FedGradNorm(solver="exact", gamma=1.0, normalize="norm"))
     assert max(equal) / min(equal) > 20
@@ -83,5 +95,9 @@ def test_all_four_digits_tasks_are_learned():
     for name, task in result.summary["tasks"].items():
         assert task["loss_ratio"] < 0.75, name
         metric = task["metric"]
-        gain = metric["last"] - metric["guess"] if metric["higher_is_better"] else (metric["guess"] - metric["last"]) / metric["guess"]
+        gain = (
+            metric["last"] - metric["guess"]
+            if metric["higher_is_better"]
+            else (metric["guess"] - metric["last"]) / metric["guess"]
+        )
         assert gain > 0.15, name

@@ -14,7 +14,9 @@ from fedgradnorm import Client, Federation, Task
 LONGEST = 900.0  # seconds that a client hangs at most
 
 
-def make(seed: int, folder: str, faults: Mapping[str, Mapping[str, str]] | None = None) -> Federation:
+def make(
+    seed: int, folder: str, faults: Mapping[str, Mapping[str, str]] | None = None
+) -> Federation:
     """Linear tasks on random vectors.
 
     Args:
@@ -25,10 +27,19 @@ def make(seed: int, folder: str, faults: Mapping[str, Mapping[str, str]] | None 
     """
     clients = []
     for place, id in enumerate(("a", "b", "c")):
-        inputs = torch.randn(40 + 10 * place, 5, generator=torch.Generator().manual_seed(seed + place))
+        inputs = torch.randn(
+            40 + 10 * place, 5, generator=torch.Generator().manual_seed(seed + place)
+        )
         targets = inputs[:, place : place + 1] * (place + 1) + 1
         loss = Loss(id, Path(folder), (faults or {}).get(id, {}))
-        clients.append(Client(id, Task(id, partial(nn.Linear, out_features=1), loss), (inputs, targets), (inputs, targets)))
+        clients.append(
+            Client(
+                id,
+                Task(id, partial(nn.Linear, out_features=1), loss),
+                (inputs, targets),
+                (inputs, targets),
+            )
+        )
     return Federation(clients, lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh()))
 
 

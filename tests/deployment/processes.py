@@ -33,7 +33,12 @@ class Deployment:
         home = folder / "home"
         home.mkdir()
         bin_folder = Path(sys.executable).parent
-        self.env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        self.env = {
+            **os.environ,
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+        }
         for name in [name for name in self.env if name.startswith(("FLWR_", "PYTEST_"))]:
             del self.env[name]
         for client, port in zip(self.clients, node_ports[: len(self.clients)], strict=True):
@@ -44,7 +49,13 @@ class Deployment:
     def set(self, file: str, key: str, value: str) -> None:
         """Change a line of a settings file."""
         path = self.folder / file
-        path.write_text(re.sub(rf"(?m)^{key} ?=.*$", lambda line: line[0].partition("=")[0] + f"={value}", path.read_text()))
+        path.write_text(
+            re.sub(
+                rf"(?m)^{key} ?=.*$",
+                lambda line: line[0].partition("=")[0] + f"={value}",
+                path.read_text(),
+            )
+        )
 
     def use_superlink_port(self, port: int) -> None:
         """Let the SuperLink listen elsewhere on 127.0.0.1."""
@@ -54,12 +65,22 @@ class Deployment:
 
     def command(self, script: str, *words: str) -> list[str]:
         """The words that run a script of the folder."""
-        return [*([sys.executable] if script.endswith(".py") else []), str(self.folder / script), *words]
+        return [
+            *([sys.executable] if script.endswith(".py") else []),
+            str(self.folder / script),
+            *words,
+        ]
 
     def do(self, script: str, *words: str) -> str:
         """Run a script of the folder to its end, and give what it printed."""
         done = subprocess.run(
-            self.command(script, *words), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+            self.command(script, *words),
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -127,17 +148,25 @@ class Deployment:
     @property
     def run(self) -> Run:
         """The run's folder."""
-        (folder,) = [path.parent for path in (self.folder / "server" / "runs").glob("*/config.toml")]
+        (folder,) = [
+            path.parent for path in (self.folder / "server" / "runs").glob("*/config.toml")
+        ]
         return Run(folder)
 
     def round(self) -> int:
         """How many rounds are done."""
-        lines = [path.read_text().splitlines() for path in (self.folder / "server" / "runs").glob("*/metrics.jsonl")]
+        lines = [
+            path.read_text().splitlines()
+            for path in (self.folder / "server" / "runs").glob("*/metrics.jsonl")
+        ]
         return 0 if not lines or not lines[0] else len(lines[0]) // len(self.clients)
 
     def saved_round(self) -> int:
         """The round of the newest checkpoint."""
-        return max(int(path.name.split("-")[1]) for path in (self.folder / "server" / "runs").glob("*/checkpoints/round-*.safetensors"))
+        return max(
+            int(path.name.split("-")[1])
+            for path in (self.folder / "server" / "runs").glob("*/checkpoints/round-*.safetensors")
+        )
 
     def log(self, name: str) -> str:
         """The log of a process so far."""
@@ -147,7 +176,9 @@ class Deployment:
     def kill(self, name: str) -> None:
         """Kill a process with all that it started, as when its machine fails."""
         process = self.processes.pop(name)
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        children = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         process.kill()
         for one in children:
             send(one, signal.SIGKILL)
@@ -178,7 +209,10 @@ class Deployment:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("HOME", "").startswith(f"{self.folder}/") and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("HOME", "").startswith(f"{self.folder}/")
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue

@@ -15,7 +15,16 @@ from tests.deployment.processes import PATIENCE, free_ports, wait_until
 
 pytestmark = pytest.mark.deployment
 
-FIGURES = ("loss", "initial_loss", "inverse_training_rate", "grad_norm", "weight", "target", "test_loss", "metric")
+FIGURES = (
+    "loss",
+    "initial_loss",
+    "inverse_training_rate",
+    "grad_norm",
+    "weight",
+    "target",
+    "test_loss",
+    "metric",
+)
 DIGITS = (
     "federation.name=digits",
     'federation.tasks=["class", "parity"]',
@@ -32,23 +41,36 @@ RADCOM = (
         "federation.snr_min=-8",
         "federation.snr_max=4",
     ),
-    *("model.name=mlp", "model.hidden=[16, 8]", "train.num_rounds=2", "train.eval_every=2", "train.batch_size=16"),
+    *(
+        "model.name=mlp",
+        "model.hidden=[16, 8]",
+        "train.num_rounds=2",
+        "train.eval_every=2",
+        "train.batch_size=16",
+    ),
 )
 
 
 def in_process(deployment, engine, *settings):
     """What an engine in this process gives with a deployment's settings."""
-    config = load_config(deployment.folder / "app/fedgradnorm_app/federation.toml", [f"engine.name={engine}", *settings])
+    config = load_config(
+        deployment.folder / "app/fedgradnorm_app/federation.toml",
+        [f"engine.name={engine}", *settings],
+    )
     return run(config)
 
 
 def assert_same(run, result):
     """A run across processes and one in this process are the same: every figure, and the encoder."""
     rows = run.rows()
-    assert [(row["round"], row["client"]) for row in rows] == [(row["round"], row["client"]) for row in result.rows]
+    assert [(row["round"], row["client"]) for row in rows] == [
+        (row["round"], row["client"]) for row in result.rows
+    ]
     for found, expected in zip(rows, result.rows, strict=True):
         for key in FIGURES:
-            assert found[key] == (None if expected[key] is None else pytest.approx(expected[key], rel=1e-5, abs=1e-7)), (key, found)
+            assert found[key] == (
+                None if expected[key] is None else pytest.approx(expected[key], rel=1e-5, abs=1e-7)
+            ), (key, found)
     encoder = result.encoder().state_dict()
     saved = run.tensors("encoder.safetensors")
     assert saved.keys() == encoder.keys()
@@ -61,19 +83,28 @@ def assert_heads_are_at_home(deployment, run):
     assert not list((run.folder / "models" / "heads").iterdir())
     for client in deployment.clients:
         newest = max((deployment.folder / "nodes" / client / "state").rglob("round-*.safetensors"))
-        assert (newest.name, newest.parent.name) == (f"round-{deployment.round():08}.safetensors", client)
+        assert (newest.name, newest.parent.name) == (
+            f"round-{deployment.round():08}.safetensors",
+            client,
+        )
 
 
 @pytest.mark.xdist_group("deployment")
-def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_killed_between(deploy):
+def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_killed_between(
+    deploy,
+):
     deployment = deploy("digits", *DIGITS)
     local = deployment.start("local", "local.py")
-    wait_until(lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready")
+    wait_until(
+        lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready"
+    )
     first = deployment.start_run()
     wait_until(lambda: deployment.round() >= 2 or first.poll() is not None, "two rounds")
     deployment.kill_superlink_of("local")
     deployment.kill("run")
-    done = deployment.saved_round()  # the SuperLink may have ended between a round's lines and its checkpoint
+    done = (
+        deployment.saved_round()
+    )  # the SuperLink may have ended between a round's lines and its checkpoint
     before = [row for row in deployment.run.rows() if row["round"] <= done]
     assert 1 <= done < 4
     deployment.start_superlink()
@@ -93,7 +124,9 @@ def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_
 
 
 @pytest.mark.xdist_group("deployment")
-def test_radcom_gives_the_same_numbers_across_processes_and_goes_back_without_a_state_that_is_lost(deploy):
+def test_radcom_gives_the_same_numbers_across_processes_and_goes_back_without_a_state_that_is_lost(
+    deploy,
+):
     deployment = deploy("radcom", *RADCOM)
     deployment.set("nodes/anomaly/node.env", "LOST_STATE", "newest")
     deployment.start_superlink()
@@ -110,13 +143,21 @@ def test_radcom_gives_the_same_numbers_across_processes_and_goes_back_without_a_
     rows = deployment.finish(deployment.start_run("--run-config", "start-round=2")).rows()
     log = deployment.log("run")
     assert "the rounds after round 1 are undone: their lines and checkpoints are in " in log
-    assert "client anomaly: its state of round 1 is lost: it trained with a fresh head and its F(0) of " in log
+    assert (
+        "client anomaly: its state of round 1 is lost: it trained with a fresh head and its F(0) of "
+        in log
+    )
     assert (run.folder / "undone/1/metrics.jsonl").exists()
     assert rows[:2] == before[:2]
     again = {row["client"]: row for row in rows[2:]}
-    assert {id: row["dropped"] for id, row in again.items()} == {"modulation": None, "anomaly": None}
+    assert {id: row["dropped"] for id, row in again.items()} == {
+        "modulation": None,
+        "anomaly": None,
+    }
     assert any("is lost" in note for note in again["anomaly"]["notes"])
-    assert again["anomaly"]["initial_loss"] == next(row["initial_loss"] for row in before if row["client"] == "anomaly")
+    assert again["anomaly"]["initial_loss"] == next(
+        row["initial_loss"] for row in before if row["client"] == "anomaly"
+    )
     assert again["modulation"]["loss"] == pytest.approx(
         before[2]["loss"] if before[2]["client"] == "modulation" else before[3]["loss"], rel=1e-5
     )
@@ -126,7 +167,12 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     notes = tmp_path / "notes"
     notes.mkdir()
     monkeypatch.syspath_prepend(str(Path(misbehaving.__file__).parent))
-    faults = ("federation.faults.a.2=raise", "federation.faults.b.2=spoil", "federation.faults.b.3=hang", "federation.faults.c.3=hang")
+    faults = (
+        "federation.faults.a.2=raise",
+        "federation.faults.b.2=spoil",
+        "federation.faults.b.3=hang",
+        "federation.faults.c.3=hang",
+    )
     settings = (
         "federation.name=misbehaving:make",
         f"federation.folder={notes}",
@@ -140,7 +186,9 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     strangers = {"nobody": "nobody", "double": "a", "unknown-ca": "c", "unregistered": "c"}
     for (name, client), port in zip(strangers.items(), free_ports(len(strangers)), strict=True):
         shutil.copytree(
-            deployment.folder / "nodes/a", deployment.folder / "nodes" / name, ignore=shutil.ignore_patterns("client.key*", "state")
+            deployment.folder / "nodes/a",
+            deployment.folder / "nodes" / name,
+            ignore=shutil.ignore_patterns("client.key*", "state"),
         )
         deployment.set(f"nodes/{name}/node.env", "CLIENT", client)
         deployment.set(f"nodes/{name}/node.env", "PORT", str(port))
@@ -165,7 +213,11 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     (notes / "release").touch()
     run = deployment.finish(running)
 
-    dropped = {(row["round"], row["client"]): row["dropped"] for row in run.rows() if row["dropped"] is not None}
+    dropped = {
+        (row["round"], row["client"]): row["dropped"]
+        for row in run.rows()
+        if row["dropped"] is not None
+    }
     assert dropped.keys() == {(2, "a"), (2, "b"), (3, "b"), (3, "c")}
     assert dropped[2, "a"].startswith("no report: its app raised an error")
     assert "RuntimeError" in dropped[2, "a"]
@@ -174,9 +226,16 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
     assert dropped[2, "b"] == "gradient: not finite"
     late = ("no report: no answer within 100 s", "no report: the message expired")
     assert dropped[3, "b"].startswith(late)
-    assert dropped[3, "c"].startswith(("no report: its node is gone", *late))  # late, if it was back before it was missed
+    assert dropped[3, "c"].startswith(
+        ("no report: its node is gone", *late)
+    )  # late, if it was back before it was missed
     participants = '[["a", "b", "c"], ["c"], ["a"], ["a", "b", "c"]]'
-    assert_same(run, in_process(deployment, "reference", "federation.faults={}", f"train.participants={participants}"))
+    assert_same(
+        run,
+        in_process(
+            deployment, "reference", "federation.faults={}", f"train.participants={participants}"
+        ),
+    )
     log = deployment.log("run")
     assert "stays out: its app raised an error" in log
     assert "there is no client 'nobody'" in log

@@ -65,7 +65,10 @@ class Outside:
     """Whoever reaches the public port: it writes requests as they are, so that nothing tidies them up."""
 
     def __init__(self, deployment):
-        self.deployment, self.context = deployment, ssl.create_default_context(cafile=str(deployment.folder / "server/ca.crt"))
+        self.deployment, self.context = (
+            deployment,
+            ssl.create_default_context(cafile=str(deployment.folder / "server/ca.crt")),
+        )
 
     def status(self, method, target, body=b"", headers=("Content-Type: application/protobuf",)):
         """The status of an answer."""
@@ -74,7 +77,9 @@ class Outside:
             lines.append(f"Content-Length: {len(body)}")
         request = "\r\n".join([*lines, "", ""]).encode() + body
         with self.connection() as connection:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has heard enough, and has answered
+            with contextlib.suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # it has heard enough, and has answered
                 connection.sendall(request)
             return int(connection.recv(4096).split()[1])
 
@@ -107,7 +112,13 @@ def server(request, deploy):
         deployment.start_front()
         return deployment, (403,)
     conf = deployment.folder / "server/nginx.conf"
-    conf.write_text(re.sub(r"server 127\.0\.0\.1:\d+ ", f"server 127.0.0.1:{deployment.superlink_port} ", conf.read_text()))
+    conf.write_text(
+        re.sub(
+            r"server 127\.0\.0\.1:\d+ ",
+            f"server 127.0.0.1:{deployment.superlink_port} ",
+            conf.read_text(),
+        )
+    )
     tools = deployment.folder / "tools"  # without caddy
     tools.mkdir()
     for name in ("env", "bash", "dirname", "mkdir", "grep", "id", "nginx"):
@@ -123,17 +134,29 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(server, deploy):
     deployment, refusals = server
     outside = Outside(deployment)
 
-    own, front = (set(listening(psutil.Process(deployment.processes[name].pid))) for name in ("superlink", "front"))
+    own, front = (
+        set(listening(psutil.Process(deployment.processes[name].pid)))
+        for name in ("superlink", "front")
+    )
     assert f"127.0.0.1:{deployment.superlink_port}" in own
     assert all(address.startswith("127.0.0.1:") for address in own)
     assert front == {f"127.0.0.1:{deployment.port}"}  # no port of an administrator, and none of UDP
-    assert {path.relative_to(deployment.folder / "home").parts[0] for path in (deployment.folder / "home").rglob("*")} <= {".flwr"}
+    assert {
+        path.relative_to(deployment.folder / "home").parts[0]
+        for path in (deployment.folder / "home").rglob("*")
+    } <= {".flwr"}
 
     paths = routes()
     fleet = {path for path in paths if path.startswith("/v1/fleet/")}
     other = paths.keys() - fleet
     assert len(fleet) == 12
-    assert {"/health", "/v1/control/start-run", "/v1/control/list-nodes", "/v1/runtime/acquire-task", "/v1/runtime/responses"} <= other
+    assert {
+        "/health",
+        "/v1/control/start-run",
+        "/v1/control/list-nodes",
+        "/v1/runtime/acquire-task",
+        "/v1/runtime/responses",
+    } <= other
     for path in other:
         for method in {"POST", "GET", *paths[path]}:
             assert outside.status(method, path) == 403, (method, path)
@@ -158,7 +181,10 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(server, deploy):
     assert outside.status("POST", push, chunks(LIMIT + MIB), chunked) == 413
 
     old = ssl.create_default_context(cafile=str(deployment.folder / "server/ca.crt"))
-    old.minimum_version, old.maximum_version = ssl.TLSVersion.MINIMUM_SUPPORTED, ssl.TLSVersion.TLSv1_1
+    old.minimum_version, old.maximum_version = (
+        ssl.TLSVersion.MINIMUM_SUPPORTED,
+        ssl.TLSVersion.TLSv1_1,
+    )
     old.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
         outside.connection(old)
@@ -171,9 +197,16 @@ def test_nobody_outside_reaches_more_than_the_nodes_requests(server, deploy):
     assert "connection refused" in log.lower()
     assert "protobuf" not in log  # no header is logged: a node's signature is one
 
-    other = deploy("other", "federation.name=digits", 'federation.tasks=["class", "parity"]')  # with a CA of its own
+    other = deploy(
+        "other", "federation.name=digits", 'federation.tasks=["class", "parity"]'
+    )  # with a CA of its own
     other.use_superlink_port(deployment.superlink_port)
     other.start_listener("superlink", other.superlink_port)
     context = ssl.create_default_context(cafile=str(other.folder / "server/ca.crt"))
-    with context.wrap_socket(socket.create_connection(("127.0.0.1", other.superlink_port), timeout=60), server_hostname="localhost"):
-        assert outside.status("POST", "/v1/fleet/get-run") == 502  # in the SuperLink's place, and not passed anything
+    with context.wrap_socket(
+        socket.create_connection(("127.0.0.1", other.superlink_port), timeout=60),
+        server_hostname="localhost",
+    ):
+        assert (
+            outside.status("POST", "/v1/fleet/get-run") == 502
+        )  # in the SuperLink's place, and not passed anything

@@ -22,7 +22,10 @@ from fedgradnorm.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ["fedgradnorm", *(module.name for module in pkgutil.walk_packages(fedgradnorm.__path__, "fedgradnorm."))]
+MODULES = [
+    "fedgradnorm",
+    *(module.name for module in pkgutil.walk_packages(fedgradnorm.__path__, "fedgradnorm.")),
+]
 
 
 def blocks(page, language):
@@ -30,7 +33,12 @@ def blocks(page, language):
 
 
 def commands(page):
-    return [line.split() for block in blocks(page, "") for line in block.splitlines() if line.startswith("fedgradnorm ")]
+    return [
+        line.split()
+        for block in blocks(page, "")
+        for line in block.splitlines()
+        if line.startswith("fedgradnorm ")
+    ]
 
 
 def call(monkeypatch, words):
@@ -45,7 +53,13 @@ def call(monkeypatch, words):
 def test_the_readmes_python_runs(number, tmp_path):
     code = blocks("README.md", "python")[number]
     assert len([line for line in code.splitlines() if line.strip()]) < (10, 30)[number]
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -53,7 +67,14 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     seen = []
-    for page in ("README.md", "docs/data.md", "docs/configuration.md", "docs/faults.md", "docs/deploy.md", "docs/operate.md"):
+    for page in (
+        "README.md",
+        "docs/data.md",
+        "docs/configuration.md",
+        "docs/faults.md",
+        "docs/deploy.md",
+        "docs/operate.md",
+    ):
         for words in commands(page):
             if "RUN" in words[2:] or "MTFL.zip" in words[-1]:
                 continue
@@ -65,7 +86,12 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch):
 
 def test_the_apps_of_the_page_on_deployment_are_apps():
     client, server = blocks("docs/deploy.md", "python")
-    done = subprocess.run([sys.executable, "-W", "error", "-c", client + server], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", client + server],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -73,8 +99,23 @@ def test_the_guides_weighting_and_federation_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("\n".join(blocks("CONTRIBUTING.md", "python")))
-    call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", "weighting.name=mine:InverseNorm", "train.num_rounds=2", "run.dir=a"])
-    words = ["federation.name=mine:make", "federation.examples=500", "train.num_rounds=2", "run.dir=b"]
+    call(
+        monkeypatch,
+        [
+            "fedgradnorm",
+            "run",
+            "configs/digits.toml",
+            "weighting.name=mine:InverseNorm",
+            "train.num_rounds=2",
+            "run.dir=a",
+        ],
+    )
+    words = [
+        "federation.name=mine:make",
+        "federation.examples=500",
+        "train.num_rounds=2",
+        "run.dir=b",
+    ]
     call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", *words])
     call(monkeypatch, ["fedgradnorm", "evaluate", "b"])
 
@@ -83,13 +124,20 @@ def test_the_guides_method_and_the_commands_on_training_run(tmp_path, monkeypatc
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_method.py").write_text("\n".join(blocks("docs/training.md", "python")))
-    words = ["train.method.name=own_method:HeadsThenBoth", "train.method.warm=false", "train.num_rounds=2", "run.dir=a"]
+    words = [
+        "train.method.name=own_method:HeadsThenBoth",
+        "train.method.warm=false",
+        "train.num_rounds=2",
+        "run.dir=a",
+    ]
     call(monkeypatch, ["fedgradnorm", "run", "configs/digits.toml", *words])
     call(monkeypatch, ["fedgradnorm", "evaluate", "a"])
     for words in commands("docs/training.md"):
         call(monkeypatch, [*words, "train.num_rounds=2"])
     fedper, own = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("runs/fedper", "a"))
-    assert re.findall('"loss": [^,]*', fedper) == re.findall('"loss": [^,]*', own)  # not warm, it is FedPer
+    assert re.findall('"loss": [^,]*', fedper) == re.findall(
+        '"loss": [^,]*', own
+    )  # not warm, it is FedPer
 
 
 def test_the_page_on_the_configuration_is_what_the_code_says():
@@ -107,14 +155,20 @@ def test_every_config_is_sound(name):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set((ROOT / "studies").glob("*.toml")) - {ROOT / "studies/methods.toml"}), ids=lambda path: path.stem
+    "path",
+    sorted(set((ROOT / "studies").glob("*.toml")) - {ROOT / "studies/methods.toml"}),
+    ids=lambda path: path.stem,
 )
 @pytest.mark.parametrize("full", [False, True])
 def test_every_study_is_sound(path, full):
     study = load_study(path, full=full)
     assert len(study.seeds) >= 5
     assert path.name in (ROOT / "README.md").read_text()
-    chosen = {(variant.name, method.name): points_of(study)[0] for variant in study.variants for method in study.methods}
+    chosen = {
+        (variant.name, method.name): points_of(study)[0]
+        for variant in study.variants
+        for method in study.methods
+    }
     for cell in final_cells(study, chosen):
         if cell.seed == study.seeds[0]:
             assert build_federation(cell.config).num_features > 0
@@ -123,12 +177,25 @@ def test_every_study_is_sound(path, full):
 def test_the_documented_study_is_sound(tmp_path):
     (tmp_path / "studies").mkdir()
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "studies" / "documented.toml").write_text(blocks("docs/configuration.md", "toml")[-1])
+    (tmp_path / "studies" / "documented.toml").write_text(
+        blocks("docs/configuration.md", "toml")[-1]
+    )
     study = load_study(tmp_path / "studies" / "documented.toml")
-    chosen = {(variant.name, method.name): (0.1,) for variant in study.variants for method in study.methods}
+    chosen = {
+        (variant.name, method.name): (0.1,)
+        for variant in study.variants
+        for method in study.methods
+    }
     cells = final_cells(study, chosen)
-    assert (len(cells), cells[0].config.train.num_rounds, cells[0].config.federation.options["snapshots"]) == (16, 100, 200)
-    assert load_study(tmp_path / "studies" / "documented.toml", full=True).base["train"]["num_rounds"] == 300
+    assert (
+        len(cells),
+        cells[0].config.train.num_rounds,
+        cells[0].config.federation.options["snapshots"],
+    ) == (16, 100, 200)
+    assert (
+        load_study(tmp_path / "studies" / "documented.toml", full=True).base["train"]["num_rounds"]
+        == 300
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -155,7 +222,9 @@ def test_the_package_and_a_run_import_no_optional_library():
         "fedgradnorm.train(digits.make(0), num_rounds=1)\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
     assert not {"plotly", "tensorboard", "h5py", "PIL", "flwr", "typer"} & set(done.stdout.split())
 
 
@@ -167,9 +236,18 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 def test_constraints_pin_every_dependency_by_version_alone():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    names = {re.split(r"[>\[]", requirement)[0].replace("-", "_").lower() for requirement in wanted} - {"fedgradnorm"}
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {
+        re.split(r"[>\[]", requirement)[0].replace("-", "_").lower() for requirement in wanted
+    } - {"fedgradnorm"}
     assert names <= {line.partition("==")[0].replace("-", "_").lower() for line in lines}

@@ -11,10 +11,24 @@ from tests.docs.test_docs import ROOT, blocks, call
 def test_the_toy_method_of_the_guide_takes_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("docs/methods.md", "python")
-    (command,) = (line.split() for line in (ROOT / "docs/methods.md").read_text().splitlines() if line.startswith("fedgradnorm run "))
+    (command,) = (
+        line.split()
+        for line in (ROOT / "docs/methods.md").read_text().splitlines()
+        if line.startswith("fedgradnorm run ")
+    )
     Path("slowest.py").write_text(code)
     assert command[:3] == ["fedgradnorm", "run", "configs/digits.toml"]
-    call(monkeypatch, ["fedgradnorm", "run", str(ROOT / command[2]), *command[3:], "train.num_rounds=2", "run.dir=toy"])
+    call(
+        monkeypatch,
+        [
+            "fedgradnorm",
+            "run",
+            str(ROOT / command[2]),
+            *command[3:],
+            "train.num_rounds=2",
+            "run.dir=toy",
+        ],
+    )
     run = Run(Path("toy"))
     assert run.config.weighting.name == "slowest:Slowest"
     assert run.config.weighting.options == {"power": 2.0}

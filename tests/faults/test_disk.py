@@ -56,7 +56,11 @@ def disk(folder: Path, size: str) -> Iterator[Path]:
     """A disk of its own of this size, or the test is skipped."""
     folder.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+        )
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if mounted.returncode != 0:
@@ -116,11 +120,19 @@ def test_a_full_disk(tmp_path, config, undisturbed):
 )
 def test_a_file_that_cannot_grow(tmp_path, config, undisturbed, largest, what):
     folder = tmp_path / "run"
-    code, _, error = launcher().call(tmp_path, "run", config, f"run.dir={folder}", largest_file=largest)
+    code, _, error = launcher().call(
+        tmp_path, "run", config, f"run.dir={folder}", largest_file=largest
+    )
     check_error(code, error, folder, resumable=what != "report.html")
     assert "File too large" in error
     done = newest_round(folder)
-    assert done == 0 if what == "checkpoints" else 0 < done < ROUNDS if what == "metrics.jsonl" else done == ROUNDS
+    assert (
+        done == 0
+        if what == "checkpoints"
+        else 0 < done < ROUNDS
+        if what == "metrics.jsonl"
+        else done == ROUNDS
+    )
     if what == "report.html":
         assert outcome(folder) == undisturbed
     else:
@@ -138,14 +150,18 @@ def test_a_run_that_cannot_even_begin_leaves_nothing(tmp_path, config):
     code, _, error = launcher().call(tmp_path, "run", config, f"run.dir={folder}", largest_file=300)
     check_error(code, error, folder, resumable=False)
     assert not folder.exists()
-    code, _, error = launcher().call(tmp_path, "run", config, f"run.dir={folder}", "train.num_rounds=1")
+    code, _, error = launcher().call(
+        tmp_path, "run", config, f"run.dir={folder}", "train.num_rounds=1"
+    )
     assert (code, error) == (0, "")
 
 
 def test_a_read_only_disk(tmp_path, config, undisturbed):
     with disk(tmp_path / "small", "32m") as small:
         folder = small / "run"
-        code, _, error = launcher().call(tmp_path, "run", config, f"run.dir={folder}", largest_file=70_000)
+        code, _, error = launcher().call(
+            tmp_path, "run", config, f"run.dir={folder}", largest_file=70_000
+        )
         assert code == 2, error
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         remount(small, "ro")
@@ -183,7 +199,9 @@ def test_a_full_disk_spoils_no_older_run(tmp_path, config):
     folder = tmp_path / "run"
     run(load_config(config, [f"run.dir={folder}", "train.num_rounds=2"]))
     before = outcome(folder)
-    code, _, error = launcher().call(tmp_path, "run", config, f"run.dir={folder}", "--overwrite", largest_file=300)
+    code, _, error = launcher().call(
+        tmp_path, "run", config, f"run.dir={folder}", "--overwrite", largest_file=300
+    )
     check_error(code, error, folder, resumable=False)
     assert outcome(folder) == before
     assert Run(folder).config.train.num_rounds == 2

@@ -78,17 +78,30 @@ class Launcher:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", LAUNCHER]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         atexit.register(self.close)
 
     def start(self, outputs: Path, *words: object, largest_file: int | None = None) -> Process:
         """Start ``fedgradnorm WORDS``, its output in this folder, and no file that it writes larger than this."""
         out, err = outputs / "out.txt", outputs / "err.txt"
-        order = {"words": [str(word) for word in words], "out": str(out), "err": str(err), "largest_file": largest_file}
+        order = {
+            "words": [str(word) for word in words],
+            "out": str(out),
+            "err": str(err),
+            "largest_file": largest_file,
+        }
         self._tell(json.dumps(order))
         return Process(int(self._answer()), self._end, out, err)
 
-    def call(self, outputs: Path, *words: object, largest_file: int | None = None) -> tuple[int, str, str]:
+    def call(
+        self, outputs: Path, *words: object, largest_file: int | None = None
+    ) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of a command."""
         process = self.start(outputs, *words, largest_file=largest_file)
         return process.end(), process.out.read_text(), process.err.read_text()
@@ -120,7 +133,9 @@ def wait_until(process: Process, reached: Callable[[], bool]) -> bool:
     while not reached():
         if not process.running:
             return False
-        assert time.monotonic() < deadline, f"stuck: {process.out.read_text()}{process.err.read_text()}"
+        assert time.monotonic() < deadline, (
+            f"stuck: {process.out.read_text()}{process.err.read_text()}"
+        )
         time.sleep(0.001)
     return True
 
@@ -142,8 +157,13 @@ def outcome(folder: Path) -> dict[str, Any]:
     summary: Mapping[str, Any] = Run(folder).summary()
     return {
         "metrics": [json.dumps(row) for row in timeless(Run(folder).rows())],
-        "models": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("models/**/*.safetensors"))},
-        "summary": {key: value for key, value in summary.items() if key not in ("seconds", "costs")},
+        "models": {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.glob("models/**/*.safetensors"))
+        },
+        "summary": {
+            key: value for key, value in summary.items() if key not in ("seconds", "costs")
+        },
     }
 
 
@@ -195,9 +215,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_pat
     for life in range(LIVES):
         share = ROUNDS * CLIENTS * (life + 1) // (LIVES + 1)
         goal = max(lines(killed) + 1, share + chance.randint(-8, 8))  # within a round's lines, too
-        live_and_die("in training", lambda process, goal=goal: wait_until(process, lambda: lines(killed) >= goal), 0.03)
+        live_and_die(
+            "in training",
+            lambda process, goal=goal: wait_until(process, lambda: lines(killed) >= goal),
+            0.03,
+        )
     for _ in range(LAST_LIVES):
-        live_and_die("at the end", lambda process: wait_until(process, changed(killed / "models")), 0.02)
+        live_and_die(
+            "at the end", lambda process: wait_until(process, changed(killed / "models")), 0.02
+        )
 
     code, _, errors = launcher().call(tmp_path, "resume", killed)
     assert (code, errors) == (0, "")
@@ -207,9 +233,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_pat
     assert outcome(killed) == outcome(whole)
     checkpoints = sorted((killed / "checkpoints").glob("round-*"))
     assert [load_checkpoint(path).server.round for path in checkpoints] == [ROUNDS - 1, ROUNDS]
-    assert not [*killed.rglob("*.writing"), *(set(tmp_path.glob(".killed*")) - {tmp_path / ".killed.lock"})], (
-        "what was half written is left"
-    )
+    assert not [
+        *killed.rglob("*.writing"),
+        *(set(tmp_path.glob(".killed*")) - {tmp_path / ".killed.lock"}),
+    ], "what was half written is left"
 
 
 def test_the_command_itself_is_killed_and_resumed_from_a_cold_start(tmp_path):
@@ -218,11 +245,15 @@ def test_the_command_itself_is_killed_and_resumed_from_a_cold_start(tmp_path):
     assert launcher().call(tmp_path, "run", config, f"run.dir={whole}")[0] == 0
 
     def start(*words: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "fedgradnorm", *map(str, words)], stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedgradnorm", *map(str, words)], stdout=subprocess.DEVNULL
+        )
 
     with start("run", config, f"run.dir={killed}") as process:
         deadline = time.monotonic() + PATIENCE
-        while lines(killed) < 5 * CLIENTS and process.poll() is None and time.monotonic() < deadline:
+        while (
+            lines(killed) < 5 * CLIENTS and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL

@@ -19,9 +19,17 @@ from fedgradnorm.config import load_config
 from fedgradnorm.history import Run
 from fedgradnorm.run import resume, run
 from tests.faults.test_kill import changed, launcher, lines, outcome, wait_until
-from tests.helpers import batch_norm_encoder, dropout_encoder, small_encoder, small_federation, timeless
+from tests.helpers import (
+    batch_norm_encoder,
+    dropout_encoder,
+    small_encoder,
+    small_federation,
+    timeless,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # whose reports were dropped is no matter here
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fedgradnorm.FedGradNormWarning"
+)  # whose reports were dropped is no matter here
 
 ENCODERS = {"plain": small_encoder, "batch norm": batch_norm_encoder, "dropout": dropout_encoder}
 ROUNDS = 8
@@ -40,7 +48,9 @@ REFERENCE = "engine.name=reference"
 SCREENED = ["train.max_update_ratio=1.1", "train.min_clients=0"]
 
 
-def make(seed: int, encoder: str = "plain", buffers: Literal["local", "averaged"] = "local") -> Federation:
+def make(
+    seed: int, encoder: str = "plain", buffers: Literal["local", "averaged"] = "local"
+) -> Federation:
     """Three small clients."""
     del seed
     return small_federation(encoder=ENCODERS[encoder], buffers=buffers)
@@ -87,13 +97,27 @@ def contents(folder):
 def plain(checkpoint: Checkpoint) -> tuple[Any, ...]:
     """A checkpoint as values that compare, less the settings."""
     server = checkpoint.server
-    tensors = {"encoder": server.encoder, **server.buffers, **{f"optimizer {key}": value for key, value in server.optimizer.items()}}
+    tensors = {
+        "encoder": server.encoder,
+        **server.buffers,
+        **{f"optimizer {key}": value for key, value in server.optimizer.items()},
+    }
     clients = {}
     for id, state in checkpoint.clients.items():
         parts = (state.head, state.encoder_buffers, state.head_velocity)
         own = None if state.encoder is None else state.encoder.tolist()
-        clients[id] = state.initial_loss, own, [{key: value.tolist() for key, value in part.items()} for part in parts]
-    return server.round, {key: value.tolist() for key, value in tensors.items()}, server.weighting, server.norms, clients
+        clients[id] = (
+            state.initial_loss,
+            own,
+            [{key: value.tolist() for key, value in part.items()} for part in parts],
+        )
+    return (
+        server.round,
+        {key: value.tolist() for key, value in tensors.items()},
+        server.weighting,
+        server.norms,
+        clients,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,41 +143,85 @@ def whole(tmp_path_factory):
         pytest.param([REFERENCE, "weighting.group_by=task"], id="by task"),
         pytest.param([REFERENCE, "weighting.name=equal"], id="equal weights"),
         pytest.param(["train.fraction_train=0.34"], id="partial"),
-        pytest.param([REFERENCE, "train.participants=[['a'], ['b', 'c'], ['a', 'c']]"], id="participants"),
-        pytest.param(["federation.encoder='batch norm'"], id="local buffers"),
-        pytest.param(["federation.encoder='batch norm'", "federation.buffers=averaged"], id="averaged buffers"),
-        pytest.param(["federation.encoder='batch norm'", "train.participants=[['a'], ['b']]"], id="local buffers, partial"),
         pytest.param(
-            ["federation.encoder='batch norm'", "federation.buffers=averaged", "train.fraction_train=0.34"], id="averaged buffers, partial"
+            [REFERENCE, "train.participants=[['a'], ['b', 'c'], ['a', 'c']]"], id="participants"
+        ),
+        pytest.param(["federation.encoder='batch norm'"], id="local buffers"),
+        pytest.param(
+            ["federation.encoder='batch norm'", "federation.buffers=averaged"],
+            id="averaged buffers",
+        ),
+        pytest.param(
+            ["federation.encoder='batch norm'", "train.participants=[['a'], ['b']]"],
+            id="local buffers, partial",
+        ),
+        pytest.param(
+            [
+                "federation.encoder='batch norm'",
+                "federation.buffers=averaged",
+                "train.fraction_train=0.34",
+            ],
+            id="averaged buffers, partial",
         ),
         pytest.param(["federation.encoder=dropout"], id="dropout"),
         pytest.param(["train.head_momentum=0.9"], id="head momentum"),
-        pytest.param(["train.head_momentum=0.9", "train.fraction_train=0.67"], id="head momentum, partial"),
+        pytest.param(
+            ["train.head_momentum=0.9", "train.fraction_train=0.67"], id="head momentum, partial"
+        ),
         pytest.param([REFERENCE, "train.server_momentum=0.5"], id="server momentum"),
         pytest.param([REFERENCE, "train.server_optimizer=adam", "train.server_lr=0.1"], id="adam"),
         pytest.param(["train.loss_estimate=exact"], id="exact loss"),
-        pytest.param(["train.method=fedper", "train.head_momentum=0.9"], id="fedper, head momentum"),
+        pytest.param(
+            ["train.method=fedper", "train.head_momentum=0.9"], id="fedper, head momentum"
+        ),
         pytest.param(["train.method=fedavg", "train.fraction_train=0.67"], id="fedavg, partial"),
         pytest.param(["train.method.name=fedprox", "train.method.mu=2"], id="fedprox"),
         pytest.param(["train.method=local", "train.head_momentum=0.9"], id="local, head momentum"),
         pytest.param(["train.method=local", "train.fraction_train=0.34"], id="local, partial"),
-        pytest.param(["train.method=local", "federation.encoder='batch norm'"], id="local, local buffers"),
-        pytest.param(["train.method=local", "federation.encoder=dropout", *ALMOST_ALL, "train.min_clients=0"], id="local, dropout, faults"),
-        pytest.param(["train.method=centralized", "federation.encoder=dropout"], id="centralized, dropout"),
         pytest.param(
-            ["train.method=centralized", "train.server_optimizer=adam", "train.server_lr=0.1", "federation.encoder='batch norm'"],
+            ["train.method=local", "federation.encoder='batch norm'"], id="local, local buffers"
+        ),
+        pytest.param(
+            [
+                "train.method=local",
+                "federation.encoder=dropout",
+                *ALMOST_ALL,
+                "train.min_clients=0",
+            ],
+            id="local, dropout, faults",
+        ),
+        pytest.param(
+            ["train.method=centralized", "federation.encoder=dropout"], id="centralized, dropout"
+        ),
+        pytest.param(
+            [
+                "train.method=centralized",
+                "train.server_optimizer=adam",
+                "train.server_lr=0.1",
+                "federation.encoder='batch norm'",
+            ],
             id="centralized, adam, local buffers",
         ),
         pytest.param(
-            ["train.method=centralized", "federation.encoder='batch norm'", "federation.buffers=averaged"],
+            [
+                "train.method=centralized",
+                "federation.encoder='batch norm'",
+                "federation.buffers=averaged",
+            ],
             id="centralized, averaged buffers",
         ),
         pytest.param([REFERENCE, "aggregation.name=median"], id="median"),
         pytest.param([REFERENCE, "aggregation.name=clipped_mean"], id="clipped mean"),
         pytest.param([REFERENCE, *SCREENED], id="max_update_ratio"),
         pytest.param([*ALMOST_ALL, "train.min_clients=0"], id="faults"),
-        pytest.param([REFERENCE, *ALMOST_ALL, "train.min_clients=2", "train.max_retries=50"], id="faults, retries"),
-        pytest.param([REFERENCE, *ALMOST_ALL, "train.min_clients=0", "train.max_update_ratio=3.0"], id="faults, max_update_ratio"),
+        pytest.param(
+            [REFERENCE, *ALMOST_ALL, "train.min_clients=2", "train.max_retries=50"],
+            id="faults, retries",
+        ),
+        pytest.param(
+            [REFERENCE, *ALMOST_ALL, "train.min_clients=0", "train.max_update_ratio=3.0"],
+            id="faults, max_update_ratio",
+        ),
     ],
 )
 def test_stopped_after_every_round_and_resumed_is_the_same_as_never_stopped(tmp_path, whole, words):
@@ -165,13 +233,23 @@ def test_stopped_after_every_round_and_resumed_is_the_same_as_never_stopped(tmp_
     result = resume(folder, should_stop=after(1))  # after the last round there is nothing to stop
     assert outcome(folder) == outcome(expected)
     assert timeless(result.rows) == timeless(Run(expected).rows())
-    assert plain(load_checkpoint(checkpoints(folder)[-1])) == plain(load_checkpoint(checkpoints(expected)[-1]))
+    assert plain(load_checkpoint(checkpoints(folder)[-1])) == plain(
+        load_checkpoint(checkpoints(expected)[-1])
+    )
 
 
 def test_these_settings_do_something(whole):
     plain_run = outcome(whole())
-    methods = (["train.method=fedper", "train.head_momentum=0.9"], ["train.method.name=fedprox", "train.method.mu=2"])
-    for words in (*methods, ["federation.encoder=dropout"], SCREENED, [*ALMOST_ALL, "train.min_clients=0"]):
+    methods = (
+        ["train.method=fedper", "train.head_momentum=0.9"],
+        ["train.method.name=fedprox", "train.method.mu=2"],
+    )
+    for words in (
+        *methods,
+        ["federation.encoder=dropout"],
+        SCREENED,
+        [*ALMOST_ALL, "train.min_clients=0"],
+    ):
         assert outcome(whole(*words)) != plain_run
     assert any(row["dropped"] for row in Run(whole(*SCREENED)).rows())
     retried = Run(whole(*ALMOST_ALL, "train.min_clients=2", "train.max_retries=50")).rows()
@@ -181,8 +259,15 @@ def test_these_settings_do_something(whole):
 def test_a_stop_finishes_the_round_and_says_how_to_go_on(tmp_path):
     folder, seen = tmp_path / "run", []
     with pytest.raises(StoppedError) as error:
-        run(settings(folder, "run.checkpoint_every=100"), should_stop=after(3), on_round=lambda rows: seen.append(rows[0]["round"]))
-    assert str(error.value) == f"stopped after round 3 of {ROUNDS}; to go on: fedgradnorm resume {folder}"
+        run(
+            settings(folder, "run.checkpoint_every=100"),
+            should_stop=after(3),
+            on_round=lambda rows: seen.append(rows[0]["round"]),
+        )
+    assert (
+        str(error.value)
+        == f"stopped after round 3 of {ROUNDS}; to go on: fedgradnorm resume {folder}"
+    )
     assert seen == [1, 2, 3]
     assert rounds_of(folder) == [3]
     assert lines(folder) == 9
@@ -190,7 +275,9 @@ def test_a_stop_finishes_the_round_and_says_how_to_go_on(tmp_path):
     messages = []
     resume(folder, on_round=lambda rows: seen.append(rows[0]["round"]), on_message=messages.append)
     assert seen == list(range(1, ROUNDS + 1))
-    assert messages == [f"going on after round 3 of {ROUNDS}, from {messages[0].partition('from ')[2]}"]
+    assert messages == [
+        f"going on after round 3 of {ROUNDS}, from {messages[0].partition('from ')[2]}"
+    ]
     assert "round-00000003-" in messages[0]
 
 
@@ -201,7 +288,9 @@ def test_a_run_without_a_folder_is_stopped_too():
 
 def test_a_round_without_enough_reports_stops_the_run_as_it_was_before(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(StoppedError, match=r"^round 1: 0 sound reports.*to go on: fedgradnorm resume"):
+    with pytest.raises(
+        StoppedError, match=r"^round 1: 0 sound reports.*to go on: fedgradnorm resume"
+    ):
         run(settings(folder, "faults.drop=1.0", "train.max_retries=1"))
     assert rounds_of(folder) == [0]
     assert lines(folder) == 0
@@ -230,7 +319,10 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, whole):
 def test_rounds_that_are_done_are_not_undone(tmp_path):
     folder = stopped(tmp_path / "run")
     before = contents(folder)
-    with pytest.raises(ConfigError, match=r"train.num_rounds: expected at least the 4 rounds that are done, found 3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train.num_rounds: expected at least the 4 rounds that are done, found 3",
+    ):
         resume(folder, num_rounds=3)
     assert contents(folder) == before
 
@@ -273,7 +365,11 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, whole, 
     *warnings, last = messages
     assert len(warnings) == len(remaining) >= 1
     for path in remaining:
-        assert any(warning.startswith(f"warning: checkpoint {path}: ") and warning.endswith("; it is skipped") for warning in warnings)
+        assert any(
+            warning.startswith(f"warning: checkpoint {path}: ")
+            and warning.endswith("; it is skipped")
+            for warning in warnings
+        )
     assert last.startswith(f"going on after round 3 of {ROUNDS}, from ")
     assert outcome(folder) == outcome(whole())
 
@@ -283,7 +379,9 @@ def test_a_second_checkpoint_of_a_round_takes_the_place_of_the_first(tmp_path):
     (path,) = checkpoints(folder)
     checkpoint = load_checkpoint(path)
     for seconds in range(8):  # the names of the files are in any order
-        path = save_checkpoint(folder / "checkpoints", dataclasses.replace(checkpoint, seconds=float(seconds)), keep=1)
+        path = save_checkpoint(
+            folder / "checkpoints", dataclasses.replace(checkpoint, seconds=float(seconds)), keep=1
+        )
         assert checkpoints(folder) == [path]
 
 
@@ -315,8 +413,13 @@ def test_without_a_sound_checkpoint_it_starts_over(tmp_path, whole, how):
     assert outcome(folder) == outcome(whole())
 
 
-@pytest.mark.parametrize(("every", "keep", "kept"), [(1, 1, [8]), (1, 3, [6, 7, 8]), (3, 2, [6, 8]), (3, 10, [3, 6, 8]), (100, 3, [8])])
-def test_checkpoints_come_every_so_many_rounds_and_the_last_ones_are_kept(tmp_path, every, keep, kept):
+@pytest.mark.parametrize(
+    ("every", "keep", "kept"),
+    [(1, 1, [8]), (1, 3, [6, 7, 8]), (3, 2, [6, 8]), (3, 10, [3, 6, 8]), (100, 3, [8])],
+)
+def test_checkpoints_come_every_so_many_rounds_and_the_last_ones_are_kept(
+    tmp_path, every, keep, kept
+):
     run(settings(tmp_path / "run", f"run.checkpoint_every={every}", f"run.keep={keep}"))
     assert rounds_of(tmp_path / "run") == kept
 
@@ -333,7 +436,11 @@ def test_a_round_takes_one_place_among_those_that_are_kept(tmp_path):
 def test_changed_settings_are_refused_and_named_and_nothing_changes(tmp_path):
     folder = stopped(tmp_path / "run")
     path = folder / "config.toml"
-    changes = {"seed = 0": "seed = 1", "gamma = 0.9": "gamma = 0.5", 'encoder = "plain"': 'encoder = "dropout"'}
+    changes = {
+        "seed = 0": "seed = 1",
+        "gamma = 0.9": "gamma = 0.5",
+        'encoder = "plain"': 'encoder = "dropout"',
+    }
     text = path.read_text()
     for old, new in changes.items():
         assert old in text
@@ -344,7 +451,9 @@ def test_changed_settings_are_refused_and_named_and_nothing_changes(tmp_path):
         resume(folder)
     message = str(error.value)
     assert message.startswith(f"{path}: ")
-    assert message.endswith("changed: federation.encoder = dropout (was plain), train.seed = 1 (was 0), weighting.gamma = 0.5 (was 0.9)")
+    assert message.endswith(
+        "changed: federation.encoder = dropout (was plain), train.seed = 1 (was 0), weighting.gamma = 0.5 (was 0.9)"
+    )
     assert "\n" not in message
     assert contents(folder) == before
 
@@ -352,7 +461,11 @@ def test_changed_settings_are_refused_and_named_and_nothing_changes(tmp_path):
 def test_what_may_change_may_change(tmp_path, whole):
     folder = stopped(tmp_path / "run").rename(tmp_path / "moved")
     path = folder / "config.toml"
-    text = path.read_text().replace("keep = 3", "keep = 5").replace("checkpoint_every = 1", "checkpoint_every = 4")
+    text = (
+        path.read_text()
+        .replace("keep = 3", "keep = 5")
+        .replace("checkpoint_every = 1", "checkpoint_every = 4")
+    )
     path.write_text(text)
     resume(folder)
     assert outcome(folder) == outcome(whole())
@@ -365,7 +478,9 @@ def test_a_checkpoint_of_other_clients_is_refused(tmp_path):
     with pytest.raises(StoppedError):
         train(small_federation(), run_dir=folder, num_rounds=4, should_stop=after(2))
     before = contents(folder)
-    with pytest.raises(RunError, match="it belongs to other clients: 'c' is in one of the two alone"):
+    with pytest.raises(
+        RunError, match="it belongs to other clients: 'c' is in one of the two alone"
+    ):
         resume(folder, small_federation(("a", "b")))
     assert contents(folder) == before
 
@@ -384,12 +499,25 @@ class Named(nn.Module):
 
 def test_an_encoder_whose_layers_changed_places_is_refused(tmp_path):
     with pytest.raises(StoppedError):
-        train(small_federation(encoder=partial(Named, "first", "second")), num_rounds=4, run_dir=tmp_path / "run", should_stop=after(2))
+        train(
+            small_federation(encoder=partial(Named, "first", "second")),
+            num_rounds=4,
+            run_dir=tmp_path / "run",
+            should_stop=after(2),
+        )
     before = contents(tmp_path / "run")
-    with pytest.raises(RunError, match=r"in another order, than when the run began: \('second.weight', \(6, 6\)\), was \('first.weight'"):
+    with pytest.raises(
+        RunError,
+        match=r"in another order, than when the run began: \('second.weight', \(6, 6\)\), was \('first.weight'",
+    ):
         resume(tmp_path / "run", small_federation(encoder=partial(Named, "second", "first")))
     assert contents(tmp_path / "run") == before
-    assert resume(tmp_path / "run", small_federation(encoder=partial(Named, "first", "second"))).state.round == 4
+    assert (
+        resume(
+            tmp_path / "run", small_federation(encoder=partial(Named, "first", "second"))
+        ).state.round
+        == 4
+    )
 
 
 def test_figures_after_the_checkpoint_are_cut_and_not_doubled(tmp_path, whole):
@@ -402,7 +530,18 @@ def test_figures_after_the_checkpoint_are_cut_and_not_doubled(tmp_path, whole):
     assert outcome(folder) == outcome(whole())
 
 
-@pytest.mark.parametrize("torn", [b"{", b'{"round": 4', b'{"round": 4}', b"1", b"\xff\xfe", b"\0" * 100, b'{"round": 5, "client": "a"}'])
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b"{",
+        b'{"round": 4',
+        b'{"round": 4}',
+        b"1",
+        b"\xff\xfe",
+        b"\0" * 100,
+        b'{"round": 5, "client": "a"}',
+    ],
+)
 def test_a_torn_last_line_is_cut(tmp_path, whole, torn):
     folder = stopped(tmp_path / "run")
     with (folder / "metrics.jsonl").open("ab") as file:
@@ -453,7 +592,12 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 @pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 def test_a_run_given_in_python_is_resumed_with_its_federation(tmp_path, encoder):
     federation = small_federation(encoder=encoder)
-    options = {"weighting": FedGradNorm(gamma=0.5, solver="exact"), "num_rounds": 6, "head_momentum": 0.5, "seed": 3}
+    options = {
+        "weighting": FedGradNorm(gamma=0.5, solver="exact"),
+        "num_rounds": 6,
+        "head_momentum": 0.5,
+        "seed": 3,
+    }
     train(federation, run_dir=tmp_path / "whole", **options)
     with pytest.raises(StoppedError):
         train(federation, run_dir=tmp_path / "run", should_stop=after(4), **options)
@@ -495,7 +639,10 @@ def test_a_signal_ends_a_run_after_its_round_with_a_checkpoint(tmp_path, number)
     (done,) = rounds_of(folder)
     assert lines(folder) == 4 * done
     assert done < 400
-    assert process.err.read_text() == f"error: stopped after round {done} of 400; to go on: fedgradnorm resume {folder}\n"
+    assert (
+        process.err.read_text()
+        == f"error: stopped after round {done} of 400; to go on: fedgradnorm resume {folder}\n"
+    )
 
     code, out, err = launcher().call(tmp_path, "resume", folder, "--rounds", done + 2)
     assert (code, err) == (0, "")
@@ -504,11 +651,15 @@ def test_a_signal_ends_a_run_after_its_round_with_a_checkpoint(tmp_path, number)
     assert outcome(folder) == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
 def test_a_second_signal_ends_it_at_once(tmp_path, first, second):
     config, folder = tmp_path / "config.toml", tmp_path / "run"
     config.write_text(LONG)
-    process = launcher().start(tmp_path, "run", config, f"run.dir={folder}", "train.encoder_steps=1000000")  # its round takes minutes
+    process = launcher().start(
+        tmp_path, "run", config, f"run.dir={folder}", "train.encoder_steps=1000000"
+    )  # its round takes minutes
     assert wait_until(process, folder.exists)
     assert wait_until(process, lambda: lines(folder) == 0 and (folder / "tensorboard").exists())
     process.signal(first)
@@ -528,5 +679,8 @@ def test_a_signal_while_the_models_are_written_lets_it_finish(tmp_path):
     assert wait_until(process, changed(folder / "models"))
     process.signal(signal.SIGTERM)
     code = process.end()
-    assert code in (0, -signal.SIGTERM)  # it came while the run was ended, or while its report was made
+    assert code in (
+        0,
+        -signal.SIGTERM,
+    )  # it came while the run was ended, or while its report was made
     json.loads((folder / "summary.json").read_text())

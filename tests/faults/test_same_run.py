@@ -16,7 +16,19 @@ from filelock import FileLock
 from torch import nn
 from torch.nn import functional
 
-from fedgradnorm import Client, Federation, FederationError, Metric, RunError, StoppedError, Task, evaluate_run, load_model, resume, train
+from fedgradnorm import (
+    Client,
+    Federation,
+    FederationError,
+    Metric,
+    RunError,
+    StoppedError,
+    Task,
+    evaluate_run,
+    load_model,
+    resume,
+    train,
+)
 from fedgradnorm.config import load_config
 from fedgradnorm.history import Run
 from fedgradnorm.run import run
@@ -41,7 +53,9 @@ def task(name="sign", classes=2, metric=ACCURACY):
 def federation(encoder=small_encoder, **changes):
     """Two clients; ``changes`` are those of the first one."""
     one = Client("a", task(), data(1), data(2, 20))
-    return Federation([replace(one, **changes), Client("b", task("other"), data(3), data(4, 20))], encoder)
+    return Federation(
+        [replace(one, **changes), Client("b", task("other"), data(3), data(4, 20))], encoder
+    )
 
 
 class Lines(torch.utils.data.Dataset):
@@ -61,7 +75,9 @@ class Drawing(Lines):
     generator = torch.Generator()
 
     def __getitem__(self, index):
-        return self.pair[0][index] + 0.01 * torch.randn(6, generator=self.generator), self.pair[1][index]
+        return self.pair[0][index] + 0.01 * torch.randn(6, generator=self.generator), self.pair[1][
+            index
+        ]
 
 
 class Projected(nn.Module):
@@ -83,8 +99,14 @@ def stopped(folder, made, **settings):
 OTHERS = {
     "fewer examples": ({"train": data(1, 30)}, "client 'a' has 30 training examples, and had 40"),
     "other examples": ({"train": data(9)}, "client 'a' has other training data of the same size"),
-    "other order": ({"train": tuple(part.flip(0) for part in data(1))}, "client 'a' has other training data of the same size"),
-    "other targets": ({"train": (data(1)[0], 1 - data(1)[1])}, "client 'a' has other training data of the same size"),
+    "other order": (
+        {"train": tuple(part.flip(0) for part in data(1))},
+        "client 'a' has other training data of the same size",
+    ),
+    "other targets": (
+        {"train": (data(1)[0], 1 - data(1)[1])},
+        "client 'a' has other training data of the same size",
+    ),
     "other test data": ({"test": data(9, 20)}, "client 'a' has other test data of the same size"),
     "more test data": ({"test": data(2, 30)}, "client 'a' has 30 test examples, and had 20"),
     "no test data": ({"test": None}, "client 'a' has no test data"),
@@ -93,7 +115,10 @@ OTHERS = {
         {"task": task(metric=Metric("error", accuracy, False))},
         "client 'a' has the main metric 'error', and had 'accuracy'",
     ),
-    "another head": ({"task": task(classes=5)}, r"client 'a' has another head: \('weight', \(5, 4\)\), was \('weight', \(2, 4\)\)"),
+    "another head": (
+        {"task": task(classes=5)},
+        r"client 'a' has another head: \('weight', \(5, 4\)\), was \('weight', \(2, 4\)\)",
+    ),
     "another id": ({"id": "c"}, "it belongs to other clients: '[ac]' is in one of the two alone"),
 }
 
@@ -146,7 +171,10 @@ def test_data_that_differ_by_rounding_are_the_same(tmp_path):
 
 def test_an_encoder_that_is_frozen_elsewhere_is_noticed(tmp_path):
     folder = stopped(tmp_path / "run", federation(lambda: Projected(0.5)))
-    with pytest.raises(RunError, match="the encoder's 'projection', which is not trained, has other values than when the run began"):
+    with pytest.raises(
+        RunError,
+        match="the encoder's 'projection', which is not trained, has other values than when the run began",
+    ):
         resume(folder, federation(lambda: Projected(0.6)))
     resume(folder, federation(lambda: Projected(0.5)))
 
@@ -156,7 +184,9 @@ def test_models_are_tested_on_the_test_data_that_the_run_had(ended, what):
     changes, message = OTHERS[what]
     other = federation(**changes)
     if "training" in message:
-        assert evaluate_run(ended, other).keys() == {"a", "b"}, "training data do not matter to a test"
+        assert evaluate_run(ended, other).keys() == {"a", "b"}, (
+            "training data do not matter to a test"
+        )
         return
     with pytest.raises(RunError, match=message):
         evaluate_run(ended, other)
@@ -168,7 +198,9 @@ def test_a_model_is_loaded_without_the_data_and_only_into_its_own_head(ended):
         raise OSError("the data are elsewhere")
 
     elsewhere = Federation(
-        [Client("a", task(), gone, gone), Client("b", task("other"), gone, gone)], small_encoder, example=torch.zeros(1, 6)
+        [Client("a", task(), gone, gone), Client("b", task("other"), gone, gone)],
+        small_encoder,
+        example=torch.zeros(1, 6),
     )
     assert isinstance(load_model(ended, "a", elsewhere), nn.Module)
     with pytest.raises(RunError, match="client 'a' has another head"):
@@ -177,7 +209,9 @@ def test_a_model_is_loaded_without_the_data_and_only_into_its_own_head(ended):
 
 @pytest.mark.parametrize("ids", [("site", "Site"), ("a-1", "A-1")])
 def test_ids_that_differ_by_case_alone_are_refused(ids):
-    with pytest.raises(FederationError, match=f"the ids '{ids[0]}' and '{ids[1]}' differ by case only"):
+    with pytest.raises(
+        FederationError, match=f"the ids '{ids[0]}' and '{ids[1]}' differ by case only"
+    ):
         Federation([Client(id, task(), data(1)) for id in ids], small_encoder)
 
 
@@ -213,10 +247,26 @@ class Scaled(nn.Module):
 
 
 SAME_SHAPES = {
-    "norm layer": ({}, {"norm_layer": "0"}, "norm_layer: the federation has 0.weight, 0.bias, and had 2.weight, 2.bias"),
-    "buffers": ({}, {"buffers": "averaged"}, "buffers: the federation has 'averaged', and had 'local'"),
-    "loss floor": ({}, {"task": replace(task(), loss_floor=-1.0)}, "client 'a' has the loss_floor -1, and had 0"),
-    "smoothing": ({}, {"task": with_loss(smoothed)}, "client 'a' has another loss: for the same outputs and targets it is"),
+    "norm layer": (
+        {},
+        {"norm_layer": "0"},
+        "norm_layer: the federation has 0.weight, 0.bias, and had 2.weight, 2.bias",
+    ),
+    "buffers": (
+        {},
+        {"buffers": "averaged"},
+        "buffers: the federation has 'averaged', and had 'local'",
+    ),
+    "loss floor": (
+        {},
+        {"task": replace(task(), loss_floor=-1.0)},
+        "client 'a' has the loss_floor -1, and had 0",
+    ),
+    "smoothing": (
+        {},
+        {"task": with_loss(smoothed)},
+        "client 'a' has another loss: for the same outputs and targets it is",
+    ),
     "class weights": (
         {"task": with_loss(nn.CrossEntropyLoss(torch.tensor([1.0, 1.0])))},
         {"task": with_loss(nn.CrossEntropyLoss(torch.tensor([1.0, 9.0])))},
@@ -227,9 +277,21 @@ SAME_SHAPES = {
         {"encoder": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh())},
         "'Tanh' as its module 2",
     ),
-    "dropout": ({}, {"encoder": lambda: nn.Sequential(*small_encoder(), nn.Dropout())}, "has 'Dropout' as its module 5, and had none"),
-    "momentum": ({"encoder": normalised(0.1)}, {"encoder": normalised(0.5)}, "the encoder is another one: in evaluation mode"),
-    "own layer": ({"encoder": lambda: Scaled(1.0)}, {"encoder": lambda: Scaled(2.0)}, "the encoder is another one: in training mode"),
+    "dropout": (
+        {},
+        {"encoder": lambda: nn.Sequential(*small_encoder(), nn.Dropout())},
+        "has 'Dropout' as its module 5, and had none",
+    ),
+    "momentum": (
+        {"encoder": normalised(0.1)},
+        {"encoder": normalised(0.5)},
+        "the encoder is another one: in evaluation mode",
+    ),
+    "own layer": (
+        {"encoder": lambda: Scaled(1.0)},
+        {"encoder": lambda: Scaled(2.0)},
+        "the encoder is another one: in training mode",
+    ),
     "labels of large inputs": (
         {"train": (1e5 * data(1)[0], data(1)[1])},
         {"train": (1e5 * data(1)[0], 1 - data(1)[1])},
@@ -240,7 +302,11 @@ SAME_SHAPES = {
         {"train": (data(1)[0], torch.where(torch.arange(40) == 2, 1 - data(1)[1], data(1)[1]))},
         "client 'a' has other training data of the same size: the targets differ",
     ),
-    "columns beside a large one": ({"train": scaled(5)}, {"train": scaled(5, 1)}, "the inputs differ"),
+    "columns beside a large one": (
+        {"train": scaled(5)},
+        {"train": scaled(5, 1)},
+        "the inputs differ",
+    ),
 }
 
 
@@ -332,7 +398,9 @@ def test_a_run_is_resumed_from_inside_its_folder(tmp_path, monkeypatch, inside, 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".run.lock", "run"]
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which no file can be made")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a folder in which no file can be made"
+)
 def test_a_folder_that_cannot_be_written_is_not_said_to_be_in_use():
     with pytest.raises(RunError, match="run folder '/proc/run': cannot be written"):
         train(federation(), run_dir="/proc/run", **QUICK)
@@ -350,9 +418,14 @@ def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path):
 
 def test_a_command_is_refused_while_another_one_runs_and_its_lines_are_its_own(tmp_path):
     config = tmp_path / "long.toml"
-    config.write_text('[federation]\nname = "digits"\n[train]\nnum_rounds = 100000\n[run]\npage = false\ntensorboard = false\n')
+    config.write_text(
+        '[federation]\nname = "digits"\n[train]\nnum_rounds = 100000\n[run]\npage = false\ntensorboard = false\n'
+    )
     folder = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-m", "fedgradnorm", "run", config, f"run.dir={folder}"], stdout=subprocess.DEVNULL) as first:
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedgradnorm", "run", config, f"run.dir={folder}"],
+        stdout=subprocess.DEVNULL,
+    ) as first:
         try:
             while first.poll() is None and not lines(folder):
                 time.sleep(0.01)
@@ -362,7 +435,9 @@ def test_a_command_is_refused_while_another_one_runs_and_its_lines_are_its_own(t
     assert code == 2
     assert "another run is writing to it: wait for it, or stop it" in error
     rounds = [
-        json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")
+        json.loads(line)["round"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        if line.endswith("}\n")
     ]
     assert rounds == sorted(rounds)
     assert all(rounds.count(round) <= 4 for round in set(rounds))

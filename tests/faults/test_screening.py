@@ -23,7 +23,10 @@ ROUND = 5
 
 
 def asked(*clients, **fields):
-    return [Instruction(ROUND, client, torch.zeros(3), fields.get("buffers", {}), TRAINING) for client in clients]
+    return [
+        Instruction(ROUND, client, torch.zeros(3), fields.get("buffers", {}), TRAINING)
+        for client in clients
+    ]
 
 
 def answer(client, length=1.0, **fields):
@@ -53,19 +56,28 @@ def test_a_late_report_does_not_harm_the_one_that_is_due():
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_of_several_reports_of_one_client_none_is_believed(count):
-    sound, dropped = screen([answer("a", length) for length in range(count)] + [answer("b")], asked("a", "b"), {})
+    sound, dropped = screen(
+        [answer("a", length) for length in range(count)] + [answer("b")], asked("a", "b"), {}
+    )
     assert names(sound) == ["b"]
     assert dropped == {"a": f"{count} reports"}
 
 
 def test_a_client_that_was_not_asked_is_not_heard():
-    sound, dropped = screen([answer("a"), answer("stranger"), answer("")], asked("a"), {}, max_update_ratio=3.0)
+    sound, dropped = screen(
+        [answer("a"), answer("stranger"), answer("")], asked("a"), {}, max_update_ratio=3.0
+    )
     assert names(sound) == ["a"]
     assert dropped == {}
 
 
 def test_a_stranger_is_no_measure_for_what_is_usual():
-    _, dropped = screen([answer("a", 100.0), answer("b", 100.0), answer("stranger", 1.0)], asked("a", "b"), {}, max_update_ratio=3.0)
+    _, dropped = screen(
+        [answer("a", 100.0), answer("b", 100.0), answer("stranger", 1.0)],
+        asked("a", "b"),
+        {},
+        max_update_ratio=3.0,
+    )
     assert dropped == {}
 
 
@@ -116,10 +128,16 @@ def test_every_fault_is_dropped_with_its_reason_and_harms_nobody_else(fault, rea
 
 LIMITS = [
     ({"loss": 1e300}, "loss: expected a number from -1e+100 to 1e+100, found 1e+300"),
-    ({"initial_loss": -1e300}, "initial_loss: expected a number from -1e+100 to 1e+100, found -1e+300"),
+    (
+        {"initial_loss": -1e300},
+        "initial_loss: expected a number from -1e+100 to 1e+100, found -1e+300",
+    ),
     ({"loss_floor": NAN}, "loss_floor: expected a number from -1e+100 to 1e+100, found nan"),
     ({"grad_norm": 1e300}, "grad_norm: expected a number from 0 to 1e+100, found 1e+300"),
-    ({"loss": 1e90, "initial_loss": 1e-25}, "inverse_training_rate: expected at most 1e+100, found loss 1e+90 with initial_loss 1e-25"),
+    (
+        {"loss": 1e90, "initial_loss": 1e-25},
+        "inverse_training_rate: expected at most 1e+100, found loss 1e+90 with initial_loss 1e-25",
+    ),
     (
         {"gradient": torch.tensor([0.0, 1e200, 0.0], dtype=torch.float64)},
         "gradient: expected a length of at most 1e+100, found a longer one",
@@ -130,7 +148,10 @@ LIMITS = [
 
 @pytest.mark.parametrize(("fault", "reason"), LIMITS)
 def test_a_number_beyond_a_limit_is_told_the_limit(fault, reason):
-    instructions = [replace(one, encoder=one.encoder.to(fault.get("gradient", one.encoder).dtype)) for one in asked("a")]
+    instructions = [
+        replace(one, encoder=one.encoder.to(fault.get("gradient", one.encoder).dtype))
+        for one in asked("a")
+    ]
     assert screen([replace(answer("a"), **fault)], instructions, {})[1] == {"a": reason}
 
 
@@ -153,11 +174,16 @@ def test_extreme_but_possible_numbers_pass(harmless):
 def test_with_three_lengths_of_its_own_a_client_is_held_against_their_median():
     norms = {"a": (1.0, 100.0, 2.0), "b": (1000.0,) * 10}  # a's median is 2
     for length, passes in ((5.9, True), (6.1, False), (1000.0, False)):
-        sound, dropped = screen([answer("a", length), answer("b", 1000.0)], asked("a", "b"), norms, 3.0)
+        sound, dropped = screen(
+            [answer("a", length), answer("b", 1000.0)], asked("a", "b"), norms, 3.0
+        )
         assert ("a" in names(sound)) == passes
         assert ("a" in dropped) != passes
         assert "b" in names(sound)
-    assert dropped["a"] == "gradient: 500 times as long as usual, expected at most 3 times (train.max_update_ratio)"
+    assert (
+        dropped["a"]
+        == "gradient: 500 times as long as usual, expected at most 3 times (train.max_update_ratio)"
+    )
 
 
 def test_with_fewer_it_is_held_against_all_last_ones_and_the_others_of_the_round():
@@ -168,7 +194,9 @@ def test_with_fewer_it_is_held_against_all_last_ones_and_the_others_of_the_round
 
 
 def test_in_the_first_round_it_is_held_against_the_others():
-    sound, dropped = screen([answer("a", 1000.0), answer("b", 1.0), answer("c", 2.0)], asked("a", "b", "c"), {}, 10.0)
+    sound, dropped = screen(
+        [answer("a", 1000.0), answer("b", 1.0), answer("c", 2.0)], asked("a", "b", "c"), {}, 10.0
+    )
     assert names(sound) == ["b", "c"]
     assert dropped.keys() == {"a"}
     sound, _ = screen([answer("a", 1000.0), answer("b", 1.0)], asked("a", "b"), {}, 10.0)
@@ -177,14 +205,21 @@ def test_in_the_first_round_it_is_held_against_the_others():
 
 @pytest.mark.parametrize("clients", [("a", "b"), ("a", "b", "c"), ("a", "b", "c", "d")])
 def test_one_lie_in_the_first_round_or_of_a_client_in_its_first_is_dropped_and_nobody_else(clients):
-    replies = [answer(client, 1e30 if client == "a" else 1.0 + place) for place, client in enumerate(clients)]
+    replies = [
+        answer(client, 1e30 if client == "a" else 1.0 + place)
+        for place, client in enumerate(clients)
+    ]
     known = {client: (1.0 + place,) * 10 for place, client in enumerate(clients) if client != "a"}
     for norms in ({}, known):
         sound, dropped = screen(replies, asked(*clients), norms, 10.0)
         assert names(sound) == list(clients[1:])
         assert dropped.keys() == {"a"}
-        assert dropped["a"].endswith("times as long as usual for all clients, expected at most 10 times (train.max_update_ratio)")
-    assert screen(replies[:1], asked("a"), known, 10.0)[1].keys() == {"a"}  # alone in its first round
+        assert dropped["a"].endswith(
+            "times as long as usual for all clients, expected at most 10 times (train.max_update_ratio)"
+        )
+    assert screen(replies[:1], asked("a"), known, 10.0)[1].keys() == {
+        "a"
+    }  # alone in its first round
 
 
 def test_a_client_alone_in_the_first_round_has_nothing_to_be_held_against():
@@ -209,7 +244,10 @@ def test_gradients_of_length_zero_are_no_trouble(norms):
 
 def test_a_dropped_length_is_not_remembered():
     federation = small_federation()
-    engine = Scripted(federation, lambda one: replace(one, gradient=1000 * one.gradient) if one.client == "b" else one)
+    engine = Scripted(
+        federation,
+        lambda one: replace(one, gradient=1000 * one.gradient) if one.client == "b" else one,
+    )
     training = TRAINING.model_copy(update={"max_update_ratio": 20.0})
     state = initial_state(federation, Equal(), 0)
     for _ in range(12):
@@ -231,12 +269,21 @@ class Scripted(ReferenceEngine):
     def execute(self, instructions):
         self.calls += 1
         answers = [self.spoil(one) for one in super().execute(instructions)]
-        return [one for some in answers for one in (some if isinstance(some, list) else [some]) if one is not None]
+        return [
+            one
+            for some in answers
+            for one in (some if isinstance(some, list) else [some])
+            if one is not None
+        ]
 
 
-NUMBERS = st.floats() | st.sampled_from([0.0, -0.0, NAN, INF, 5e-324, 1e-300, 1e-45, 3e38, 1e39, 1e100, 1e308, 1.0, 1.0])
+NUMBERS = st.floats() | st.sampled_from(
+    [0.0, -0.0, NAN, INF, 5e-324, 1e-300, 1e-45, 3e38, 1e39, 1e100, 1e308, 1.0, 1.0]
+)
 REPORT = st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["x", "y"]))
-HOSTILE = st.lists(st.lists(REPORT, min_size=3, max_size=3), min_size=1, max_size=4)  # rounds, clients
+HOSTILE = st.lists(
+    st.lists(REPORT, min_size=3, max_size=3), min_size=1, max_size=4
+)  # rounds, clients
 METHODS = [
     FedGradNorm(solver=solver, group_by=group, normalize=normalize, gamma=gamma)
     for solver, group, normalize, gamma in (
@@ -261,9 +308,19 @@ class Hostile:
 
     def execute(self, instructions):
         replies = []
-        for instruction, (loss, initial, norm, first, second, task) in zip(instructions, next(self.rounds), strict=True):
-            gradient = torch.tensor([first, second], dtype=torch.float32).repeat(len(instruction.encoder) // 2)
-            fields = {"loss": loss, "initial_loss": initial, "gradient": gradient, "round": instruction.round, "task": task}
+        for instruction, (loss, initial, norm, first, second, task) in zip(
+            instructions, next(self.rounds), strict=True
+        ):
+            gradient = torch.tensor([first, second], dtype=torch.float32).repeat(
+                len(instruction.encoder) // 2
+            )
+            fields = {
+                "loss": loss,
+                "initial_loss": initial,
+                "gradient": gradient,
+                "round": instruction.round,
+                "task": task,
+            }
             replies.append(replace(report(instruction.client, norm), **fields))
         return replies
 
@@ -277,10 +334,20 @@ def play(rounds, method, aggregate, ratio):
         yield state
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.solver}-{method.group_by}-{method.normalize}-{method.gamma:g}")
+@pytest.mark.parametrize(
+    "method",
+    METHODS,
+    ids=lambda method: f"{method.solver}-{method.group_by}-{method.normalize}-{method.gamma:g}",
+)
 @settings(max_examples=40)
-@given(rounds=HOSTILE, ratio=st.sampled_from([None, 3.0]), aggregate=st.sampled_from([Mean(), ClippedMean(), Median(), TrimmedMean()]))
-def test_weights_stay_finite_positive_and_sum_to_the_number_of_clients_whatever_comes_in(method, rounds, ratio, aggregate):
+@given(
+    rounds=HOSTILE,
+    ratio=st.sampled_from([None, 3.0]),
+    aggregate=st.sampled_from([Mean(), ClippedMean(), Median(), TrimmedMean()]),
+)
+def test_weights_stay_finite_positive_and_sum_to_the_number_of_clients_whatever_comes_in(
+    method, rounds, ratio, aggregate
+):
     for state in play(rounds, method, aggregate, ratio):
         weights = state.weighting.weights
         assert all(math.isfinite(weight) and weight > 0 for weight in weights.values())
@@ -288,7 +355,11 @@ def test_weights_stay_finite_positive_and_sum_to_the_number_of_clients_whatever_
         assert all(math.isfinite(length) for lengths in state.norms.values() for length in lengths)
 
 
-@pytest.mark.parametrize("aggregate", [Mean(), ClippedMean(), Median(), TrimmedMean()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "aggregate",
+    [Mean(), ClippedMean(), Median(), TrimmedMean()],
+    ids=lambda one: type(one).__name__,
+)
 @settings(max_examples=40)
 @given(rounds=HOSTILE, ratio=st.sampled_from([None, 3.0]))
 def test_the_encoder_stays_finite_whatever_comes_in(aggregate, rounds, ratio):
@@ -301,11 +372,17 @@ def sound(loss=1.0, initial=1.0, norm=1.0, first=1.0, second=1.0, task="x"):
     return loss, initial, norm, first, second, task
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.solver}-{method.group_by}-{method.normalize}-{method.gamma:g}")
+@pytest.mark.parametrize(
+    "method",
+    METHODS,
+    ids=lambda method: f"{method.solver}-{method.group_by}-{method.normalize}-{method.gamma:g}",
+)
 @pytest.mark.parametrize(
     "round",
     [
-        pytest.param([sound(loss=5e-324), sound(loss=0.0), sound(loss=0.0)], id="rates whose mean underflows"),
+        pytest.param(
+            [sound(loss=5e-324), sound(loss=0.0), sound(loss=0.0)], id="rates whose mean underflows"
+        ),
         pytest.param([sound(norm=5e-324)] * 3, id="the smallest norms"),
         pytest.param([sound(norm=1e100), sound(norm=5e-324), sound()], id="norms far apart"),
         pytest.param([sound(loss=1e100), sound(loss=0.0), sound()], id="losses far apart"),
@@ -335,12 +412,18 @@ def same(left, right):
 
 
 def same_clients(left, right):
-    return left.keys() == right.keys() and all(same(vars(left[client]), vars(right[client])) for client in left)
+    return left.keys() == right.keys() and all(
+        same(vars(left[client]), vars(right[client])) for client in left
+    )
 
 
 @pytest.mark.parametrize("spoilt", ["a", "abc"])
 @pytest.mark.parametrize("buffers", ["local", "averaged"])
-@pytest.mark.parametrize("how", [lambda one: None, lambda one: replace(one, loss=NAN), lambda one: [one, one]], ids=["lost", "nan", "two"])
+@pytest.mark.parametrize(
+    "how",
+    [lambda one: None, lambda one: replace(one, loss=NAN), lambda one: [one, one]],
+    ids=["lost", "nan", "two"],
+)
 def test_a_round_that_fails_twice_gives_what_one_that_works_at_once_gives(how, buffers, spoilt):
     federation = small_federation(encoder=batch_norm_encoder, buffers=buffers)
     training = TRAINING.model_copy(update={"min_clients": 3, "max_retries": 2})
@@ -352,7 +435,9 @@ def test_a_round_that_fails_twice_gives_what_one_that_works_at_once_gives(how, b
         for _ in range(3):
             engine.calls = 0
             if failing:
-                engine.spoil = lambda one, engine=engine: how(one) if engine.calls <= 2 and one.client in spoilt else one
+                engine.spoil = lambda one, engine=engine: (
+                    how(one) if engine.calls <= 2 and one.client in spoilt else one
+                )
             state, record = run_round(state, federation, engine, method, Mean(), training)
             retries.append(record.retries)
             assert record.dropped == {}
@@ -366,7 +451,9 @@ def test_a_round_that_fails_twice_gives_what_one_that_works_at_once_gives(how, b
 def test_after_the_last_retry_it_stops_with_the_reasons_and_everything_as_it_was(max_retries):
     federation, method = small_federation(), FedGradNorm()
     engine = Scripted(federation, lambda one: one)
-    state, _ = run_round(initial_state(federation, method, 0), federation, engine, method, Mean(), TRAINING)
+    state, _ = run_round(
+        initial_state(federation, method, 0), federation, engine, method, Mean(), TRAINING
+    )
     before, clients = {**vars(state), "encoder": state.encoder.clone()}, engine.client_states
     engine.calls = 0
     engine.spoil = lambda one: {"a": one, "b": None, "c": replace(one, loss=NAN)}[one.client]
@@ -396,9 +483,18 @@ def test_a_late_report_of_a_failed_attempt_does_not_spoil_the_next_one():
 
 
 def test_clients_with_the_same_reason_are_named_together():
-    federation = replace(small_federation(), clients=[replace(small_federation().clients[0], id=f"client-{i}") for i in range(6)])
-    engine = Scripted(federation, lambda one: replace(one, loss=NAN) if one.client == "client-2" else None)
+    federation = replace(
+        small_federation(),
+        clients=[replace(small_federation().clients[0], id=f"client-{i}") for i in range(6)],
+    )
+    engine = Scripted(
+        federation, lambda one: replace(one, loss=NAN) if one.client == "client-2" else None
+    )
     with pytest.raises(StoppedError) as caught:
-        run_round(initial_state(federation, Equal(), 0), federation, engine, Equal(), Mean(), TRAINING)
+        run_round(
+            initial_state(federation, Equal(), 0), federation, engine, Equal(), Mean(), TRAINING
+        )
     reasons = "client-0, client-1, client-3 and 2 more: no report; client-2: loss: expected a number from -1e+100 to 1e+100, found nan"
-    assert sorted(str(caught.value).partition("at least 1: ")[2].split("; ")) == sorted(reasons.split("; "))
+    assert sorted(str(caught.value).partition("at least 1: ")[2].split("; ")) == sorted(
+        reasons.split("; ")
+    )

@@ -14,7 +14,12 @@ def make(seed: int, names: tuple[str, ...] = ("a", "b", "c"), failing: str = "")
     """Clients with data of different sizes: 20 examples, 25, 30 and so on. Those of one cannot be read."""
     del seed
     clients = [
-        Client(id, small_task(id), broken if id == failing else partial(load, id, 20 + 5 * place), partial(load, id, 20))
+        Client(
+            id,
+            small_task(id),
+            broken if id == failing else partial(load, id, 20 + 5 * place),
+            partial(load, id, 20),
+        )
         for place, id in enumerate(names)
     ]
     return Federation(clients, small_encoder, example=torch.zeros(1, 6))

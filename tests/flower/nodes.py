@@ -42,7 +42,9 @@ class Wire(LocalGrid):
         return message_from_proto(proto)
 
     def pull_messages(self, message_ids):
-        return [self.copied(reply) for reply in super().pull_messages(message_ids) if reply is not None]
+        return [
+            self.copied(reply) for reply in super().pull_messages(message_ids) if reply is not None
+        ]
 
     def _answer(self, message):
         node, message = message.metadata.dst_node_id, self.copied(message)
@@ -86,21 +88,43 @@ class Site:
 
     def engine(self, keep=3, **limits):
         layout = Layout.of(self.federation.make_encoder(self.seed))
-        engine = GridEngine(self.wire, roster_of(self.federation), layout, Limits(**{**AT_ONCE, **limits}), keep)
+        engine = GridEngine(
+            self.wire, roster_of(self.federation), layout, Limits(**{**AT_ONCE, **limits}), keep
+        )
         engine.experiment = "experiment"
         return engine
 
-    def train(self, run_dir=None, on_round=None, engine=None, start_round=None, should_stop=lambda: False, limits=None, **training):
+    def train(
+        self,
+        run_dir=None,
+        on_round=None,
+        engine=None,
+        start_round=None,
+        should_stop=lambda: False,
+        limits=None,
+        **training,
+    ):
         config = RunConfig(
-            train=TrainConfig(**{**QUICK, "seed": self.seed, **training}), run=RunSettings(dir=None if run_dir is None else str(run_dir))
+            train=TrainConfig(**{**QUICK, "seed": self.seed, **training}),
+            run=RunSettings(dir=None if run_dir is None else str(run_dir)),
         )
         weighting = build("weighting", config.weighting)
-        return train_on_grid(config, engine or self.engine(**limits or {}), weighting, start_round, on_round, should_stop)
+        return train_on_grid(
+            config,
+            engine or self.engine(**limits or {}),
+            weighting,
+            start_round,
+            on_round,
+            should_stop,
+        )
 
     def heads(self, result):
         """Every client's head as the server counts it, by client and name."""
         return {
-            client: {name: value.tolist() for name, value in self.states(client)("experiment").load(state.round).head.items()}
+            client: {
+                name: value.tolist()
+                for name, value in self.states(client)("experiment").load(state.round).head.items()
+            }
             for client, state in result.client_states.items()
             if state.round
         }
@@ -108,7 +132,9 @@ class Site:
 
 def dropped(rows, client):
     """By round, why a client was dropped."""
-    return {row["round"]: row["dropped"] for row in rows if row["client"] == client and row["dropped"]}
+    return {
+        row["round"]: row["dropped"] for row in rows if row["client"] == client and row["dropped"]
+    }
 
 
 def in_round(number, twist):
@@ -116,7 +142,11 @@ def in_round(number, twist):
 
     def twisted(message, answer):
         control = control_of(message)
-        return twist(message, answer) if (control.round, control.attempt) == (number, 0) else answer(message)
+        return (
+            twist(message, answer)
+            if (control.round, control.attempt) == (number, 0)
+            else answer(message)
+        )
 
     return twisted
 

@@ -71,7 +71,11 @@ def app_with(model=net_of, head="head", net=net_of, change=lambda content: None,
         inputs, targets = data_of(context.node_config["partition-id"])
         outputs = model(inputs.to(model.head.weight.dtype))
         accuracy = (outputs.argmax(1) == targets).double().mean().item()
-        metrics = {"eval_loss": nn.functional.cross_entropy(outputs, targets).item(), "eval_acc": accuracy, "num-examples": 40}
+        metrics = {
+            "eval_loss": nn.functional.cross_entropy(outputs, targets).item(),
+            "eval_acc": accuracy,
+            "num-examples": 40,
+        }
         content = RecordDict({"metrics": MetricRecord(metrics)})
         change(content)
         return Message(content, reply_to=message)

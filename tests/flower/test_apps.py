@@ -21,7 +21,9 @@ from tests.flower.lazy import opened
 from tests.flower.nodes import Wire, in_round, lost, raising
 from tests.helpers import timeless
 
-pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # of clients that are lost here on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fedgradnorm.FedGradNormWarning"
+)  # of clients that are lost here on purpose
 
 DIGITS = """
 federation = { name = "digits" }
@@ -49,7 +51,12 @@ class Place:
         self.clients = build_federation(load_config(self.config)).client_ids
         for place, client in enumerate(self.clients):
             who = {"client-key": client} if by == "client-key" else {"partition-id": place}
-            self.wire.join(2 + place, app, **who, **{"state-dir": str(folder / "states" / str(place)), "threads": 1})
+            self.wire.join(
+                2 + place,
+                app,
+                **who,
+                **{"state-dir": str(folder / "states" / str(place)), "threads": 1},
+            )
 
     def simulated(self, *words):
         """The folder of the same run in one process."""
@@ -70,7 +77,10 @@ class Place:
 
 def same(one, other):
     """Whether two runs have the same rows and the same encoder."""
-    encoders = [{name: value.tolist() for name, value in Run(folder).tensors("encoder.safetensors").items()} for folder in (one, other)]
+    encoders = [
+        {name: value.tolist() for name, value in Run(folder).tensors("encoder.safetensors").items()}
+        for folder in (one, other)
+    ]
     return timeless(Run(one).rows()) == timeless(Run(other).rows()) and encoders[0] == encoders[1]
 
 
@@ -88,7 +98,11 @@ def test_the_apps_give_what_the_simulation_gives(tmp_path, text, by):
         }
 
 
-WORDS = ["train.seed=3", "train.fraction_train=0.5 weighting.name=equal", "train.min_clients=4 faults.drop=0.3 train.max_retries=50"]
+WORDS = [
+    "train.seed=3",
+    "train.fraction_train=0.5 weighting.name=equal",
+    "train.min_clients=4 faults.drop=0.3 train.max_retries=50",
+]
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -96,11 +110,23 @@ def test_the_server_says_how_to_train_and_the_seed_too(tmp_path, words):
     place = Place(tmp_path)
     deployed, simulated = place.deployed(settings=words), place.simulated(*words.split())
     for row, expected in zip(Run(deployed).rows(), Run(simulated).rows(), strict=True):
-        for key in ("participated", "retries", "loss", "weight", "test_loss", "metrics", "initial_loss"):
+        for key in (
+            "participated",
+            "retries",
+            "loss",
+            "weight",
+            "test_loss",
+            "metrics",
+            "initial_loss",
+        ):
             assert row[key] == expected[key], key
 
 
-FEDERATIONS = ["federation.sizes=dirichlet federation.alpha=0.2", "model.name=mlp model.hidden=[8]", "model.norm_layer=1"]
+FEDERATIONS = [
+    "federation.sizes=dirichlet federation.alpha=0.2",
+    "model.name=mlp model.hidden=[8]",
+    "model.norm_layer=1",
+]
 
 
 @pytest.mark.parametrize("words", FEDERATIONS)
@@ -130,14 +156,18 @@ def test_started_again_it_goes_on(tmp_path):
         place.deployed(settings="train.min_clients=4")
     assert gone == [1] * 4
     place.wire.twists.clear()
-    assert same(place.deployed(settings="train.min_clients=4"), place.simulated("train.min_clients=4"))
+    assert same(
+        place.deployed(settings="train.min_clients=4"), place.simulated("train.min_clients=4")
+    )
 
 
 def lie(message, answer):
     """A gradient of finite numbers that would saturate any encoder."""
     reply = answer(message)
     arrays = reply.content["arrays"]
-    reply.content["arrays"] = ArrayRecord({name: Array(np.full_like(array.numpy(), 1e30)) for name, array in arrays.items()})
+    reply.content["arrays"] = ArrayRecord(
+        {name: Array(np.full_like(array.numpy(), 1e30)) for name, array in arrays.items()}
+    )
     return reply
 
 
@@ -146,14 +176,26 @@ def test_with_the_ratio_of_a_deployment_one_lie_counts_as_no_report(tmp_path, ro
     runs = []
     for name, twist in (("lie", lie), ("raises", raising)):
         (tmp_path / name).mkdir()
-        place = Place(tmp_path / name, DIGITS.replace("[train]", f"[train]\nmax_update_ratio = {MAX_UPDATE_RATIO}"))
+        place = Place(
+            tmp_path / name,
+            DIGITS.replace("[train]", f"[train]\nmax_update_ratio = {MAX_UPDATE_RATIO}"),
+        )
         place.wire.twists[3] = in_round(round, twist)
         runs.append(place.deployed(settings="train.num_rounds=5"))
-    rows, expected = ([{key: value for key, value in row.items() if key != "dropped"} for row in timeless(Run(run).rows())] for run in runs)
+    rows, expected = (
+        [
+            {key: value for key, value in row.items() if key != "dropped"}
+            for row in timeless(Run(run).rows())
+        ]
+        for run in runs
+    )
     assert rows == expected
     reasons = {row["dropped"] for row in Run(runs[0]).rows() if row["dropped"]}
     assert len(reasons) == 1
-    assert f"times as long as usual{' for all clients' if round < 4 else ''}, expected at most 10 times" in reasons.pop()
+    assert (
+        f"times as long as usual{' for all clients' if round < 4 else ''}, expected at most 10 times"
+        in reasons.pop()
+    )
 
 
 def test_a_poisoned_run_goes_back_to_a_sound_checkpoint(tmp_path):
@@ -162,23 +204,35 @@ def test_a_poisoned_run_goes_back_to_a_sound_checkpoint(tmp_path):
     poisoned = Run(place.deployed(settings="train.num_rounds=6")).tensors("encoder.safetensors")
     assert max(value.abs().max() for value in poisoned.values()) > 1e20
     place.wire.twists.clear()
-    with pytest.raises(ConfigError, match="start_round: expected 1, 5, 6 or 7, as 6 rounds are done in .* round 4, 5, 6, found 4"):
+    with pytest.raises(
+        ConfigError,
+        match="start_round: expected 1, 5, 6 or 7, as 6 rounds are done in .* round 4, 5, 6, found 4",
+    ):
         place.deployed(settings="train.num_rounds=6", **{"start-round": 4})
-    assert same(place.deployed(settings="train.num_rounds=6", **{"start-round": 5}), place.simulated("train.num_rounds=6"))
+    assert same(
+        place.deployed(settings="train.num_rounds=6", **{"start-round": 5}),
+        place.simulated("train.num_rounds=6"),
+    )
     assert (tmp_path / "run/undone/1/metrics.jsonl").read_text().count('"round": 5') == 4
 
 
 def test_a_node_that_is_gone_does_not_hold_up_the_others(tmp_path):
     place = Place(tmp_path)
     first = place.wire.nodes.pop(3)
-    with pytest.raises(StoppedError, match="3 clients are connected after 0 s, expected at least 4"):
+    with pytest.raises(
+        StoppedError, match="3 clients are connected after 0 s, expected at least 4"
+    ):
         place.deployed()
     place.wire.nodes[3] = first
-    place.wire.twists[3] = in_round(1, lambda message, answer: lost(message, answer) or (place.wire.nodes.pop(3, None) and None))
+    place.wire.twists[3] = in_round(
+        1, lambda message, answer: lost(message, answer) or (place.wire.nodes.pop(3, None) and None)
+    )
     rows = Run(place.deployed()).rows()
-    assert {row["round"]: row["dropped"] for row in rows if row["client"] == place.clients[1] and row["dropped"]} == {
-        1: "no report: no answer within 3600 s"
-    }
+    assert {
+        row["round"]: row["dropped"]
+        for row in rows
+        if row["client"] == place.clients[1] and row["dropped"]
+    } == {1: "no report: no answer within 3600 s"}
 
 
 def test_a_client_that_is_late_rests_as_the_server_is_told(tmp_path):
@@ -188,7 +242,9 @@ def test_a_client_that_is_late_rests_as_the_server_is_told(tmp_path):
         folder.mkdir()
         place, asked[rest] = Place(folder), []
         place.wire.twists[3] = lambda message, answer, to=asked[rest]: (
-            answer(message) if message.metadata.group_id == "hello" else to.append(message.metadata.group_id)
+            answer(message)
+            if message.metadata.group_id == "hello"
+            else to.append(message.metadata.group_id)
         )
         with pytest.warns(FedGradNormWarning, match="never counted"):
             place.deployed(**{"max-rest": rest})
@@ -199,17 +255,28 @@ def test_min_nodes_holds_for_every_round(tmp_path):
     place = Place(tmp_path)
     place.wire.nodes.pop(3)
     rows = Run(place.deployed(**{"min-nodes": 2})).rows()
-    assert {row["dropped"] for row in rows if row["client"] == place.clients[1]} == {"no report: not connected"}
+    assert {row["dropped"] for row in rows if row["client"] == place.clients[1]} == {
+        "no report: not connected"
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min-nodes": "two"}, "run config: min-nodes: expected a whole number from 0, found 'two'"),
+        (
+            {"min-nodes": "two"},
+            "run config: min-nodes: expected a whole number from 0, found 'two'",
+        ),
         ({"node-timeout": -1}, "run config: node-timeout: expected a whole number"),
         ({"round-timeout": 0}, "round_timeout: expected seconds, more than 0"),
-        ({"min-replies": 0}, "run config: min-replies: expected a share, more than 0 and at most 1, found 0"),
-        ({"min-replies": True}, "run config: min-replies: expected a share, more than 0 and at most 1, found True"),
+        (
+            {"min-replies": 0},
+            "run config: min-replies: expected a share, more than 0 and at most 1, found 0",
+        ),
+        (
+            {"min-replies": True},
+            "run config: min-replies: expected a share, more than 0 and at most 1, found True",
+        ),
         ({"max-rest": 0.5}, "run config: max-rest: expected a whole number from 0, found 0.5"),
         ({"start-round": 5}, "start_round: expected 1, as 0 rounds are done"),
         ({"settings": "train.num_rnds=5"}, "unknown key 'train.num_rnds'"),
@@ -231,8 +298,13 @@ UNFIT = {
 CHANGED = ("train.head_lr=0.7", r"changed: train.head_lr = 0.7 \(was 0.03\)", 0)
 
 
-@pytest.mark.parametrize(("words", "message", "start_round"), [CHANGED, *((*one, start) for one in UNFIT.items() for start in (0, 1))])
-def test_settings_that_do_not_fit_are_refused_before_a_node_is_asked_or_a_run_replaced(tmp_path, words, message, start_round):
+@pytest.mark.parametrize(
+    ("words", "message", "start_round"),
+    [CHANGED, *((*one, start) for one in UNFIT.items() for start in (0, 1))],
+)
+def test_settings_that_do_not_fit_are_refused_before_a_node_is_asked_or_a_run_replaced(
+    tmp_path, words, message, start_round
+):
     place = Place(tmp_path)
     place.deployed(settings="train.num_rounds=2")
     before = contents(tmp_path / "run")
@@ -242,7 +314,9 @@ def test_settings_that_do_not_fit_are_refused_before_a_node_is_asked_or_a_run_re
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("folder", ["", ".", "..", "/", "../..", "a/..", "~nobody-of-this-name/x", "a\0b"])
+@pytest.mark.parametrize(
+    "folder", ["", ".", "..", "/", "../..", "a/..", "~nobody-of-this-name/x", "a\0b"]
+)
 def test_a_folder_that_cannot_be_a_runs_own_is_refused(tmp_path, folder, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -258,7 +332,10 @@ def test_a_run_of_the_simulation_is_not_taken_over(tmp_path):
     place.simulated().rename(tmp_path / "run")
     before = contents(tmp_path / "run")
     for words in ("", "train.num_rounds=5"):
-        with pytest.raises(RunError, match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1"):
+        with pytest.raises(
+            RunError,
+            match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1",
+        ):
             place.deployed(settings=words)
     assert contents(tmp_path / "run") == before
     assert same(place.deployed(**{"start-round": 1}), place.simulated())
@@ -281,8 +358,14 @@ def test_a_second_run_in_one_folder_asks_no_node(tmp_path, monkeypatch):
         ({"client-key": "a/b"}, "node config: client-key: expected letters"),
         ({"partition-id": 4}, "node config: partition-id: expected 0 to 3, found 4"),
         ({}, "node config: expected a 'client-key'"),
-        ({"partition-id": 1, "threads": 0}, "node config: threads: expected a whole number from 1, found 0"),
-        ({"partition-id": 1, "settings": "train.seed=1"}, "node config: settings: expected words like federation.KEY=VALUE, found"),
+        (
+            {"partition-id": 1, "threads": 0},
+            "node config: threads: expected a whole number from 1, found 0",
+        ),
+        (
+            {"partition-id": 1, "settings": "train.seed=1"},
+            "node config: settings: expected words like federation.KEY=VALUE, found",
+        ),
         ({"partition-id": 1, "settings": "federation.x=1"}, "unknown key 'federation.x'"),
         ({"partition-id": 1, "state-dir": None}, "node config: expected a 'state-dir'"),
     ],
@@ -290,7 +373,11 @@ def test_a_second_run_in_one_folder_asks_no_node(tmp_path, monkeypatch):
 def test_a_wrong_setting_of_a_node_keeps_it_out_and_says_why(tmp_path, node_config, why):
     place = Place(tmp_path)
     config = {"state-dir": str(tmp_path / "states" / "x"), **node_config}
-    place.wire.join(3, place.wire.nodes[3], **{name: value for name, value in config.items() if value is not None})
+    place.wire.join(
+        3,
+        place.wire.nodes[3],
+        **{name: value for name, value in config.items() if value is not None},
+    )
     with pytest.raises(StoppedError, match=f"node 3 stays out: .*{why}"):
         place.deployed()
     assert not (tmp_path / "run").exists()
@@ -303,7 +390,9 @@ def test_a_node_loads_its_own_data_alone_and_none_to_say_who_it_is(tmp_path):
         def answer(message, context):
             opened()
             reply = app(message, context)
-            found.setdefault((context.node_config["client-key"], control_of(message).kind), set()).add(tuple(opened()))
+            found.setdefault(
+                (context.node_config["client-key"], control_of(message).kind), set()
+            ).add(tuple(opened()))
             return reply
 
         return answer
@@ -325,7 +414,10 @@ def test_a_server_loads_no_data(tmp_path):
 
 
 def test_data_that_are_not_loaded_yet_are_counted_from_the_first_report_on(tmp_path):
-    place, words = Place(tmp_path, LAZY), "train.num_rounds={} train.participants=[['a'],['b'],['b'],['a']]"
+    place, words = (
+        Place(tmp_path, LAZY),
+        "train.num_rounds={} train.participants=[['a'],['b'],['b'],['a']]",
+    )
     place.deployed(settings=words.format(2))
     rows = Run(place.deployed(settings=words.format(4))).rows()
     assert [row["examples"] for row in rows] == [20, 0, 0, *(20, 25, 0) * 3]
@@ -335,8 +427,15 @@ def test_a_head_that_is_lost_is_an_error_that_says_what_to_do(tmp_path):
     place = Place(tmp_path)
     place.deployed(settings="train.num_rounds=2")
     shutil.rmtree(tmp_path / "states" / "1")
-    rows = [row for row in Run(place.deployed(settings="train.num_rounds=3")).rows() if row["client"] == place.clients[1]]
-    assert "needs its state of round 2, and there is no such file: restore it, or begin a new experiment" in rows[-1]["dropped"]
+    rows = [
+        row
+        for row in Run(place.deployed(settings="train.num_rounds=3")).rows()
+        if row["client"] == place.clients[1]
+    ]
+    assert (
+        "needs its state of round 2, and there is no such file: restore it, or begin a new experiment"
+        in rows[-1]["dropped"]
+    )
 
 
 def test_the_words_of_an_error_that_is_not_ours_stay_with_the_client(tmp_path):

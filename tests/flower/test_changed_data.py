@@ -24,18 +24,26 @@ class Watched(Site):
 
     def __init__(self, folder):
         self.own = {}
-        super().__init__(small_federation(), states=lambda client: lambda experiment: StateFiles(folder, experiment, client))
+        super().__init__(
+            small_federation(),
+            states=lambda client: lambda experiment: StateFiles(folder, experiment, client),
+        )
 
     def join(self, number, client):
         self.wire.join(number, lambda message, _: self.node(client).answer(message))
 
     def node(self, client):
         federation = self.own.get(client, self.federation)
-        return Node(federation, federation.client(client), self.seed, self.states(client), watch_data=True)
+        return Node(
+            federation, federation.client(client), self.seed, self.states(client), watch_data=True
+        )
 
     def give(self, client, inputs, targets):
         """Let a client have other training data."""
-        clients = [replace(one, train=(inputs, targets)) if one.id == client else one for one in self.federation.clients]
+        clients = [
+            replace(one, train=(inputs, targets)) if one.id == client else one
+            for one in self.federation.clients
+        ]
         self.own[client] = with_clients(self.federation, clients)
 
 
@@ -64,13 +72,22 @@ def test_changed_data_are_told_once_a_change_with_both_numbers(tmp_path, caplog)
         3: "its training data changed after round 2: 50 examples, before 25",
         5: "its training data changed after round 4: 50 other examples",
     }
-    assert notes == {round: {"b": [texts[round]]} if round in texts else {} for round in range(1, 7)}
-    assert [record.getMessage() for record in caplog.records if "changed" in record.getMessage()] == [
-        f"client b: {text}" for text in texts.values()
-    ]
+    assert notes == {
+        round: {"b": [texts[round]]} if round in texts else {} for round in range(1, 7)
+    }
+    assert [
+        record.getMessage() for record in caplog.records if "changed" in record.getMessage()
+    ] == [f"client b: {text}" for text in texts.values()]
     assert [row["examples"] for row in rows if row["client"] == "b"] == [25, 25, 50, 50, 50, 50]
-    told = [one.content["fedgradnorm"] for one in site.wire.messages if "data_since" in one.content["fedgradnorm"]]
-    assert [(one["data_since"], one["data_before"], len(one)) for one in told] == [(2, 25, 5), (4, 50, 5)]  # and nothing else of them
+    told = [
+        one.content["fedgradnorm"]
+        for one in site.wire.messages
+        if "data_since" in one.content["fedgradnorm"]
+    ]
+    assert [(one["data_since"], one["data_before"], len(one)) for one in told] == [
+        (2, 25, 5),
+        (4, 50, 5),
+    ]  # and nothing else of them
 
 
 def test_one_change_is_told_once_however_often_its_report_is_dropped(tmp_path):
@@ -87,7 +104,13 @@ def test_one_change_is_told_once_however_often_its_report_is_dropped(tmp_path):
     site.wire.twists[3] = spoilt
     rows = site.train(engine=engine, on_round=note, num_rounds=5).rows
     assert dropped(rows, "b").keys() == {2, 3}
-    assert {round: bool(texts) for round, texts in notes.items()} == {1: False, 2: True, 3: False, 4: False, 5: False}
+    assert {round: bool(texts) for round, texts in notes.items()} == {
+        1: False,
+        2: True,
+        3: False,
+        4: False,
+        5: False,
+    }
 
 
 def test_a_round_that_is_repeated_notes_it_again(tmp_path):
@@ -104,7 +127,12 @@ def test_a_client_that_was_away_is_held_against_its_last_round(tmp_path):
     site = Watched(tmp_path)
     engine = site.engine()
     notes, note = notes_of(changing(site, after_2=(1, 30)))
-    site.train(engine=engine, on_round=note, num_rounds=5, participants=(("a", "b"), ("a", "b"), ("a",), ("a",), ("a", "b")))
+    site.train(
+        engine=engine,
+        on_round=note,
+        num_rounds=5,
+        participants=(("a", "b"), ("a", "b"), ("a",), ("a",), ("a", "b")),
+    )
     assert notes[5] == {"b": ["its training data changed after round 2: 30 examples, before 25"]}
 
 
@@ -155,7 +183,9 @@ class Unreadable:
 
 def test_data_that_cannot_be_looked_at_fail_no_round(tmp_path, monkeypatch):
     site, data = Watched(tmp_path), Unreadable()
-    clients = [replace(one, train=data) if one.id == "b" else one for one in site.federation.clients]
+    clients = [
+        replace(one, train=data) if one.id == "b" else one for one in site.federation.clients
+    ]
     site.own["b"] = with_clients(site.federation, clients)
     record = client.data_record
 
@@ -180,7 +210,11 @@ def running(site, number, **versions):
     def other(message, context):
         reply = answer(message, context)
         if message.content["fedgradnorm"]["kind"] == "hello":
-            control = {key: value for key, value in reply.content["fedgradnorm"].items() if key not in VERSIONS}
+            control = {
+                key: value
+                for key, value in reply.content["fedgradnorm"].items()
+                if key not in VERSIONS
+            }
             reply.content["fedgradnorm"] = ConfigRecord({**control, **versions})
         return reply
 
@@ -190,11 +224,21 @@ def running(site, number, **versions):
 OWN = VERSIONS["version"]
 MIXED = [
     ({**VERSIONS}, []),
-    ({**VERSIONS, "version": "9.0"}, [f"it runs fedgradnorm 9.0, this server {OWN}: expected one version on every machine"]),
-    ({}, [f"it runs fedgradnorm of an older version that does not say which, this server {OWN}: expected one version on every machine"]),
+    (
+        {**VERSIONS, "version": "9.0"},
+        [f"it runs fedgradnorm 9.0, this server {OWN}: expected one version on every machine"],
+    ),
+    (
+        {},
+        [
+            f"it runs fedgradnorm of an older version that does not say which, this server {OWN}: expected one version on every machine"
+        ],
+    ),
     (
         {**VERSIONS, "torch_version": "1.0"},
-        [f"it runs torch 1.0, this server {VERSIONS['torch_version']}: its figures may differ by more than rounding"],
+        [
+            f"it runs torch 1.0, this server {VERSIONS['torch_version']}: its figures may differ by more than rounding"
+        ],
     ),
 ]
 
@@ -232,5 +276,7 @@ def test_a_version_is_noted_in_the_first_round_whatever_becomes_of_it():
 def test_a_version_is_a_short_word():
     site = Site(small_federation())
     running(site, 3, version="9.0\nclient a is fine")
-    with pytest.raises(StoppedError, match="node 3 stays out: fedgradnorm.version: String should match pattern"):
+    with pytest.raises(
+        StoppedError, match="node 3 stays out: fedgradnorm.version: String should match pattern"
+    ):
         site.engine(min_nodes=3).wait()

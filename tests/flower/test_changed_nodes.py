@@ -10,7 +10,9 @@ TRAINING = TrainConfig(head_steps=2, encoder_steps=2, batch_size=8)
 
 def instructions(federation, round):
     encoder = flatten(federation.make_encoder(0))
-    return [Instruction(round, client, encoder, {}, TRAINING, 0) for client in federation.client_ids]
+    return [
+        Instruction(round, client, encoder, {}, TRAINING, 0) for client in federation.client_ids
+    ]
 
 
 def test_a_node_that_is_restarted_as_another_client_is_asked_anew():
@@ -18,11 +20,18 @@ def test_a_node_that_is_restarted_as_another_client_is_asked_anew():
     engine = FlowerLocalEngine(federation, 0)
     assert len(engine.execute(instructions(federation, 1))) == 3
     nodes = engine.grid.nodes
-    nodes[2], nodes[3] = nodes[3], nodes[2]  # an operator has corrected two nodes' client keys; their ids stay
+    nodes[2], nodes[3] = (
+        nodes[3],
+        nodes[2],
+    )  # an operator has corrected two nodes' client keys; their ids stay
     assert [report.client for report in engine.execute(instructions(federation, 2))] == ["c"]
     assert engine.failures.keys() == {"a", "b"}
     assert all("came to client" in why for why in engine.failures.values())
-    assert [report.client for report in engine.execute(instructions(federation, 3))] == ["a", "b", "c"]
+    assert [report.client for report in engine.execute(instructions(federation, 3))] == [
+        "a",
+        "b",
+        "c",
+    ]
     assert engine.failures == {}
     rounds = {client: state.round for client, state in engine.client_states.items()}
     assert rounds == {"a": 3, "b": 3, "c": 3}

@@ -12,7 +12,10 @@ import time
 from email.utils import formatdate
 
 import pytest
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE  # the limits are Flower's own
+from flwr.common.constant import (
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_TOLERANCE,
+)  # the limits are Flower's own
 
 from fedgradnorm.flower.init import write_deployment
 from tests.deployment.processes import free_ports
@@ -55,7 +58,13 @@ def serve(folder):
 
 
 def compare(folder, server):
-    done = subprocess.run([sys.executable, folder / "nodes/loop/clock.py", server], capture_output=True, text=True, check=False, cwd="/")
+    done = subprocess.run(
+        [sys.executable, folder / "nodes/loop/clock.py", server],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
     return done.returncode, done.stderr
 
 
@@ -67,7 +76,9 @@ def test_a_clock_that_is_ahead_is_refused(folder, serve):
     code, message = compare(folder, serve(-60))
     assert code == 3
     assert seconds(message) == pytest.approx(60, abs=20)  # an answer may take a while
-    allowed = f"{SYSTEM_TIME_TOLERANCE} s ahead or {TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE} s behind"
+    allowed = (
+        f"{SYSTEM_TIME_TOLERANCE} s ahead or {TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE} s behind"
+    )
     assert re.fullmatch(
         r"the clock of this machine is \d+ s ahead of the SuperLink's: Flower refuses a node that is "
         + allowed
@@ -95,7 +106,9 @@ def test_a_server_that_is_not_reached_is_left_to_flower(folder, serve):
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
     code, message = compare(folder, nobody)
     assert code == 0
-    assert message.startswith(f"the SuperLink's time is not known, so no clocks are compared: {nobody}: [Errno")
+    assert message.startswith(
+        f"the SuperLink's time is not known, so no clocks are compared: {nobody}: [Errno"
+    )
     assert compare(folder, serve(None))[1].endswith(": its answer has no Date\n")
 
 
@@ -118,5 +131,11 @@ def test_a_node_with_a_wrong_clock_does_not_start(folder, serve, tmp_path):
     for ahead, code, output in ((-30, 3, ""), (0, 0, "started\n")):
         env.write_text(f"{before}SUPERLINK={shlex.quote(serve(ahead))}\n")
         environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
-        done = subprocess.run([folder / "nodes/loop/supernode.sh"], capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            [folder / "nodes/loop/supernode.sh"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         assert (done.returncode, done.stdout) == (code, output), done.stderr

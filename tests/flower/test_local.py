@@ -14,19 +14,43 @@ from tests.faults.test_resume import QUICK as SMALL
 from tests.faults.test_resume import after, contents
 from tests.helpers import small_encoder, small_federation, timeless
 
-pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # of clients that are lost here on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fedgradnorm.FedGradNormWarning"
+)  # of clients that are lost here on purpose
 
-RADCOM = ["federation.name=radcom", "federation.snapshots=6", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
-DIGITS = ["federation.name=digits", "train.head_steps=3", "train.encoder_steps=3", "train.eval_every=2"]
+RADCOM = [
+    "federation.name=radcom",
+    "federation.snapshots=6",
+    "train.head_steps=3",
+    "train.encoder_steps=3",
+    "train.eval_every=2",
+]
+DIGITS = [
+    "federation.name=digits",
+    "train.head_steps=3",
+    "train.encoder_steps=3",
+    "train.eval_every=2",
+]
 SETTINGS = {
     "digits": DIGITS,
     "radcom": RADCOM,
     "partial": [*SMALL, "train.fraction_train=0.34"],
     "momentum": [*SMALL, "train.head_momentum=0.9", "train.server_momentum=0.5"],
     "local buffers": [*SMALL, "federation.encoder='batch norm'", "train.fraction_train=0.67"],
-    "averaged buffers": [*SMALL, "federation.encoder='batch norm'", "federation.buffers=averaged", "train.server_optimizer=adam"],
+    "averaged buffers": [
+        *SMALL,
+        "federation.encoder='batch norm'",
+        "federation.buffers=averaged",
+        "train.server_optimizer=adam",
+    ],
     "dropout": [*SMALL, "federation.encoder=dropout"],
-    "faults": [*SMALL, "faults.drop=0.2", "faults.delay=0.2", "faults.nan=0.1", "faults.corrupt=0.2"],
+    "faults": [
+        *SMALL,
+        "faults.drop=0.2",
+        "faults.delay=0.2",
+        "faults.nan=0.1",
+        "faults.corrupt=0.2",
+    ],
     "repeated rounds": [
         *SMALL,
         "train.min_clients=3",
@@ -35,7 +59,13 @@ SETTINGS = {
         "faults.nan=0.1",
         "train.head_momentum=0.5",
     ],
-    "repeated partial rounds": [*SMALL, "train.fraction_train=0.67", "train.min_clients=2", "train.max_retries=50", "faults.drop=0.4"],
+    "repeated partial rounds": [
+        *SMALL,
+        "train.fraction_train=0.67",
+        "train.min_clients=2",
+        "train.max_retries=50",
+        "faults.drop=0.4",
+    ],
     "participants": [*SMALL, "train.participants=[['a'], ['b', 'c'], ['a', 'c']]"],
     "by task": [*SMALL, "weighting.group_by=task", "aggregation.name=median"],
 }
@@ -50,7 +80,11 @@ def plain(result):
     states = {}
     for id, state in result.client_states.items():
         parts = (state.head, state.encoder_buffers, state.head_velocity)
-        states[id] = state.initial_loss, state.round, [{name: value.tolist() for name, value in part.items()} for part in parts]
+        states[id] = (
+            state.initial_loss,
+            state.round,
+            [{name: value.tolist() for name, value in part.items()} for part in parts],
+        )
     return result.state.encoder.tolist(), result.state.weighting, states, timeless(result.rows)
 
 
@@ -59,16 +93,31 @@ def test_it_is_the_reference_bit_for_bit(words, tmp_path):
     results, names = [], []
     for engine in ("reference", "flower-local"):
         folder = tmp_path / engine
-        results.append(plain(done(*words, f"run.dir={folder}", "train.num_rounds=5", f"engine.name={engine}")))
+        results.append(
+            plain(done(*words, f"run.dir={folder}", "train.num_rounds=5", f"engine.name={engine}"))
+        )
         names.append(sorted(path.name for path in (folder / "models").rglob("*.safetensors")))
     assert results[0] == results[1]
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("words", [[], ["train.fraction_train=0.34"], ["train.min_clients=3", "train.max_retries=50", "faults.drop=0.3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train.fraction_train=0.34"],
+        ["train.min_clients=3", "train.max_retries=50", "faults.drop=0.3"],
+    ],
+)
 @pytest.mark.parametrize("back", [0, 2])
 def test_resumed_is_uninterrupted(words, back, tmp_path):
-    words = [*SMALL, "engine.name=flower-local", "federation.encoder='batch norm'", "train.head_momentum=0.9", *words]
+    words = [
+        *SMALL,
+        "engine.name=flower-local",
+        "federation.encoder='batch norm'",
+        "train.head_momentum=0.9",
+        *words,
+    ]
     done(*words, f"run.dir={tmp_path / 'whole'}")
     with pytest.raises(StoppedError, match="to go on: fedgradnorm resume"):
         run(load_config(None, [*words, f"run.dir={tmp_path / 'run'}"]), should_stop=after(5))
@@ -80,7 +129,10 @@ def test_resumed_is_uninterrupted(words, back, tmp_path):
 
 def test_a_federation_given_in_python():
     federation = small_federation()
-    one, other = (train(federation, engine=engine, num_rounds=2, batch_size=8) for engine in ("reference", "flower-local"))
+    one, other = (
+        train(federation, engine=engine, num_rounds=2, batch_size=8)
+        for engine in ("reference", "flower-local")
+    )
     assert plain(one) == plain(other)
 
 
@@ -101,8 +153,16 @@ def test_threads_out_of_range_are_refused(threads):
 def test_a_method_in_lockstep_is_refused_before_a_run_is_replaced(tmp_path):
     done(*SMALL, f"run.dir={tmp_path / 'run'}")
     before = contents(tmp_path / "run")
-    words = [*SMALL, "engine.name=flower-local", "train.method=centralized", f"run.dir={tmp_path / 'run'}"]
-    with pytest.raises(ConfigError, match="train.method: centralized keeps all clients in lockstep, which is for the simulation alone"):
+    words = [
+        *SMALL,
+        "engine.name=flower-local",
+        "train.method=centralized",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match="train.method: centralized keeps all clients in lockstep, which is for the simulation alone",
+    ):
         run(load_config(None, words), overwrite=True)
     assert contents(tmp_path / "run") == before
 
@@ -133,12 +193,17 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("encoder", [Half, Counting])
 def test_numbers_that_no_message_can_hold_are_refused_at_once(encoder, tmp_path):
     federation = small_federation(encoder=encoder, buffers="averaged")
-    with pytest.raises(FederationError, match="encoder: expected numbers of a type that a message can hold.*bfloat16"):
+    with pytest.raises(
+        FederationError,
+        match="encoder: expected numbers of a type that a message can hold.*bfloat16",
+    ):
         train(federation, engine="flower-local", num_rounds=1, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_name_of_an_experiment_is_refused_where_clients_are_here(tmp_path):
-    with pytest.raises(ConfigError, match="run.experiment: 'x' is a run whose clients are on other machines"):
+    with pytest.raises(
+        ConfigError, match="run.experiment: 'x' is a run whose clients are on other machines"
+    ):
         done(*SMALL, "run.experiment=x", f"run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()

@@ -70,12 +70,19 @@ def test_the_encoder_comes_back_as_it_was(make):
     again = layout.vector(layout.arrays(vector))
     assert again.dtype == vector.dtype
     assert torch.equal(again, vector)
-    assert set(layout.arrays(vector)) == {name for name, value in encoder.named_parameters() if value.requires_grad}
+    assert set(layout.arrays(vector)) == {
+        name for name, value in encoder.named_parameters() if value.requires_grad
+    }
     load_flat(encoder, again)
 
 
 def test_buffers_of_any_type_come_back_as_they_were():
-    buffers = {"a": torch.tensor(7), "b": torch.arange(6.0).view(2, 3).T, "c": torch.zeros(0), "d": torch.tensor([True, False])}
+    buffers = {
+        "a": torch.tensor(7),
+        "b": torch.arange(6.0).view(2, 3).T,
+        "c": torch.zeros(0),
+        "d": torch.tensor([True, False]),
+    }
     for name, value in tensors_of(arrays_of(buffers)).items():
         assert value.dtype == buffers[name].dtype
         assert torch.equal(value, buffers[name])
@@ -83,8 +90,22 @@ def test_buffers_of_any_type_come_back_as_they_were():
 
 def test_a_report_comes_back_as_it_was():
     buffers = {"1.running_mean": torch.ones(3)}
-    sent = Report("a", "sign", torch.arange(92.0), 0.5, 1.5, 0.25, 20, buffers, seconds=2.0, round=3, head_seconds=1.0)
-    found = read_report(report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict())), LAYOUT, buffers)
+    sent = Report(
+        "a",
+        "sign",
+        torch.arange(92.0),
+        0.5,
+        1.5,
+        0.25,
+        20,
+        buffers,
+        seconds=2.0,
+        round=3,
+        head_seconds=1.0,
+    )
+    found = read_report(
+        report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict())), LAYOUT, buffers
+    )
     for field in fields(Report):
         if field.name not in ("gradient", "buffers"):
             assert getattr(found, field.name) == getattr(sent, field.name)
@@ -94,52 +115,94 @@ def test_a_report_comes_back_as_it_was():
 
 def test_a_reply_has_no_more_in_it_than_it_needs():
     """Whatever nobody reads may be of any size, and is refused before its numbers are looked at."""
-    sent = Report("a", "sign", torch.arange(92.0), 0.5, 1.5, 0.25, 20, {"1.running_mean": torch.ones(30_000)}, round=3)
+    sent = Report(
+        "a",
+        "sign",
+        torch.arange(92.0),
+        0.5,
+        1.5,
+        0.25,
+        20,
+        {"1.running_mean": torch.ones(30_000)},
+        round=3,
+    )
     report = report_reply(sent, LAYOUT.arrays(sent.gradient), message(RecordDict()))
-    with pytest.raises(MessageError, match=r"^buffer '1.running_mean': expected at most 4,108 bytes, found 120,128$"):
+    with pytest.raises(
+        MessageError,
+        match=r"^buffer '1.running_mean': expected at most 4,108 bytes, found 120,128$",
+    ):
         read_report(report, LAYOUT, {"1.running_mean": torch.ones(3)})
     evaluation = evaluation_reply("a", "sign", 3, Evaluation(0.5, {}, 20), message(RecordDict()))
     greeting = greeting_reply(Greeting(client="a", task="x"), message(RecordDict()))
-    for reply, read, known in ((evaluation, read_evaluation, "metrics, fedgradnorm"), (greeting, greeting_of, "fedgradnorm")):
+    for reply, read, known in (
+        (evaluation, read_evaluation, "metrics, fedgradnorm"),
+        (greeting, greeting_of, "fedgradnorm"),
+    ):
         reply.content["stuff"] = ConfigRecord({"x": b"x" * 10**6})
-        with pytest.raises(MessageError, match=f"^records: expected none but {known}, found 'stuff'$"):
+        with pytest.raises(
+            MessageError, match=f"^records: expected none but {known}, found 'stuff'$"
+        ):
             read(reply)
 
 
 @pytest.mark.parametrize("field", ["task", "metric"])
 def test_a_name_that_would_move_a_terminals_cursor_is_none(field):
-    content = RecordDict({"fedgradnorm": ConfigRecord({"client": "a", "task": "x", field: "x\x1b[2J"})})
-    with pytest.raises(MessageError, match=rf"^fedgradnorm.{field}: Value error, expected printable characters, found 'x\\x1b\[2J'$"):
+    content = RecordDict(
+        {"fedgradnorm": ConfigRecord({"client": "a", "task": "x", field: "x\x1b[2J"})}
+    )
+    with pytest.raises(
+        MessageError,
+        match=rf"^fedgradnorm.{field}: Value error, expected printable characters, found 'x\\x1b\[2J'$",
+    ):
         greeting_of(message(content))
 
 
-@pytest.mark.parametrize("metrics", [{}, {"accuracy": 0.5}, {"accuracy": float("nan"), "ä": float("inf")}])
+@pytest.mark.parametrize(
+    "metrics", [{}, {"accuracy": 0.5}, {"accuracy": float("nan"), "ä": float("inf")}]
+)
 def test_an_evaluation_comes_back_as_it_was(metrics):
-    client, found = read_evaluation(evaluation_reply("a", "sign", 3, Evaluation(0.5, metrics, 20), message(RecordDict())))
+    client, found = read_evaluation(
+        evaluation_reply("a", "sign", 3, Evaluation(0.5, metrics, 20), message(RecordDict()))
+    )
     assert client == "a"
     assert (found.loss, found.num_examples, repr(dict(found.metrics))) == (0.5, 20, repr(metrics))
 
 
 def test_control_and_greeting_come_back_as_they_were():
     control = Control(
-        kind="train", experiment="x-1", client="a", round=3, attempt=1, base=2, keep=(0, 2), training=TrainConfig().model_dump_json()
+        kind="train",
+        experiment="x-1",
+        client="a",
+        round=3,
+        attempt=1,
+        base=2,
+        keep=(0, 2),
+        training=TrainConfig().model_dump_json(),
     )
     assert control_of(message(RecordDict({"fedgradnorm": control.record()}))) == control
     assert training_of(control) == TrainConfig()
-    greeting = Greeting(client="a", task="sign", num_examples=3, tests=False, metric="error", higher_is_better=False)
+    greeting = Greeting(
+        client="a", task="sign", num_examples=3, tests=False, metric="error", higher_is_better=False
+    )
     assert greeting_of(greeting_reply(greeting, message(RecordDict()))) == greeting
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden", "a b", "x" * 101, "a\n"])
 def test_a_client_key_is_a_name(name):
     with pytest.raises(MessageError, match="client"):
-        greeting_of(message(RecordDict({"fedgradnorm": ConfigRecord({"client": name, "task": "x"})})))
+        greeting_of(
+            message(RecordDict({"fedgradnorm": ConfigRecord({"client": name, "task": "x"})}))
+        )
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", "x" * 65, "a\n", "a."])
 def test_an_experiment_is_a_name_of_a_folder(name):
     with pytest.raises(MessageError, match="experiment"):
-        control_of(message(RecordDict({"fedgradnorm": ConfigRecord({"kind": "hello", "experiment": name})})))
+        control_of(
+            message(
+                RecordDict({"fedgradnorm": ConfigRecord({"kind": "hello", "experiment": name})})
+            )
+        )
 
 
 def test_a_pickle_is_not_opened(tmp_path):
@@ -160,16 +223,32 @@ def test_a_pickle_is_not_opened(tmp_path):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 INTEGERS, FLOATS = st.integers(-(2**63), 2**63 - 1), st.floats()
 SCALARS = [INTEGERS, FLOATS, TEXT, st.binary(max_size=20), st.booleans()]
-CONFIG_VALUES = st.one_of(*SCALARS, *(st.lists(values, min_size=1, max_size=3) for values in SCALARS))
+CONFIG_VALUES = st.one_of(
+    *SCALARS, *(st.lists(values, min_size=1, max_size=3) for values in SCALARS)
+)
 METRIC_VALUES = st.one_of(INTEGERS, FLOATS, st.lists(FLOATS, max_size=3))
-NUMPY = nps.arrays(st.one_of(nps.scalar_dtypes(), nps.byte_string_dtypes()), nps.array_shapes(min_dims=0, max_side=4))
+NUMPY = nps.arrays(
+    st.one_of(nps.scalar_dtypes(), nps.byte_string_dtypes()),
+    nps.array_shapes(min_dims=0, max_side=4),
+)
 TAILS = st.binary(max_size=64)
-BYTES = st.one_of(TAILS, TAILS.map(lambda tail: b"\x93NUMPY\x01\x00v\x00" + tail), st.just(b"PK\x03\x04junk"))
+BYTES = st.one_of(
+    TAILS, TAILS.map(lambda tail: b"\x93NUMPY\x01\x00v\x00" + tail), st.just(b"PK\x03\x04junk")
+)
 HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
-HEADERS = st.sampled_from([HUGE, HUGE.replace("(1", "(1" + 30 * "0"), "{(", "[]", "{'descr': '<f4'}", "1" * 90])
-FORGED = HEADERS.map(lambda text: b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
-SHAPES, KINDS = st.lists(st.integers(0, 9), max_size=3).map(tuple), st.sampled_from(["numpy.ndarray", "odd"])
-ARRAYS = st.one_of(NUMPY.map(Array), st.builds(Array, TEXT, SHAPES, KINDS, st.one_of(BYTES, FORGED)))
+HEADERS = st.sampled_from(
+    [HUGE, HUGE.replace("(1", "(1" + 30 * "0"), "{(", "[]", "{'descr': '<f4'}", "1" * 90]
+)
+FORGED = HEADERS.map(
+    lambda text: b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+)
+SHAPES, KINDS = (
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    st.sampled_from(["numpy.ndarray", "odd"]),
+)
+ARRAYS = st.one_of(
+    NUMPY.map(Array), st.builds(Array, TEXT, SHAPES, KINDS, st.one_of(BYTES, FORGED))
+)
 RECORDS = st.one_of(
     st.dictionaries(TEXT, CONFIG_VALUES, max_size=4).map(ConfigRecord),
     st.dictionaries(TEXT, METRIC_VALUES, max_size=4).map(MetricRecord),
@@ -192,7 +271,13 @@ def spoilt(draw, make):
                 content[name] = draw(RECORDS)
             continue
         key = draw(st.sampled_from([*record, "odd"]))
-        values = ARRAYS if isinstance(record, ArrayRecord) else METRIC_VALUES if isinstance(record, MetricRecord) else CONFIG_VALUES
+        values = (
+            ARRAYS
+            if isinstance(record, ArrayRecord)
+            else METRIC_VALUES
+            if isinstance(record, MetricRecord)
+            else CONFIG_VALUES
+        )
         if draw(st.booleans()) or key not in record:
             record[key] = draw(values)
         else:
@@ -206,7 +291,9 @@ def report_content():
 
 
 def evaluation_content():
-    return evaluation_reply("a", "sign", 3, Evaluation(0.5, {"accuracy": 0.5}, 20), message(RecordDict())).content
+    return evaluation_reply(
+        "a", "sign", 3, Evaluation(0.5, {"accuracy": 0.5}, 20), message(RecordDict())
+    ).content
 
 
 def instruction_content(kind="train"):
@@ -221,7 +308,12 @@ def greeting_content():
 
 
 ANYTHING = st.dictionaries(NAMES, RECORDS, max_size=4).map(RecordDict)
-MAKE = {"report": report_content, "evaluation": evaluation_content, "instruction": instruction_content, "greeting": greeting_content}
+MAKE = {
+    "report": report_content,
+    "evaluation": evaluation_content,
+    "instruction": instruction_content,
+    "greeting": greeting_content,
+}
 
 
 def instruction_of(one):
@@ -232,7 +324,12 @@ def report_of(one):
     return read_report(one, LAYOUT)
 
 
-READ = {"report": report_of, "evaluation": read_evaluation, "instruction": instruction_of, "greeting": greeting_of}
+READ = {
+    "report": report_of,
+    "evaluation": read_evaluation,
+    "instruction": instruction_of,
+    "greeting": greeting_of,
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # NumPy warns of odd headers
@@ -250,7 +347,11 @@ NODE = Site(small_federation()).node("a")
 
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-@given(content=st.one_of(ANYTHING, spoilt(instruction_content), spoilt(lambda: instruction_content("evaluate"))))
+@given(
+    content=st.one_of(
+        ANYTHING, spoilt(instruction_content), spoilt(lambda: instruction_content("evaluate"))
+    )
+)
 def test_a_client_answers_odd_messages_with_an_error_of_ours(content):
     try:
         reply = NODE.answer(message(content))

@@ -17,7 +17,9 @@ from fedgradnorm.randomness import seeded
 from tests.flower.nodes import Wire, changed, in_round, lost, raising, untouched
 from tests.flower.own_app import Net, app_with, data_of, direct, initial, net_of, trained
 
-pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")  # of clients that are lost here on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fedgradnorm.FedGradNormWarning"
+)  # of clients that are lost here on purpose
 
 
 class Own:
@@ -26,15 +28,22 @@ class Own:
     def __init__(self, parts=(0, 1, 2), **options):
         self.wire, self.stores = Wire(), {f"client-{part}": MemoryStates() for part in parts}
         for part in parts:
-            app = app_with(states=lambda _context, _experiment, client: self.stores[client], **options)
+            app = app_with(
+                states=lambda _context, _experiment, client: self.stores[client], **options
+            )
             self.wire.join(10 + part, app, **{"partition-id": part})
 
     def start(self, num_rounds=3, arrays=None, strategy=None, **options):
-        strategy = strategy or FedGradNorm(head="head", node_timeout=0, **{"min_nodes": len(self.stores), **options})
+        strategy = strategy or FedGradNorm(
+            head="head", node_timeout=0, **{"min_nodes": len(self.stores), **options}
+        )
         return strategy.start(self.wire, arrays or initial(), num_rounds=num_rounds)
 
     def heads(self, round):
-        return {client: {name: value.tolist() for name, value in store.load(round).head.items()} for client, store in self.stores.items()}
+        return {
+            client: {name: value.tolist() for name, value in store.load(round).head.items()}
+            for client, store in self.stores.items()
+        }
 
 
 def values(arrays):
@@ -59,14 +68,24 @@ def test_one_client_trains_as_if_there_were_no_federation():
     model = first_model(2)
     losses = [trained(model, 2) for _ in range(4)]
     for name in SHARED:
-        torch.testing.assert_close(torch.from_numpy(result.arrays[name].numpy()), model.state_dict()[name])
+        torch.testing.assert_close(
+            torch.from_numpy(result.arrays[name].numpy()), model.state_dict()[name]
+        )
     head = own.stores["client-2"].load(4).head
-    assert set(head) == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert set(head) == {
+        "head.weight",
+        "head.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
     for name, value in head.items():
         torch.testing.assert_close(value, model.state_dict()[name])
     found = [result.train_metrics_clientapp[round] for round in range(1, 5)]
     assert [one["loss"] for one in found] == pytest.approx(losses)
-    assert [one["inverse_training_rate"] for one in found] == pytest.approx([loss / losses[0] for loss in losses])
+    assert [one["inverse_training_rate"] for one in found] == pytest.approx(
+        [loss / losses[0] for loss in losses]
+    )
 
 
 def test_a_round_of_three_is_the_mean_of_their_models():
@@ -79,19 +98,29 @@ def test_a_round_of_three_is_the_mean_of_their_models():
         torch.testing.assert_close(torch.from_numpy(result.arrays[name].numpy()), mean)
     norms = []
     for part, model in enumerate(models):
-        moved = [first_model(part).state_dict()[name] - model.state_dict()[name] for name in ("body.weight", "body.bias")]
+        moved = [
+            first_model(part).state_dict()[name] - model.state_dict()[name]
+            for name in ("body.weight", "body.bias")
+        ]
         norms.append(torch.cat([one.flatten() for one in moved]).norm().item())
     expected = sum(norms) / 3
     assert result.train_metrics_clientapp[1]["grad_norm"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("norm_layer", "names"), [("norm", ["norm.weight", "norm.bias"]), ("*", SHARED), (["body.bias"], ["body.bias"])])
+@pytest.mark.parametrize(
+    ("norm_layer", "names"),
+    [("norm", ["norm.weight", "norm.bias"]), ("*", SHARED), (["body.bias"], ["body.bias"])],
+)
 def test_the_norm_layer_can_be_named(norm_layer, names):
     result = Own(parts=(0,), norm_layer=norm_layer).start(1)
     before, after = first_model(0), first_model(0)
     trained(after, 0)
-    moved = torch.cat([(before.state_dict()[name] - after.state_dict()[name]).flatten() for name in names])
-    assert result.train_metrics_clientapp[1]["grad_norm"] == pytest.approx(moved.norm().item(), rel=1e-5)
+    moved = torch.cat(
+        [(before.state_dict()[name] - after.state_dict()[name]).flatten() for name in names]
+    )
+    assert result.train_metrics_clientapp[1]["grad_norm"] == pytest.approx(
+        moved.norm().item(), rel=1e-5
+    )
 
 
 def test_the_first_heads_differ_and_are_those_that_are_tested_before_training():
@@ -110,7 +139,9 @@ def test_the_first_heads_differ_and_are_those_that_are_tested_before_training():
 
 def spoil(content):
     if "arrays" in content:
-        content["arrays"]["body.bias"] = Array(content["arrays"]["body.bias"].numpy() * float("nan"))
+        content["arrays"]["body.bias"] = Array(
+            content["arrays"]["body.bias"].numpy() * float("nan")
+        )
 
 
 @pytest.mark.parametrize("twist", [lost, raising, changed(spoil)], ids=["lost", "raises", "NaN"])
@@ -177,7 +208,10 @@ def in_memory(**options):
 
 
 def test_a_head_that_the_model_does_not_have_is_named():
-    assert error_of(in_memory(head=["head", "heat"])) == "head: 'heat' names no parameter of the model; did you mean 'head'?"
+    assert (
+        error_of(in_memory(head=["head", "heat"]))
+        == "head: 'heat' names no parameter of the model; did you mean 'head'?"
+    )
     with pytest.raises(ConfigError, match="head: expected the names"):
         FedGradNormMod(Net, head=())
 
@@ -192,7 +226,9 @@ NOT_SHARED = {
 
 @pytest.mark.parametrize(("name", "what"), NOT_SHARED.items())
 def test_arrays_that_are_not_the_encoders_are_refused(name, what):
-    arrays = ArrayRecord({"body.weight": initial()["body.weight"], name: Array(torch.zeros(3).numpy())})
+    arrays = ArrayRecord(
+        {"body.weight": initial()["body.weight"], name: Array(torch.zeros(3).numpy())}
+    )
     message = error_of(in_memory(), training(arrays))
     assert message == f"array '{name}': the server sent it, and it is {what}"
 
@@ -210,7 +246,9 @@ def test_a_buffer_that_the_strategy_is_told_of_stays_with_the_client():
     arrays = ArrayRecord(Positions().state_dict())
     with pytest.raises(StoppedError, match=re.escape("expected FedGradNorm(head=[..., 'scale'])")):
         own.start(1, arrays=arrays)
-    own.start(1, arrays=arrays, strategy=FedGradNorm(head=["head", "scale"], min_nodes=1, node_timeout=0))
+    own.start(
+        1, arrays=arrays, strategy=FedGradNorm(head=["head", "scale"], min_nodes=1, node_timeout=0)
+    )
     assert "scale" in own.stores["client-0"].load(1).head
 
 
@@ -230,7 +268,10 @@ def test_tied_parameters_of_the_encoder_are_named(head):
     if "body" in head:  # all of it stays with the client
         own.start(1, arrays=ArrayRecord(Tied().state_dict()), strategy=strategy)
         return
-    with pytest.raises(StoppedError, match="array 'decoder.weight': it is tied to 'body.weight', and the server sends one of them or both"):
+    with pytest.raises(
+        StoppedError,
+        match="array 'decoder.weight': it is tied to 'body.weight', and the server sends one of them or both",
+    ):
         own.start(1, arrays=ArrayRecord(Tied().state_dict()), strategy=strategy)
 
 
@@ -301,17 +342,26 @@ def test_a_message_for_another_client_is_refused():
 
 def test_a_message_of_another_strategy_is_refused():
     message = error_of(in_memory(), RecordDict({"arrays": initial(), "config": ConfigRecord()}))
-    assert message == "expected a record 'fedgradnorm', found ['arrays', 'config']: both sides have to be FedGradNorm's"
+    assert (
+        message
+        == "expected a record 'fedgradnorm', found ['arrays', 'config']: both sides have to be FedGradNorm's"
+    )
 
 
 def test_a_node_needs_a_place_and_a_key(tmp_path):
     assert "node config: expected a 'state-dir'" in error_of(app_with())
     nobody = Context(1, 7, {}, RecordDict(), {})
     assert "node config: expected a 'client-key', found []" in error_of(app_with(), context=nobody)
-    assert "node config: client-key: expected letters" in error_of(app_with(), context=context_of(**{"client-key": "../x"}))
+    assert "node config: client-key: expected letters" in error_of(
+        app_with(), context=context_of(**{"client-key": "../x"})
+    )
     direct(app_with(), training(), context_of(**{"state-dir": str(tmp_path / "own")}))
     assert StateFiles(tmp_path / "own", "x", "client-0").load(1).round == 1
-    direct(app_with(), training(), Context(1, 7, {"partition-id": 0}, RecordDict(), {"state-dir": str(tmp_path / "app")}))
+    direct(
+        app_with(),
+        training(),
+        Context(1, 7, {"partition-id": 0}, RecordDict(), {"state-dir": str(tmp_path / "app")}),
+    )
     assert StateFiles(tmp_path / "app", "x", "client-0").load(1).round == 1
 
 
@@ -320,18 +370,31 @@ def broken():
 
 
 def test_an_error_in_the_users_model_is_the_users_to_see():
-    with pytest.raises(FedGradNormError, match="^TypeError: what it says is in the log of the node$") as error:
+    with pytest.raises(
+        FedGradNormError, match="^TypeError: what it says is in the log of the node$"
+    ) as error:
         direct(in_memory(model=broken), training(), context_of())
-    assert "type must be tuple of ints,but got str" in str(error.value.__cause__)  # the node logs it with its traceback
+    assert "type must be tuple of ints,but got str" in str(
+        error.value.__cause__
+    )  # the node logs it with its traceback
 
 
-@pytest.mark.parametrize("model", [Net, partial(Net, classes=2), lambda: Net(2), net_of, lambda context, classes=2: Net(classes)])
+@pytest.mark.parametrize(
+    "model",
+    [Net, partial(Net, classes=2), lambda: Net(2), net_of, lambda context, classes=2: Net(classes)],
+)
 def test_a_model_is_made_with_or_without_the_context(model):
     assert direct(in_memory(model=model), training(), context_of()).has_content()
 
 
 def test_parts_of_the_mod_take_other_names():
     own = Own(task="t")
-    seen = own.start(1, strategy=FedGradNorm(head="head", weighting=Equal(), min_nodes=3, node_timeout=0))
+    seen = own.start(
+        1, strategy=FedGradNorm(head="head", weighting=Equal(), min_nodes=3, node_timeout=0)
+    )
     assert seen.train_metrics_clientapp[1]["loss"] > 0
-    assert {one.content["fedgradnorm"].get("task") for one in own.wire.messages if one.metadata.reply_to_message_id} == {"t"}
+    assert {
+        one.content["fedgradnorm"].get("task")
+        for one in own.wire.messages
+        if one.metadata.reply_to_message_id
+    } == {"t"}

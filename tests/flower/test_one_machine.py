@@ -49,7 +49,14 @@ class Machine:
     def start(self, ready=60.0):
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         words, pipe = [sys.executable, "-c", QUICK.format(ready=ready)], subprocess.PIPE
-        self.process = subprocess.Popen(words, cwd=self.folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
+        self.process = subprocess.Popen(
+            words,
+            cwd=self.folder,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
         return self.process
 
     def noted(self):
@@ -61,7 +68,11 @@ class Machine:
         self.process.send_signal(signal.SIGINT)
         output, _ = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, output
-        assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not [
+            process
+            for process in started
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ]
         return output
 
 
@@ -70,12 +81,21 @@ def machine(tmp_path):
     machine = Machine(tmp_path / "here")
     yield machine
     if machine.process is not None and machine.process.poll() is None:  # the test has failed
-        for process in [*psutil.Process(machine.process.pid).children(recursive=True), machine.process]:
+        for process in [
+            *psutil.Process(machine.process.pid).children(recursive=True),
+            machine.process,
+        ]:
             process.kill()
 
 
 def running(machine):
-    wait_until(lambda: machine.noted().count("start loop") >= 1 and machine.noted().count("start class") >= 1, "the nodes run", 60)
+    wait_until(
+        lambda: (
+            machine.noted().count("start loop") >= 1 and machine.noted().count("start class") >= 1
+        ),
+        "the nodes run",
+        60,
+    )
 
 
 def test_nodes_end_before_the_front_and_the_superlink_and_nothing_is_left(machine):
@@ -96,14 +116,18 @@ def test_logs_are_for_their_owner_alone(machine):
     machine.end()
     assert stat.S_IMODE(logs.stat().st_mode) == 0o700
     found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in logs.iterdir()}
-    assert found == dict.fromkeys(["superlink.log", "register.log", "front.log", "node-class.log", "node-loop.log"], 0o600)
+    assert found == dict.fromkeys(
+        ["superlink.log", "register.log", "front.log", "node-class.log", "node-loop.log"], 0o600
+    )
 
 
 def test_a_front_that_ended_is_started_again(machine):
     machine.start()
     running(machine)
     (front,) = [
-        process for process in psutil.Process(machine.process.pid).children() if any("front.sh" in word for word in process.cmdline())
+        process
+        for process in psutil.Process(machine.process.pid).children()
+        if any("front.sh" in word for word in process.cmdline())
     ]
     for process in [front, *front.children()]:
         process.kill()
@@ -129,7 +153,10 @@ def test_a_front_that_does_not_answer_is_not_waited_for_for_ever(machine):
 
 
 def test_a_node_that_ended_is_started_again(machine):
-    machine.script("nodes/loop/supernode.sh", f"[ $(grep -c 'start loop' {machine.notes}) -gt 2 ] || exit 1; {NODE}")
+    machine.script(
+        "nodes/loop/supernode.sh",
+        f"[ $(grep -c 'start loop' {machine.notes}) -gt 2 ] || exit 1; {NODE}",
+    )
     machine.start()
     wait_until(lambda: machine.noted().count("start loop") == 3, "it is started until it stays", 60)
     output = machine.end()
@@ -152,7 +179,9 @@ def test_a_superlink_that_ended_is_named(machine):
         ("echo the port is taken; exit 1", 60, "the SuperLink has ended:\nthe port is taken"),
     ],
 )
-def test_a_superlink_that_does_not_answer_is_not_waited_for_for_ever(machine, superlink, ready, message):
+def test_a_superlink_that_does_not_answer_is_not_waited_for_for_ever(
+    machine, superlink, ready, message
+):
     machine.script("server/superlink.sh", superlink)
     machine.script("server/flwr.sh", "echo no route; exit 1")
     output, _ = machine.start(ready).communicate(timeout=60)

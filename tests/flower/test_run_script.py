@@ -28,12 +28,21 @@ if answer == "wait":
 print(answer if isinstance(answer, str) else json.dumps(answer))
 sys.exit(words[0] == "log" and "broken" in answer)
 """
-DOWN = {"success": False, "error-message": "Listing all runs...\n\nConnection to the SuperLink is unavailable."}
+DOWN = {
+    "success": False,
+    "error-message": "Listing all runs...\n\nConnection to the SuperLink is unavailable.",
+}
 STARTED = {"success": True, "run-id": "12"}
 
 
 def listed(*runs):
-    return {"success": True, "runs": [{"run-id": id, "status": status, "status-details": details} for id, status, details in runs]}
+    return {
+        "success": True,
+        "runs": [
+            {"run-id": id, "status": status, "status-details": details}
+            for id, status, details in runs
+        ],
+    }
 
 
 OLD = ("7", "finished:failed", "an earlier one")
@@ -61,7 +70,14 @@ class Server:
             (self.bin / command).write_text(json.dumps(values))
 
     def run(self, *words):
-        return subprocess.run([self.script, *words], capture_output=True, text=True, check=False, env=self.environment, timeout=60)
+        return subprocess.run(
+            [self.script, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self.environment,
+            timeout=60,
+        )
 
     def calls(self):
         return [json.loads(line) for line in (self.bin / "calls").read_text().splitlines()]
@@ -76,7 +92,12 @@ def server(tmp_path):
     ("status", "details", "code", "message"),
     [
         ("finished:completed", "", 0, "run 12: completed\n"),
-        ("finished:failed", "ServerApp failed with exception: no room", 1, "run 12: failed: ServerApp failed with exception: no room\n"),
+        (
+            "finished:failed",
+            "ServerApp failed with exception: no room",
+            1,
+            "run 12: failed: ServerApp failed with exception: no room\n",
+        ),
         ("finished:stopped", "N/A", 1, "run 12: stopped\n"),
     ],
 )
@@ -116,10 +137,19 @@ def test_a_run_that_was_lost_with_its_process_is_started_again(server):
     server.answers(ls=[NONE], run=[STARTED], log=["round 1"], one=[LOST])
     assert server.run().returncode == 1  # the one who saw it fail is told so
     new = listed(("13", "finished:completed", "N/A"))
-    server.answers(ls=[RUNNING], log=["its log", "the new log"], one=[LOST, new], run=[STARTED | {"run-id": "13"}])
+    server.answers(
+        ls=[RUNNING],
+        log=["its log", "the new log"],
+        one=[LOST, new],
+        run=[STARTED | {"run-id": "13"}],
+    )
     done = server.run()
     assert (done.returncode, done.stdout) == (0, "its log\nthe new log\n")
-    said = ["run 12 was lost with its process, and is started again", "run 13 is started", "run 13: completed"]
+    said = [
+        "run 12 was lost with its process, and is started again",
+        "run 13 is started",
+        "run 13: completed",
+    ]
     assert done.stderr.splitlines()[1:] == said
     server.answers(ls=[RUNNING], log=["its log"], one=[ended("finished:failed", "no room")])
     assert server.run().returncode == 1  # any other failure is the outcome
@@ -129,23 +159,32 @@ def test_a_lost_run_of_other_settings_is_not_taken_for_that_of_the_app(server):
     server.answers(ls=[RUNNING], log=["its log"], one=[LOST])
     done = server.run()
     assert done.returncode == 1
-    assert done.stderr.endswith("run 12 was lost with its process: start it again, with the words that it was started with\n")
+    assert done.stderr.endswith(
+        "run 12 was lost with its process: start it again, with the words that it was started with\n"
+    )
     words = 'run-dir="runs/other" start-round=1'
     server.answers(ls=[NONE], run=[STARTED], log=["round 1"], one=[LOST])
     server.run("--run-config", words)
     server.answers(ls=[RUNNING], log=["its log"], one=[LOST])
     done = server.run()
     assert done.returncode == 1
-    assert done.stderr.endswith(f"run 12 was lost with its process: start it again, with --run-config '{words}'\n")
+    assert done.stderr.endswith(
+        f"run 12 was lost with its process: start it again, with --run-config '{words}'\n"
+    )
     assert [call[0] for call in server.calls()].count("run") == 1
 
 
 def test_a_log_that_never_ends_does_not_hide_the_outcome(server):
     run = server.script.with_name("run.py")
     run.write_text(
-        run.read_text().replace("LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0", "LOOK, LAST_LINES, PATIENCE = 0.2, 0.2, 300.0")
+        run.read_text().replace(
+            "LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0",
+            "LOOK, LAST_LINES, PATIENCE = 0.2, 0.2, 300.0",
+        )
     )
-    server.answers(ls=[NONE], run=[STARTED], log=["wait"], one=[ended("running"), ended("finished:completed")])
+    server.answers(
+        ls=[NONE], run=[STARTED], log=["wait"], one=[ended("running"), ended("finished:completed")]
+    )
     done = server.run()
     assert (done.returncode, done.stdout) == (0, "its log\n")
     assert done.stderr == "run 12 is started\nrun 12: completed\n"
@@ -155,12 +194,16 @@ def test_settings_for_a_run_that_is_going_on_are_refused(server):
     server.answers(ls=[RUNNING])
     done = server.run("--run-config", "round-timeout=5")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("--run-config: run 12 is going on, and takes no other settings: expected no words, to show it; or end it")
+    assert done.stderr.startswith(
+        "--run-config: run 12 is going on, and takes no other settings: expected no words, to show it; or end it"
+    )
     assert done.stderr.endswith("server/flwr.sh stop 12\n")
     assert len(server.calls()) == 1
 
 
-@pytest.mark.parametrize("words", [["--stream"], ["--format", "json"], ["app"], ["--run-conf", "a=1"]])
+@pytest.mark.parametrize(
+    "words", [["--stream"], ["--format", "json"], ["app"], ["--run-conf", "a=1"]]
+)
 def test_other_words_are_refused_before_anything_is_asked(server, words):
     done = server.run(*words)
     assert done.returncode == 2
@@ -170,7 +213,10 @@ def test_other_words_are_refused_before_anything_is_asked(server, words):
 
 def test_a_log_that_breaks_while_the_run_goes_on_is_shown_again(server):
     server.answers(
-        ls=[NONE], run=[STARTED], log=["broken", "whole"], one=[RUNNING | {"runs": RUNNING["runs"][:1]}, ended("finished:completed")]
+        ls=[NONE],
+        run=[STARTED],
+        log=["broken", "whole"],
+        one=[RUNNING | {"runs": RUNNING["runs"][:1]}, ended("finished:completed")],
     )
     done = server.run()
     assert (done.returncode, done.stdout) == (0, "broken\nwhole\n")
@@ -179,23 +225,43 @@ def test_a_log_that_breaks_while_the_run_goes_on_is_shown_again(server):
 
 @pytest.mark.parametrize("answer", [DOWN, "no JSON", "[]"])
 def test_a_superlink_that_does_not_answer_is_named(server, answer):
-    reason = "Connection to the SuperLink is unavailable." if answer is DOWN else "no reason is given"
+    reason = (
+        "Connection to the SuperLink is unavailable." if answer is DOWN else "no reason is given"
+    )
     server.answers(ls=[answer])
     done = server.run()
     assert (done.returncode, done.stderr) == (1, f"the SuperLink does not answer: {reason}\n")
     server.answers(ls=[NONE], run=[STARTED], log=["broken"], one=[answer])
     done = server.run()
-    assert (done.returncode, done.stderr) == (1, f"run 12 is started\nthe SuperLink does not answer: {reason}\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"run 12 is started\nthe SuperLink does not answer: {reason}\n",
+    )
 
 
 def test_a_run_that_cannot_start_is_an_error(server):
-    server.answers(ls=[NONE], run=[{"success": False, "error-message": "Using SuperLink\n[code: 15] Invalid run configuration.\n"}])
+    server.answers(
+        ls=[NONE],
+        run=[
+            {
+                "success": False,
+                "error-message": "Using SuperLink\n[code: 15] Invalid run configuration.\n",
+            }
+        ],
+    )
     done = server.run("--run-config", "nonsense=1")
-    assert (done.returncode, done.stderr) == (1, "the run was not started: [code: 15] Invalid run configuration.\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the run was not started: [code: 15] Invalid run configuration.\n",
+    )
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "message"), [(signal.SIGINT, 130, "run 12 goes on; server/run.sh shows it again\n"), (signal.SIGTERM, 143, "")]
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "run 12 goes on; server/run.sh shows it again\n"),
+        (signal.SIGTERM, 143, ""),
+    ],
 )
 def test_ctrl_c_ends_the_showing_alone(server, tmp_path, number, code, message):
     server.answers(ls=[NONE], run=[STARTED], log=["wait"])
@@ -207,7 +273,9 @@ def test_ctrl_c_ends_the_showing_alone(server, tmp_path, number, code, message):
             text=True,
             env=server.environment,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # what runs in the background may ignore it
         )
         wait_until(lambda: "its log" in (tmp_path / "out").read_text(), "the log is shown", 60)
         if number == signal.SIGINT:

@@ -16,7 +16,10 @@ def state(round, scale=1.0):
     return ClientState(
         {"weight": torch.full((3, 2), scale), "count": torch.tensor(7)},
         initial_loss=0.1 + scale,
-        encoder_buffers={"1.running_mean": torch.arange(4.0)[::2], "1.num_batches_tracked": torch.tensor(round)},
+        encoder_buffers={
+            "1.running_mean": torch.arange(4.0)[::2],
+            "1.num_batches_tracked": torch.tensor(round),
+        },
         head_velocity={"weight": torch.full((3, 2), 0.5, dtype=torch.float64)},
         round=round,
     )
@@ -24,12 +27,20 @@ def state(round, scale=1.0):
 
 def plain(one):
     parts = (one.head, one.encoder_buffers, one.head_velocity)
-    return one.round, one.initial_loss, [{name: (value.dtype, value.tolist()) for name, value in part.items()} for part in parts]
+    return (
+        one.round,
+        one.initial_loss,
+        [{name: (value.dtype, value.tolist()) for name, value in part.items()} for part in parts],
+    )
 
 
 @pytest.fixture(params=["files", "memory"])
 def states(request, tmp_path):
-    return StateFiles(tmp_path / "states", "experiment", "a") if request.param == "files" else MemoryStates()
+    return (
+        StateFiles(tmp_path / "states", "experiment", "a")
+        if request.param == "files"
+        else MemoryStates()
+    )
 
 
 def kept(states):
@@ -48,7 +59,13 @@ def test_a_head_without_parameters_and_a_first_loss_that_is_not_known_are_kept(s
     assert plain(states.load(1)) == (1, None, [{}, {}, {}])
 
 
-KEEP = [([0], [1, 2, 3, 5, 9]), ([2], [2, 5, 9]), ([2, 3, 4], [2, 3, 5, 9]), ([0, 2], [1, 2, 3, 5, 9]), ([], [5, 9])]
+KEEP = [
+    ([0], [1, 2, 3, 5, 9]),
+    ([2], [2, 5, 9]),
+    ([2, 3, 4], [2, 3, 5, 9]),
+    ([0, 2], [1, 2, 3, 5, 9]),
+    ([], [5, 9]),
+]
 
 
 @pytest.mark.parametrize(("keep", "left"), KEEP)
@@ -65,14 +82,18 @@ def test_a_round_that_is_repeated_takes_the_place_of_the_first_attempt(states):
     assert plain(states.load(1)) == plain(state(1, 2.0))
 
 
-@pytest.mark.parametrize(("last", "left"), [(4, [3, 4, 5, 6]), (5, [4, 5, 6]), (6, [5, 6]), (7, [6, 7])])
+@pytest.mark.parametrize(
+    ("last", "left"), [(4, [3, 4, 5, 6]), (5, [4, 5, 6]), (6, [5, 6]), (7, [6, 7])]
+)
 def test_after_going_back_later_states_are_overwritten_and_none_counts_twice(states, last, left):
     for round in range(1, 7):
         states.save(state(round), [max(1, round - back) for back in (1, 2, 3)])
     for round in range(4, last + 1):  # it went back to round 3
         states.save(state(round, 2.0), [round - 1])
     assert kept(states) == states.rounds() == left
-    assert {round for round in left if states.load(round).initial_loss > 2} == set(left) & set(range(4, last + 1))
+    assert {round for round in left if states.load(round).initial_loss > 2} == set(left) & set(
+        range(4, last + 1)
+    )
 
 
 def test_a_round_that_is_not_there_is_named(states):
@@ -83,11 +104,16 @@ def test_a_round_that_is_not_there_is_named(states):
 
 def test_experiments_and_clients_have_places_of_their_own(tmp_path):
     for experiment, client in (("x", "a"), ("x", "b"), ("y", "a")):
-        StateFiles(tmp_path, experiment, client).save(state(1, len(experiment + client) + ord(client)), [0])
+        StateFiles(tmp_path, experiment, client).save(
+            state(1, len(experiment + client) + ord(client)), [0]
+        )
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")) == [
         f"{place}/round-00000001.safetensors" for place in ("x/a", "x/b", "y/a")
     ]
-    with pytest.raises(RunError, match="client 'c' needs its state of round 1, and there is no such file: restore it.*; found none"):
+    with pytest.raises(
+        RunError,
+        match="client 'c' needs its state of round 1, and there is no such file: restore it.*; found none",
+    ):
         StateFiles(tmp_path, "x", "c").load(1)
 
 
@@ -103,7 +129,9 @@ def test_another_clients_or_rounds_file_is_refused(tmp_path):
         b.load(2)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x80\x04N.", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"\x80\x04N.", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"]
+)
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
     states = StateFiles(tmp_path, "x", "a")
     states.save(state(1), [0])
@@ -127,8 +155,12 @@ def test_every_cut_is_noticed(tmp_path):
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     states = StateFiles(tmp_path, "x", "a")
     states.save(state(1), [0])
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match=r"state .*round-00000002.safetensors: cannot be written: No space left"):
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(
+        RunError, match=r"state .*round-00000002.safetensors: cannot be written: No space left"
+    ):
         states.save(state(2), [])
     monkeypatch.undo()
     assert [path.name for path in states.folder.iterdir()] == ["round-00000001.safetensors"]

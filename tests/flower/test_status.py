@@ -62,7 +62,16 @@ def written(monkeypatch):
 
 def test_a_run_says_where_it_has_got_to(site, tmp_path, written):
     site.train(tmp_path / "run", num_rounds=2)
-    steps = [(name, one["state"], one["round"], one["done"], sum(c["connected"] for c in one["clients"].values())) for name, one in written]
+    steps = [
+        (
+            name,
+            one["state"],
+            one["round"],
+            one["done"],
+            sum(c["connected"] for c in one["clients"].values()),
+        )
+        for name, one in written
+    ]
     assert steps == [
         (".run.status.json", "waiting", 0, 0, 0),
         (".run.status.json", "waiting", 0, 0, 3),
@@ -104,7 +113,10 @@ FAILURES = {
     "NaN": (changed(with_nan), "refused-report"),
     "no arrays": (changed(without_arrays), "refused-report"),
     **{
-        f"code {code}": (lambda message, _, code=code: Message(Error(code, "x"), reply_to=message), kind)
+        f"code {code}": (
+            lambda message, _, code=code: Message(Error(code, "x"), reply_to=message),
+            kind,
+        )
         for code, kind in CODE_KINDS.items()
     },
     "code 0": (lambda message, _: Message(Error(0, "x"), reply_to=message), "other"),
@@ -118,7 +130,11 @@ def test_a_drop_is_counted_by_its_kind(site, tmp_path, twist, kind):
     b = read_status(tmp_path / "run").clients["b"]
     (reason,) = [row["dropped"] for row in result.rows if row["dropped"]]
     assert b.drops == {kind: 1}
-    assert (b.last_drop.round, b.last_drop.kind, b.last_drop.reason) == (2, kind, reason.removeprefix("no report: "))
+    assert (b.last_drop.round, b.last_drop.kind, b.last_drop.reason) == (
+        2,
+        kind,
+        reason.removeprefix("no report: "),
+    )
     assert b.last_seen > b.last_drop.time
     assert not read_status(tmp_path / "run").clients["a"].drops
 
@@ -166,7 +182,9 @@ def test_a_node_that_stays_out_is_there_with_the_reason(site, tmp_path):
     why = "client key 'a' is claimed by 2 nodes"
     assert status.strangers == {"2": why, "8": why}
     assert (status.state, status.round, status.done) == ("stopped", 0, 0)
-    assert status.reason.startswith("2 clients are connected after 0 s, expected at least 3; connected: b, c; node 2 stays out: ")
+    assert status.reason.startswith(
+        "2 clients are connected after 0 s, expected at least 3; connected: b, c; node 2 stays out: "
+    )
     assert not (tmp_path / "run").exists()
     assert [client.connected for client in status.clients.values()] == [False, True, True]
 
@@ -182,7 +200,12 @@ def test_a_run_that_fails_says_why(site, tmp_path, error):
     status = read_status(tmp_path / "run")
     assert (status.state, status.done) == ("stopped", 2)
     outside = "it was stopped from outside, by flwr stop or a signal"
-    assert status.reason == {KeyError: "KeyError: 'x\\ny'", KeyboardInterrupt: outside, SystemExit: outside}[type(error)]
+    assert (
+        status.reason
+        == {KeyError: "KeyError: 'x\\ny'", KeyboardInterrupt: outside, SystemExit: outside}[
+            type(error)
+        ]
+    )
 
 
 def test_a_run_that_goes_on_keeps_what_is_known_of_its_clients(site, tmp_path, written):
@@ -193,7 +216,13 @@ def test_a_run_that_goes_on_keeps_what_is_known_of_its_clients(site, tmp_path, w
     written.clear()
     site.train(tmp_path / "run", num_rounds=4)
     name, first = written[0]
-    assert (name, first["state"], first["round"], first["done"], first["num_rounds"]) == ("status.json", "waiting", 1, 1, 4)
+    assert (name, first["state"], first["round"], first["done"], first["num_rounds"]) == (
+        "status.json",
+        "waiting",
+        1,
+        1,
+        4,
+    )
     assert not any(client["connected"] for client in first["clients"].values())
     after = read_status(tmp_path / "run")
     assert (after.state, after.reason, after.done) == ("completed", None, 4)
@@ -213,7 +242,11 @@ def test_a_run_that_is_put_back_has_its_own_status_and_the_failed_one_is_beside_
         site.train(tmp_path / "run", num_rounds=2, start_round=1)
     assert (tmp_path / "run/status.json").read_bytes() == before
     status = read_status(tmp_path / "run")
-    assert (status.state, status.num_rounds, status.clients["a"].drops) == ("stopped", 2, {"error": 4})
+    assert (status.state, status.num_rounds, status.clients["a"].drops) == (
+        "stopped",
+        2,
+        {"error": 4},
+    )
     site.wire.twists.clear()
     site.train(tmp_path / "run", num_rounds=2, start_round=1)
     assert read_status(tmp_path / "run").state == "completed"
@@ -251,14 +284,18 @@ def test_a_client_that_rests_says_until_when(site, tmp_path):
     ]
 
 
-def test_a_status_that_cannot_be_written_ends_no_run_and_is_said_once(site, tmp_path, monkeypatch, caplog):
+def test_a_status_that_cannot_be_written_ends_no_run_and_is_said_once(
+    site, tmp_path, monkeypatch, caplog
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(status_module, "write_atomically", full)
     caplog.set_level(logging.WARNING, logger="fedgradnorm")
     site.train(tmp_path / "run", num_rounds=2)
-    assert [record.message for record in caplog.records] == [f"{tmp_path}/run/status.json: cannot be written: No space left on device"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/run/status.json: cannot be written: No space left on device"
+    ]
 
 
 def sound(site, tmp_path):
@@ -276,7 +313,10 @@ DAMAGES = {
     "bytes": (lambda text: "\ud800", "damaged: expected JSON; "),
     "deep": (lambda text: "[" * 100_000, "damaged: expected JSON; "),
     "a list": (lambda text: "[]", "damaged: the whole: "),
-    "another format": (set_to(format=2), "expected format 1, found 2: another version of fedgradnorm has written it"),
+    "another format": (
+        set_to(format=2),
+        "expected format 1, found 2: another version of fedgradnorm has written it",
+    ),
     "no format": (set_to(format=None), "damaged: format: Input should be 1, found None"),
     "a text": (set_to(round="x"), "damaged: round: Input should be a valid integer, .*found 'x'"),
     "another state": (set_to(state="\x1b[2J"), r"damaged: state: .*, found '\\x1b\[2J'"),
@@ -296,7 +336,10 @@ def test_a_damaged_status_is_an_error_that_names_the_file(site, tmp_path, damage
 
 
 def test_a_missing_status_is_an_error_that_says_what_has_one(tmp_path):
-    with pytest.raises(RunError, match="nowhere/status.json: there is no such file: expected that of a run across machines"):
+    with pytest.raises(
+        RunError,
+        match="nowhere/status.json: there is no such file: expected that of a run across machines",
+    ):
         read_status(tmp_path / "nowhere")
 
 
@@ -305,7 +348,10 @@ def test_a_process_that_has_ended_is_told_by_the_lock_its_number_or_the_time(sit
     status = read_status(folder)
     assert why_gone(status, folder) is None
     status.state = "training"
-    assert why_gone(status, folder) == f"its process (pid {os.getpid()} on {socket.gethostname()}) has ended without a word"
+    assert (
+        why_gone(status, folder)
+        == f"its process (pid {os.getpid()} on {socket.gethostname()}) has ended without a word"
+    )
     with alone_in(folder):
         assert why_gone(status, folder) is None
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -315,7 +361,10 @@ def test_a_process_that_has_ended_is_told_by_the_lock_its_number_or_the_time(sit
     status.host = "elsewhere"
     assert why_gone(status, copy) is None
     clock.now = status.due + 40
-    assert why_gone(status, copy) == "its process (pid 2147483647 on elsewhere) has written nothing for 3702 s"
+    assert (
+        why_gone(status, copy)
+        == "its process (pid 2147483647 on elsewhere) has written nothing for 3702 s"
+    )
 
 
 def test_a_run_may_be_replaced_with_its_status(site, tmp_path):
@@ -343,7 +392,9 @@ def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):
     code = f"from pathlib import Path; from fedgradnorm.history import being_written; print(being_written(Path({str(folder)!r})))"
 
     def seen():
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     with alone_in(folder):
         (tmp_path / ".run.lock").chmod(0o444)

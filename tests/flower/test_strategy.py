@@ -59,7 +59,9 @@ def test_the_metrics_are_the_means_over_clients(whole):
         ):
             assert set(metrics) == names
             for name in names:
-                assert metrics[name] == pytest.approx(sum(row[name] for row in rows if row["round"] == round) / 3)
+                assert metrics[name] == pytest.approx(
+                    sum(row[name] for row in rows if row["round"] == round) / 3
+                )
 
 
 def test_its_folder_is_a_run_that_can_be_reported(whole, tmp_path):
@@ -77,7 +79,9 @@ def test_its_folder_is_a_run_that_can_be_reported(whole, tmp_path):
 def test_the_checkpoint_holds_rounds_and_no_head(whole):
     _, folder, _ = whole
     checkpoint, _, _ = load_newest(folder / "checkpoints")
-    assert {id: (state.round, dict(state.head)) for id, state in checkpoint.clients.items()} == {f"client-{n}": (6, {}) for n in range(3)}
+    assert {id: (state.round, dict(state.head)) for id, state in checkpoint.clients.items()} == {
+        f"client-{n}": (6, {}) for n in range(3)
+    }
     assert checkpoint.clients["client-0"].initial_loss > 0
 
 
@@ -88,7 +92,10 @@ def test_flowers_own_loop_gives_the_same_encoder(whole):
     assert values(other.arrays) == values(result.arrays)
     for round in range(1, 7):
         assert other.train_metrics_clientapp[round] == result.train_metrics_clientapp[round]
-        assert other.evaluate_metrics_clientapp[round]["test_loss"] == result.evaluate_metrics_clientapp[round]["test_loss"]
+        assert (
+            other.evaluate_metrics_clientapp[round]["test_loss"]
+            == result.evaluate_metrics_clientapp[round]["test_loss"]
+        )
 
 
 def test_flowers_own_loop_can_begin_again(whole):
@@ -104,8 +111,12 @@ def test_flowers_own_loop_undoes_a_round_with_too_few_sound_reports():
     own.wire.twists[11] = in_round(2, changed(spoil))
     for part in range(3):
         as_if.wire.twists[10 + part] = in_round(2, untouched)
-    found = Strategy.start(strategy(min_clients=3), grid=own.wire, initial_arrays=initial(), num_rounds=4)
-    expected = Strategy.start(strategy(min_clients=1), grid=as_if.wire, initial_arrays=initial(), num_rounds=4)
+    found = Strategy.start(
+        strategy(min_clients=3), grid=own.wire, initial_arrays=initial(), num_rounds=4
+    )
+    expected = Strategy.start(
+        strategy(min_clients=1), grid=as_if.wire, initial_arrays=initial(), num_rounds=4
+    )
     assert sorted(found.train_metrics_clientapp) == [1, 3, 4]
     assert values(found.arrays) == values(expected.arrays)
     assert own.heads(4) == as_if.heads(4)
@@ -120,13 +131,21 @@ def lie(content):
 @pytest.mark.parametrize("loop", ["ours", "flower"])
 def test_one_lie_moves_nothing(round, loop):
     own, as_if = Own(), Own()
-    own.wire.twists[11], as_if.wire.twists[11] = in_round(round, changed(lie)), in_round(round, untouched)
+    own.wire.twists[11], as_if.wire.twists[11] = (
+        in_round(round, changed(lie)),
+        in_round(round, untouched),
+    )
     start = Strategy.start if loop == "flower" else FedGradNorm.start
-    found, expected = (start(strategy(), grid=one.wire, initial_arrays=initial(), num_rounds=4) for one in (own, as_if))
+    found, expected = (
+        start(strategy(), grid=one.wire, initial_arrays=initial(), num_rounds=4)
+        for one in (own, as_if)
+    )
     assert values(found.arrays) == values(expected.arrays)
     assert own.heads(4) == as_if.heads(4)
     own.wire.twists[11] = in_round(1, changed(lie))
-    ruined = start(strategy(max_update_ratio=None), grid=own.wire, initial_arrays=initial(), num_rounds=1)
+    ruined = start(
+        strategy(max_update_ratio=None), grid=own.wire, initial_arrays=initial(), num_rounds=1
+    )
     assert max(abs(number) for number in values(ruined.arrays)["body.bias"]) > 1e20
 
 
@@ -166,7 +185,9 @@ def test_a_client_that_comes_late_takes_part_from_the_next_round_on(name, tmp_pa
     method = strategy(weighting=name, run_dir=tmp_path / "run", min_nodes=2)
     method.start(own.wire, initial(), num_rounds=3, should_stop=come)
     rows = Run(tmp_path / "run").rows()
-    assert [(row["round"], row["loss"] is not None) for row in rows if row["client"] == "client-2"] == [(2, False), (3, True)]
+    assert [
+        (row["round"], row["loss"] is not None) for row in rows if row["client"] == "client-2"
+    ] == [(2, False), (3, True)]
     assert sum(row["weight"] for row in rows if row["round"] == 3) == pytest.approx(3)
 
 
@@ -190,12 +211,20 @@ def test_a_step_of_half_the_size_goes_half_the_way():
 def test_the_clients_get_what_the_user_sends_along():
     own = Own()
     own.wire.sent.clear()
-    strategy().start(own.wire, initial(), 2, train_config=ConfigRecord({"lr": 0.25}), evaluate_config=ConfigRecord({"lr": 0.5}))
+    strategy().start(
+        own.wire,
+        initial(),
+        2,
+        train_config=ConfigRecord({"lr": 0.25}),
+        evaluate_config=ConfigRecord({"lr": 0.5}),
+    )
     found = {}
     for message in own.wire.messages:
         if "config" in message.content:
             kind = message.content["fedgradnorm"]["kind"]
-            found.setdefault(kind, []).append((message.content["config"]["server-round"], message.content["config"].get("lr")))
+            found.setdefault(kind, []).append(
+                (message.content["config"]["server-round"], message.content["config"].get("lr"))
+            )
     assert found["train"] == [(1, 0.25)] * 3 + [(2, 0.25)] * 3
     assert found["evaluate"] == [(1, 0.5)] * 3 + [(2, 0.5)] * 3
 
@@ -207,7 +236,11 @@ def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
     for number, factor in ((10, 1), (11, -1)):
         evaluating(own, number, with_loss(factor * loss))
     found = loop(strategy(), grid=own.wire, initial_arrays=initial(), num_rounds=1)
-    (sound,) = [row["test_loss"] for row in Run(whole[1]).rows() if (row["round"], row["client"]) == (1, "client-2")]
+    (sound,) = [
+        row["test_loss"]
+        for row in Run(whole[1]).rows()
+        if (row["round"], row["client"]) == (1, "client-2")
+    ]
     assert found.evaluate_metrics_clientapp[1]["test_loss"] == pytest.approx(sound)
 
 
@@ -215,12 +248,16 @@ def test_losses_without_bounds_are_in_no_mean(whole, loss, loop):
 def test_replies_are_waited_for_as_long_as_the_strategy_says(loop):
     own = Own()
     loop(strategy(round_timeout=700.0), grid=own.wire, initial_arrays=initial(), num_rounds=1)
-    assert {one.metadata.ttl for one in own.wire.messages if one.metadata.group_id == "1" and not one.metadata.reply_to_message_id} == {
-        700.0
-    }
+    assert {
+        one.metadata.ttl
+        for one in own.wire.messages
+        if one.metadata.group_id == "1" and not one.metadata.reply_to_message_id
+    } == {700.0}
     own.wire.messages.clear()
     strategy(round_timeout=700.0).start(own.wire, initial(), num_rounds=1, timeout=50.0)
-    assert {one.metadata.ttl for one in own.wire.messages if not one.metadata.reply_to_message_id} == {50.0}
+    assert {
+        one.metadata.ttl for one in own.wire.messages if not one.metadata.reply_to_message_id
+    } == {50.0}
 
 
 def test_evaluation_every_so_many_rounds():
@@ -236,7 +273,10 @@ def test_the_servers_own_evaluation():
         return None if round == 2 else MetricRecord({"round": round})
 
     result = strategy().start(Own().wire, initial(), num_rounds=3, evaluate_fn=evaluate)
-    assert {round: dict(one) for round, one in result.evaluate_metrics_serverapp.items()} == {1: {"round": 1}, 3: {"round": 3}}
+    assert {round: dict(one) for round, one in result.evaluate_metrics_serverapp.items()} == {
+        1: {"round": 1},
+        3: {"round": 3},
+    }
     assert seen[3] == values(result.arrays)
 
 
@@ -260,11 +300,15 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_arrays_without_an_encoder_are_refused():
-    with pytest.raises(ConfigError, match="head: expected patterns that leave an encoder of the arrays"):
+    with pytest.raises(
+        ConfigError, match="head: expected patterns that leave an encoder of the arrays"
+    ):
         FedGradNorm(head="*").start(Own().wire, initial())
     mixed = initial().to_torch_state_dict()
     mixed["body.weight"] = mixed["body.weight"].double()
-    with pytest.raises(ConfigError, match="initial_arrays: expected an encoder of one type of numbers"):
+    with pytest.raises(
+        ConfigError, match="initial_arrays: expected an encoder of one type of numbers"
+    ):
         strategy().start(Own().wire, ArrayRecord(mixed))
 
 
@@ -298,7 +342,10 @@ class First:
         return WeightingState(dict.fromkeys(client_ids, 1.0))
 
     def update(self, state, reports):
-        values = {report.client: self.factor if place == 0 else 1.0 for place, report in enumerate(reports)}
+        values = {
+            report.client: self.factor if place == 0 else 1.0
+            for place, report in enumerate(reports)
+        }
         return Weights(values), WeightingState({**state.weights, **values})
 
 
@@ -313,7 +360,9 @@ def test_a_run_goes_on_with_the_weighting_that_the_strategy_was_given(tmp_path):
 def test_a_run_goes_on_from_an_older_checkpoint(whole, tmp_path, gone):
     expected, folder, clients = whole
     own = Own()
-    strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, should_stop=stop_after(4))
+    strategy(run_dir=tmp_path / "run").start(
+        own.wire, initial(), num_rounds=6, should_stop=stop_after(4)
+    )
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3 - gone :]:
         path.unlink()
     result = strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6)
@@ -364,8 +413,15 @@ def test_a_model_whose_layers_changed_places_does_not_go_on(tmp_path):
     moved.stores.update(own.stores)
     own.start(2, strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match=r"other parameters, or in another order, than when the run began: \('norm.weight', \(6,\)\), was"):
-        moved.start(3, arrays=ArrayRecord(Moved().state_dict()), strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"))
+    with pytest.raises(
+        RunError,
+        match=r"other parameters, or in another order, than when the run began: \('norm.weight', \(6,\)\), was",
+    ):
+        moved.start(
+            3,
+            arrays=ArrayRecord(Moved().state_dict()),
+            strategy=strategy(min_nodes=2, run_dir=tmp_path / "run"),
+        )
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
@@ -374,20 +430,28 @@ def test_round_one_begins_anew(whole, tmp_path):
     own = Own()
     own.start(2, strategy=strategy(run_dir=tmp_path / "run"))
     experiment = Run(tmp_path / "run").config.run.experiment
-    result = strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, start_round=1)
+    result = strategy(run_dir=tmp_path / "run").start(
+        own.wire, initial(), num_rounds=6, start_round=1
+    )
     assert values(result.arrays) == values(expected.arrays)
     assert rows_in(tmp_path / "run") == rows_in(folder)
     assert Run(tmp_path / "run").config.run.experiment != experiment
 
 
-WRONG_STARTS = [(2, 0, "expected 1, 2 or 3, as 2"), (5, 2, "expected 1, 4, 5 or 6, as 5 rounds"), (0, 2, "expected 1, as 0")]
+WRONG_STARTS = [
+    (2, 0, "expected 1, 2 or 3, as 2"),
+    (5, 2, "expected 1, 4, 5 or 6, as 5 rounds"),
+    (0, 2, "expected 1, as 0"),
+]
 
 
 def test_a_run_goes_back_and_ends_as_the_uninterrupted_one(whole, tmp_path):
     expected, folder, other = whole
     own = Own()
     own.start(5, strategy=strategy(run_dir=tmp_path / "run"))
-    found = strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, start_round=4)
+    found = strategy(run_dir=tmp_path / "run").start(
+        own.wire, initial(), num_rounds=6, start_round=4
+    )
     assert sorted(found.train_metrics_clientapp) == [4, 5, 6]
     assert values(found.arrays) == values(expected.arrays)
     assert rows_in(tmp_path / "run") == rows_in(folder)
@@ -400,7 +464,9 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, done, start_round, messa
     if done:
         own.start(done, strategy=strategy(run_dir=tmp_path / "run"))
     with pytest.raises(ConfigError, match=f"start_round: {message}"):
-        strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, start_round=start_round)
+        strategy(run_dir=tmp_path / "run").start(
+            own.wire, initial(), num_rounds=6, start_round=start_round
+        )
 
 
 def test_changed_options_are_refused_when_it_goes_on(tmp_path):
@@ -444,15 +510,25 @@ def test_too_few_nodes_end_it_and_it_goes_on(whole, tmp_path):
             gone[12] = own.wire.nodes.pop(12)
         return False
 
-    with pytest.raises(StoppedError, match=r"2 clients are connected after 0 s.*connected: client-0, client-1.*start its Flower app again"):
-        strategy(run_dir=tmp_path / "run").start(own.wire, initial(), num_rounds=6, should_stop=leave)
+    with pytest.raises(
+        StoppedError,
+        match=r"2 clients are connected after 0 s.*connected: client-0, client-1.*start its Flower app again",
+    ):
+        strategy(run_dir=tmp_path / "run").start(
+            own.wire, initial(), num_rounds=6, should_stop=leave
+        )
     own.wire.nodes |= gone
-    assert values(own.start(6, strategy=strategy(run_dir=tmp_path / "run")).arrays) == values(expected.arrays)
+    assert values(own.start(6, strategy=strategy(run_dir=tmp_path / "run")).arrays) == values(
+        expected.arrays
+    )
 
 
 def test_clients_that_measure_one_task_differently_do_not_mix():
     own = Own(parts=(0, 1), task="t")
     other = Own(parts=(2,), task="t", metric="num-examples")
     own.wire.nodes[12], own.wire.contexts[12] = other.wire.nodes[12], other.wire.contexts[12]
-    with pytest.raises(StoppedError, match="client 'client-2' measures task 't' in another way than client 'client-0'"):
+    with pytest.raises(
+        StoppedError,
+        match="client 'client-2' measures task 't' in another way than client 'client-0'",
+    ):
         strategy().start(own.wire, initial())

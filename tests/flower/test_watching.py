@@ -58,8 +58,16 @@ def certificate(path, days):
     """A certificate that expires in so many days from now."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-    builder = builder.not_valid_before(now - timedelta(days=9999)).not_valid_after(now + timedelta(days=days, minutes=5))
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+    )
+    builder = builder.not_valid_before(now - timedelta(days=9999)).not_valid_after(
+        now + timedelta(days=days, minutes=5)
+    )
     path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
 
@@ -110,10 +118,18 @@ def test_json_has_all_of_it_and_nothing_else_is_printed(deployment, site, call):
     code, out, err = call("flower", "status", deployment, "--json")
     assert (code, err) == (0, "")
     values = json.loads(out)
-    assert (values["run"], values["state"], values["gone"], values["warnings"]) == (str(run), "completed", None, [])
+    assert (values["run"], values["state"], values["gone"], values["warnings"]) == (
+        str(run),
+        "completed",
+        None,
+        [],
+    )
     assert values["status"] == read_status(run).model_dump()
     assert values["last_round"] == Run(run).rows()[-3:]
-    assert {name: one["days"] for name, one in values["certificates"].items()} == {"server.crt": 700, "ca.crt": 3650}
+    assert {name: one["days"] for name, one in values["certificates"].items()} == {
+        "server.crt": 700,
+        "ca.crt": 3650,
+    }
 
 
 def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, site, call):
@@ -121,13 +137,17 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     stopped(site, run)
     code, out, err = call("flower", "status", deployment)
     assert (code, err) == (1, "")
-    assert f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to go on: start its Flower app again; the last" in out
+    assert (
+        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to go on: start its Flower app again; the last"
+        in out
+    )
     edit(run / "status.json", state="training", reason=None)
     code, out, err = call("flower", "status", deployment)
     assert code == 1
     assert f"{run}: training, round 1 of 5; " in out
     assert re.fullmatch(
-        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it goes on from its checkpoint\n", err
+        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it goes on from its checkpoint\n",
+        err,
     )
     with alone_in(run):
         assert call("flower", "status", deployment)[0::2] == (0, "")
@@ -142,8 +162,13 @@ def test_a_run_that_waits_for_its_first_clients_is_shown_without_a_folder(deploy
     with alone_in(deployment / "server/runs/digits"):
         code, out, err = call("flower", "status", deployment)
     assert code == 0
-    assert "server/runs/digits: waiting for clients before round 1 of 5; no round has ended; started " in out
-    assert err.splitlines() == [f"warning: node {node} stays out: client key 'a' is claimed by 2 nodes" for node in (2, 8)]
+    assert (
+        "server/runs/digits: waiting for clients before round 1 of 5; no round has ended; started "
+        in out
+    )
+    assert err.splitlines() == [
+        f"warning: node {node} stays out: client key 'a' is claimed by 2 nodes" for node in (2, 8)
+    ]
 
 
 def test_the_figures_of_a_run_that_is_to_be_replaced_are_not_those_of_the_new_one(site, tmp_path):
@@ -157,14 +182,18 @@ def test_the_figures_of_a_run_that_is_to_be_replaced_are_not_those_of_the_new_on
 
 
 @pytest.mark.parametrize(
-    ("days", "code", "said"), [(29, 0, r"expires in 29 d, on \d{4}-\d\d-\d\d"), (-2, 1, r"expired on \d{4}-\d\d-\d\d")]
+    ("days", "code", "said"),
+    [(29, 0, r"expires in 29 d, on \d{4}-\d\d-\d\d"), (-2, 1, r"expired on \d{4}-\d\d-\d\d")],
 )
 def test_a_certificate_that_runs_out_is_warned_of(deployment, site, call, days, code, said):
     trained(site, deployment / "server/runs/digits")
     certificate(deployment / "server/server.crt", days)
     found, _, err = call("flower", "status", deployment)
     assert found == code
-    assert re.fullmatch(rf"warning: server\.crt {said} \d\d:\d\d UTC: docs/deploy\.md of fedgradnorm says how to renew it\n", err)
+    assert re.fullmatch(
+        rf"warning: server\.crt {said} \d\d:\d\d UTC: docs/deploy\.md of fedgradnorm says how to renew it\n",
+        err,
+    )
 
 
 def test_nothing_of_someone_else_reaches_the_terminal_as_more_than_text(deployment, site, call):
@@ -172,8 +201,19 @@ def test_nothing_of_someone_else_reaches_the_terminal_as_more_than_text(deployme
     evil = "\x1b]0;x\x07\x1b[2J[red]:warning:\u202e\r\n"
     values = json.loads((run / "status.json").read_text())
     client = values["clients"]["a"]
-    client |= {"task": evil, "notes": [evil], "drops": {"late": 1}, "last_drop": {"round": 1, "time": 1, "kind": "late", "reason": evil}}
-    edit(run / "status.json", state="stopped", reason=evil, clients=values["clients"] | {evil: client}, strangers={evil: evil})
+    client |= {
+        "task": evil,
+        "notes": [evil],
+        "drops": {"late": 1},
+        "last_drop": {"round": 1, "time": 1, "kind": "late", "reason": evil},
+    }
+    edit(
+        run / "status.json",
+        state="stopped",
+        reason=evil,
+        clients=values["clients"] | {evil: client},
+        strangers={evil: evil},
+    )
     code, out, err = call("flower", "status", run)
     assert code == 1
     shown = out + err
@@ -186,7 +226,9 @@ def test_nothing_of_someone_else_reaches_the_terminal_as_more_than_text(deployme
     assert not [letter for letter in out if not letter.isprintable() and letter != "\n"]
 
 
-def test_the_run_may_be_named_and_is_else_the_last_one_that_was_written(deployment, site, call, monkeypatch):
+def test_the_run_may_be_named_and_is_else_the_last_one_that_was_written(
+    deployment, site, call, monkeypatch
+):
     server = deployment / "server"
     first = trained(site, server / "runs/digits")
     other = trained(site, server / "elsewhere/other", rounds=1)
@@ -199,7 +241,9 @@ def test_the_run_may_be_named_and_is_else_the_last_one_that_was_written(deployme
     monkeypatch.chdir(first)
     assert look(Path()).status == read_status(first)
     app = deployment / "app/pyproject.toml"
-    app.write_text(app.read_text().replace('run-dir = "runs/digits"', 'run-dir = "elsewhere/other"'))
+    app.write_text(
+        app.read_text().replace('run-dir = "runs/digits"', 'run-dir = "elsewhere/other"')
+    )
     trained(site, other, rounds=1, start_round=1)
     assert look(deployment).folder == other
     assert call("flower", "status", first, "--run", "x") == (
@@ -215,7 +259,11 @@ def test_the_run_may_be_named_and_is_else_the_last_one_that_was_written(deployme
 
 
 def test_without_a_run_or_a_sound_status_it_is_one_error(deployment, site, call, tmp_path):
-    assert call("flower", "status", deployment) == (2, "", f"error: {deployment}/server: there is no run yet: server/run.sh starts one\n")
+    assert call("flower", "status", deployment) == (
+        2,
+        "",
+        f"error: {deployment}/server: there is no run yet: server/run.sh starts one\n",
+    )
     code, _, err = call("flower", "status", tmp_path)
     assert code == 2
     assert err.startswith(
@@ -248,7 +296,10 @@ def scraped(folder):
     """Every sample of an exporter, by name and labels."""
     text = generate_latest(registry_of(folder)).decode()
     return {
-        (sample.name, *(f"{key}={value}" for key, value in sorted(sample.labels.items()))): sample.value
+        (
+            sample.name,
+            *(f"{key}={value}" for key, value in sorted(sample.labels.items())),
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -262,26 +313,46 @@ def test_the_metrics_are_those_of_the_files(deployment, site):
     found, status = seen[1], read_status(run)
     assert found["fedgradnorm_up",] == 1
     assert (found["fedgradnorm_round",], found["fedgradnorm_rounds",]) == (2, 3)
-    assert {state: found["fedgradnorm_run_state", f"state={state}"] for state in (*STATES, "gone")} == {
+    assert {
+        state: found["fedgradnorm_run_state", f"state={state}"] for state in (*STATES, "gone")
+    } == {
         **dict.fromkeys((*STATES, "gone"), 0),
         "training": 1,
     }
     rows = {row["client"]: row for row in Run(run).rows() if row["round"] == 2}
     assert found["fedgradnorm_loss", "client=a", "task=sign"] == rows["a"]["loss"]
-    assert found["fedgradnorm_inverse_training_rate", "client=a", "task=sign"] == rows["a"]["inverse_training_rate"]
+    assert (
+        found["fedgradnorm_inverse_training_rate", "client=a", "task=sign"]
+        == rows["a"]["inverse_training_rate"]
+    )
     assert found["fedgradnorm_weight", "client=b"] == rows["b"]["weight"]
     assert ("fedgradnorm_loss", "client=b", "task=sign") not in found
     assert found["fedgradnorm_client_connected", "client=b"] == 1
-    assert (found["fedgradnorm_clients",], found["fedgradnorm_clients_connected",], found["fedgradnorm_nodes_refused",]) == (3, 3, 0)
-    drops = {(client, kind): found["fedgradnorm_drops_total", f"client={client}", f"reason={kind}"] for client in "abc" for kind in KINDS}
+    assert (
+        found["fedgradnorm_clients",],
+        found["fedgradnorm_clients_connected",],
+        found["fedgradnorm_nodes_refused",],
+    ) == (3, 3, 0)
+    drops = {
+        (client, kind): found["fedgradnorm_drops_total", f"client={client}", f"reason={kind}"]
+        for client in "abc"
+        for kind in KINDS
+    }
     assert {key: count for key, count in drops.items() if count} == {("b", "late"): 1}
     assert found["fedgradnorm_run_info", f"experiment={status.experiment}", "run=digits"] == 1
     last = scraped(deployment)
     assert last["fedgradnorm_last_round_timestamp_seconds",] == status.round_ended
-    assert last["fedgradnorm_client_last_seen_timestamp_seconds", "client=a"] == status.clients["a"].last_seen
+    assert (
+        last["fedgradnorm_client_last_seen_timestamp_seconds", "client=a"]
+        == status.clients["a"].last_seen
+    )
     assert 0 <= last["fedgradnorm_last_round_age_seconds",] <= time.time() - status.round_ended
     assert last["fedgradnorm_run_state", "state=completed"] == 1
-    assert last["fedgradnorm_clients_connected",] == last["fedgradnorm_client_connected", "client=a"] == 0
+    assert (
+        last["fedgradnorm_clients_connected",]
+        == last["fedgradnorm_client_connected", "client=a"]
+        == 0
+    )
     expires = last["fedgradnorm_certificate_expiry_timestamp_seconds", "file=server.crt"]
     assert expires - time.time() == pytest.approx(700 * DAY, abs=DAY)
 
@@ -291,7 +362,10 @@ def test_a_process_that_is_gone_is_a_state(deployment, site):
     stopped(site, run)
     edit(run / "status.json", state="training")
     found = scraped(deployment)
-    assert (found["fedgradnorm_run_state", "state=gone"], found["fedgradnorm_run_state", "state=training"]) == (1, 0)
+    assert (
+        found["fedgradnorm_run_state", "state=gone"],
+        found["fedgradnorm_run_state", "state=training"],
+    ) == (1, 0)
     assert found["fedgradnorm_clients_connected",] == 0
 
 
@@ -321,13 +395,19 @@ def test_metrics_are_named_and_explained_as_prometheus_asks(deployment, site):
         assert re.fullmatch(r"fedgradnorm_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
         assert ("seconds" in family.name) == ("econds" in family.documentation)
-        assert (family.type == "counter") == any(sample.name.endswith("_total") for sample in family.samples)
+        assert (family.type == "counter") == any(
+            sample.name.endswith("_total") for sample in family.samples
+        )
 
 
 def test_every_metric_of_the_alerts_is_one_that_the_exporter_gives(deployment, site):
     yaml = pytest.importorskip("yaml")
     trained(site, deployment / "server/runs/digits")
-    given = {sample.name: set(sample.labels) for family in families(deployment) for sample in family.samples}
+    given = {
+        sample.name: set(sample.labels)
+        for family in families(deployment)
+        for sample in family.samples
+    }
     (group,) = yaml.safe_load((deployment / "server/alerts.yml").read_text())["groups"]
     rules = group["rules"]
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 10
@@ -344,15 +424,33 @@ def test_every_metric_of_the_alerts_is_one_that_the_exporter_gives(deployment, s
         for reason in re.findall(r"reason=~?\"([^\"]+)", rule["expr"]):
             assert set(reason.split("|")) <= set(KINDS)
         for label in re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]):
-            assert label == "instance" or any(label in given[name] for name in names), (rule["alert"], label)
-    watched = ("up", "run_state", "last_round_age_seconds", "clients_connected", "client_connected", "drops_total", "nodes_refused", "loss")
-    assert {f"fedgradnorm_{name}" for name in (*watched, "weight", "certificate_expiry_timestamp_seconds")} <= named
+            assert label == "instance" or any(label in given[name] for name in names), (
+                rule["alert"],
+                label,
+            )
+    watched = (
+        "up",
+        "run_state",
+        "last_round_age_seconds",
+        "clients_connected",
+        "client_connected",
+        "drops_total",
+        "nodes_refused",
+        "loss",
+    )
+    assert {
+        f"fedgradnorm_{name}"
+        for name in (*watched, "weight", "certificate_expiry_timestamp_seconds")
+    } <= named
 
 
 def test_the_alerts_and_the_service_are_written_as_they_are_in_the_templates(deployment):
     for path in ("server/alerts.yml", "systemd/metrics.service"):
         assert (deployment / path).read_text() == (TEMPLATES / path).read_text()
-    assert "fedgradnorm flower metrics /opt/fedgradnorm/server " in (deployment / "systemd/metrics.service").read_text()
+    assert (
+        "fedgradnorm flower metrics /opt/fedgradnorm/server "
+        in (deployment / "systemd/metrics.service").read_text()
+    )
 
 
 @pytest.fixture
@@ -362,7 +460,9 @@ def port():
         return probe.getsockname()[1]
 
 
-def test_the_command_serves_the_metrics_until_it_is_told_to_stop(deployment, site, call, port, monkeypatch):
+def test_the_command_serves_the_metrics_until_it_is_told_to_stop(
+    deployment, site, call, port, monkeypatch
+):
     trained(site, deployment / "server/runs/digits")
     answers = []
 
@@ -373,7 +473,11 @@ def test_the_command_serves_the_metrics_until_it_is_told_to_stop(deployment, sit
 
     monkeypatch.setattr(cli, "stop_on_signals", lambda: StopAfter(scrape))
     code, out, err = call("flower", "metrics", deployment, "--port", port)
-    assert (code, out, err) == (0, f"metrics of {deployment}: http://127.0.0.1:{port}/metrics\n", "")
+    assert (code, out, err) == (
+        0,
+        f"metrics of {deployment}: http://127.0.0.1:{port}/metrics\n",
+        "",
+    )
     assert "\nfedgradnorm_round 2.0\n" in answers[0]
     assert not [thread for thread in threading.enumerate() if "serve_forever" in thread.name]
 
@@ -400,16 +504,29 @@ def test_an_address_that_cannot_be_listened_on_is_one_error(deployment, call, po
             "",
             f"error: --host 127.0.0.1 --port {port}: cannot be listened on: Address already in use\n",
         )
-    assert call("flower", "metrics", deployment, "--port", 0)[2] == "error: --port: expected a number from 1 to 65535, found 0\n"
+    assert (
+        call("flower", "metrics", deployment, "--port", 0)[2]
+        == "error: --port: expected a number from 1 to 65535, found 0\n"
+    )
     assert call("flower", "metrics", deployment / "nowhere")[0] == 2
     with pytest.raises(ConfigError, match=r"DIR: expected a folder, found '.*nowhere'$"):
         exporter.serve(deployment / "nowhere", None, "127.0.0.1", port)
 
 
-@pytest.mark.parametrize(("command", "module", "extra"), [("metrics", "prometheus_client", "metrics"), ("status", "flwr", "flower")])
-def test_without_an_extra_it_is_one_error_that_says_how_to_install_it(tmp_path, command, module, extra):
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [("metrics", "prometheus_client", "metrics"), ("status", "flwr", "flower")],
+)
+def test_without_an_extra_it_is_one_error_that_says_how_to_install_it(
+    tmp_path, command, module, extra
+):
     code = f"import sys; sys.modules['{module}'] = None; from fedgradnorm.cli import main; sys.argv[0] = 'fedgradnorm'; main()"
-    done = subprocess.run([sys.executable, "-c", code, "flower", command, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "flower", command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     name = {"flwr": "Flower", "prometheus_client": "prometheus-client"}[module]
     assert done.stderr == f'error: {name} is not installed: pip install "fedgradnorm[{extra}]"\n'

@@ -7,13 +7,26 @@ import pytest
 
 CLI = "from fedgradnorm.cli import main; main()"
 QUIET = "import sys; assert not [name for name in sys.modules if name.split('.')[0] == 'flwr' and sys.modules[name]]"
-RUN = ["run", "config.toml", "federation.name=digits", "train.num_rounds=1", "train.head_steps=1", "train.encoder_steps=1"]
+RUN = [
+    "run",
+    "config.toml",
+    "federation.name=digits",
+    "train.num_rounds=1",
+    "train.head_steps=1",
+    "train.encoder_steps=1",
+]
 
 
 def python(folder, code, *words, blocked=True):
     """Run code in a new process, in which Flower is not to be found."""
     block = "import sys; sys.modules['flwr'] = None; " if blocked else ""
-    return subprocess.run([sys.executable, "-c", block + code, *words], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", block + code, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("blocked", [True, False])
@@ -29,7 +42,11 @@ def test_importing_and_training_import_no_flower(tmp_path, blocked):
 def test_a_nodes_process_imports_no_solvers(tmp_path):
     """Every message to a node starts a process, and what that does not need it does not load."""
     modules = "{'scipy.optimize', 'scipy.linalg', 'scipy.special', 'scipy.stats', 'sklearn', 'matplotlib', 'plotly'}"
-    process = python(tmp_path, f"import sys, fedgradnorm.flower.client; print(sorted({modules} & sys.modules.keys()))", blocked=False)
+    process = python(
+        tmp_path,
+        f"import sys, fedgradnorm.flower.client; print(sorted({modules} & sys.modules.keys()))",
+        blocked=False,
+    )
     assert (process.stdout, process.stderr) == ("[]\n", "")
 
 
@@ -52,4 +69,7 @@ def test_the_engine_of_the_extra_names_it_in_one_line(tmp_path):
 
 def test_the_package_of_the_extra_names_it(tmp_path):
     process = python(tmp_path, "import fedgradnorm.flower")
-    assert process.stderr.splitlines()[-1] == 'ImportError: Flower is not installed: pip install "fedgradnorm[flower]"'
+    assert (
+        process.stderr.splitlines()[-1]
+        == 'ImportError: Flower is not installed: pip install "fedgradnorm[flower]"'
+    )

@@ -117,10 +117,17 @@ class Watch:
         if event not in self.FILES or (event == "open" and not args[2] & self.WRITING):
             return
         for path in (args[index] for index in self.FILES[event]):
-            in_an_open_folder = event != "open" and args[-1] not in (-1, None)  # shutil.rmtree's names: the folder itself was seen
+            in_an_open_folder = event != "open" and args[-1] not in (
+                -1,
+                None,
+            )  # shutil.rmtree's names: the folder itself was seen
             if isinstance(path, str | bytes | os.PathLike) and not in_an_open_folder:
                 real = os.path.realpath(os.fsdecode(path))
-                if not Path(real).is_relative_to(self.folder) and "__pycache__" not in real and real != os.devnull:
+                if (
+                    not Path(real).is_relative_to(self.folder)
+                    and "__pycache__" not in real
+                    and real != os.devnull
+                ):
                     self.seen.append(f"{event} {args}")
 
 
@@ -132,7 +139,11 @@ class Sandbox:
     """A folder that an input may use, and beside it one that nothing may touch."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.given, self.canary = path.resolve(), path.resolve() / "given", path.resolve() / "canary"
+        self.path, self.given, self.canary = (
+            path.resolve(),
+            path.resolve() / "given",
+            path.resolve() / "canary",
+        )
         self.canary.write_bytes(b"sing")
 
     def fresh(self, files: Mapping[str, bytes]) -> Path:
@@ -167,7 +178,9 @@ class Sandbox:
             WATCH.folder = None
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        touched = WATCH.seen or [path.name for path in self.path.iterdir() if path.name not in ("given", "canary")]
+        touched = WATCH.seen or [
+            path.name for path in self.path.iterdir() if path.name not in ("given", "canary")
+        ]
         if touched or self.canary.read_bytes() != b"sing":
             FAILED[f"{target}: something outside was touched"] += 1
             raise AssertionError(f"touched: {touched}")
@@ -209,7 +222,11 @@ def changed(content: bytes, changes: list[tuple[str, Any, Any]]) -> bytes:
         at = _at(content, place)
         match what:
             case "flip":
-                content = content[:at] + bytes(byte ^ 1 << more for byte in content[at : at + 1]) + content[at + 1 :]
+                content = (
+                    content[:at]
+                    + bytes(byte ^ 1 << more for byte in content[at : at + 1])
+                    + content[at + 1 :]
+                )
             case "set":
                 content = content[:at] + bytes([more]) + content[at + 1 :]
             case "cut":
@@ -233,9 +250,57 @@ DAMAGE = st.lists(CHANGES, min_size=1, max_size=6)
 DEEP, DIGITS, HEX = "@deep@", "@digits@", "@hex@"
 ODD = st.sampled_from(
     [
-        *(None, True, False, 0, -1, 1, 2, 7, 10**30, -(10**30), 10**400, 0.0, -0.5, 1e-320, 1e308, -1e308, math.inf, -math.inf, math.nan),
-        *("", "x", " ", "\0", "é中\u202e", "\ud800", "</script>[bold]", "1e999", "nan", "../../x", "/etc/passwd", "{}", "name", "a" * 5000),
-        *([], [[]], [None], [1, "a"], ["a", "b"], {}, {"": {}}, {"name": "equal"}, {"a": [1]}, DEEP, DIGITS, HEX),
+        *(
+            None,
+            True,
+            False,
+            0,
+            -1,
+            1,
+            2,
+            7,
+            10**30,
+            -(10**30),
+            10**400,
+            0.0,
+            -0.5,
+            1e-320,
+            1e308,
+            -1e308,
+            math.inf,
+            -math.inf,
+            math.nan,
+        ),
+        *(
+            "",
+            "x",
+            " ",
+            "\0",
+            "é中\u202e",
+            "\ud800",
+            "</script>[bold]",
+            "1e999",
+            "nan",
+            "../../x",
+            "/etc/passwd",
+            "{}",
+            "name",
+            "a" * 5000,
+        ),
+        *(
+            [],
+            [[]],
+            [None],
+            [1, "a"],
+            ["a", "b"],
+            {},
+            {"": {}},
+            {"name": "equal"},
+            {"a": [1]},
+            DEEP,
+            DIGITS,
+            HEX,
+        ),
     ]
 )
 VALUES = st.one_of(
@@ -245,16 +310,29 @@ VALUES = st.one_of(
     st.integers(-10, 300),
     st.floats(),
     st.text(max_size=8),
-    st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5),
+    st.recursive(
+        ODD,
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        ),
+        max_leaves=5,
+    ),
 )
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["value", "value", "value", "top", "top", "remove", "rename", "add", "copy"]), HERE, VALUES, st.text(max_size=6)
+        st.sampled_from(
+            ["value", "value", "value", "top", "top", "remove", "rename", "add", "copy"]
+        ),
+        HERE,
+        VALUES,
+        st.text(max_size=6),
     ),
     min_size=1,
     max_size=3,
 )
-DEPTHS = st.sampled_from([50, 900, 3_000, 20_000])  # Hypothesis allows deeper recursion than Python does by itself
+DEPTHS = st.sampled_from(
+    [50, 900, 3_000, 20_000]
+)  # Hypothesis allows deeper recursion than Python does by itself
 
 
 def edited(tree: Any, edits: list[tuple[str, float, Any, str]]) -> Any:
@@ -262,7 +340,14 @@ def edited(tree: Any, edits: list[tuple[str, float, Any, str]]) -> Any:
     tree = {"": copy.deepcopy(tree)}
     for what, place, value, key in edits:
         top = what == "top" and isinstance(tree.get(""), dict | list) and tree[""]
-        spots = [(tree[""], at) for at in (tree[""] if isinstance(tree[""], dict) else range(len(tree[""])))] if top else list(_spots(tree))
+        spots = (
+            [
+                (tree[""], at)
+                for at in (tree[""] if isinstance(tree[""], dict) else range(len(tree[""])))
+            ]
+            if top
+            else list(_spots(tree))
+        )
         table, at = spots[min(int(place * len(spots)), len(spots) - 1)]
         match what:
             case "value" | "top":
@@ -288,7 +373,11 @@ def _spots(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _filled_in(text: str, depth: int) -> bytes:
-    for mark, filling in ((DEEP, "[" * depth + "]" * depth), (DIGITS, "9" * 5000), (HEX, "0x" + "f" * 5000)):
+    for mark, filling in (
+        (DEEP, "[" * depth + "]" * depth),
+        (DIGITS, "9" * 5000),
+        (HEX, "0x" + "f" * 5000),
+    ):
         text = text.replace(f'"{mark}"', filling)
     return text.encode("utf-8", "surrogatepass")
 
@@ -308,18 +397,53 @@ def _toml_values(tree: Any) -> Any:
 
 def as_toml(tree: Any, depth: int) -> bytes:
     values = _toml_values(tree)
-    return _filled_in(tomli_w.dumps(values if isinstance(values, dict) else {"value": "" if values is None else values}), depth)
+    return _filled_in(
+        tomli_w.dumps(
+            values if isinstance(values, dict) else {"value": "" if values is None else values}
+        ),
+        depth,
+    )
 
 
 # Settings
 
-CONFIGS = [path.read_bytes() for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))]
+CONFIGS = [
+    path.read_bytes() for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+]
 DEFAULTS = RunConfig().model_dump(mode="json")
 PARTS = ("federation", "model", "weighting", "aggregation", "engine")
 NAMES = st.sampled_from(
     [
-        *("radcom", "mtfl", "digits", "mlp", "cnn", "fedgradnorm", "equal", "mean", "clipped_mean", "median", "trimmed_mean", "reference"),
-        *("", ":", ":x", "x:", "os:path", "os:", "a.b:c", ".x:y", "..:y", "a..b:c", "math:pi", "math:sin", "builtins:dict", "builtins:int"),
+        *(
+            "radcom",
+            "mtfl",
+            "digits",
+            "mlp",
+            "cnn",
+            "fedgradnorm",
+            "equal",
+            "mean",
+            "clipped_mean",
+            "median",
+            "trimmed_mean",
+            "reference",
+        ),
+        *(
+            "",
+            ":",
+            ":x",
+            "x:",
+            "os:path",
+            "os:",
+            "a.b:c",
+            ".x:y",
+            "..:y",
+            "a..b:c",
+            "math:pi",
+            "math:sin",
+            "builtins:dict",
+            "builtins:int",
+        ),
         *(
             "json:dumps",
             "json:dumps.x",
@@ -331,17 +455,36 @@ NAMES = st.sampled_from(
             "collections:OrderedDict",
             "typing:Any",
         ),
-        *("logging:getLogger", "functools:partial", "dataclasses:dataclass", "operator:add", "json: dumps", "json:dumps:x", "json:__doc__"),
-        *("fedgradnorm:Federation", "fedgradnorm.models:mlp", "fedgradnorm.nothing:x", "fedgradnorm.weighting.base:Weighting", "a" * 5000),
+        *(
+            "logging:getLogger",
+            "functools:partial",
+            "dataclasses:dataclass",
+            "operator:add",
+            "json: dumps",
+            "json:dumps:x",
+            "json:__doc__",
+        ),
+        *(
+            "fedgradnorm:Federation",
+            "fedgradnorm.models:mlp",
+            "fedgradnorm.nothing:x",
+            "fedgradnorm.weighting.base:Weighting",
+            "a" * 5000,
+        ),
     ]
 )
 WITH_NAMES = st.builds(
-    lambda tree, names: {**tree, **{part: {**tree[part], "name": name} for part, name in names.items()}},
+    lambda tree, names: {
+        **tree,
+        **{part: {**tree[part], "name": name} for part, name in names.items()},
+    },
     st.sampled_from([DEFAULTS, *(DEFAULTS | tomllib.loads(config.decode()) for config in CONFIGS)]),
     st.dictionaries(st.sampled_from(PARTS), NAMES, max_size=2),
 )
 CONFIG_FILES = st.one_of(
-    st.builds(lambda tree, edits, depth: as_toml(edited(tree, edits), depth), WITH_NAMES, EDITS, DEPTHS),
+    st.builds(
+        lambda tree, edits, depth: as_toml(edited(tree, edits), depth), WITH_NAMES, EDITS, DEPTHS
+    ),
     st.builds(lambda tree, depth: as_toml(tree, depth), WITH_NAMES, DEPTHS),
     st.builds(changed, st.sampled_from(CONFIGS), DAMAGE),
     st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
@@ -351,7 +494,16 @@ KEYS = sorted(f"{table}.{key}" for table, keys in DEFAULTS.items() for key in (*
 DOTTED = st.one_of(
     st.sampled_from(KEYS),
     st.sampled_from(
-        ["train", "federation", "weighting.gamma.x", "model.hidden", "a.b.c", "versions.x", "run.metric_targets.x", "model.self"]
+        [
+            "train",
+            "federation",
+            "weighting.gamma.x",
+            "model.hidden",
+            "a.b.c",
+            "versions.x",
+            "run.metric_targets.x",
+            "model.self",
+        ]
     ),
     st.builds("{}.{}".format, st.sampled_from(PARTS), st.text(string.printable, max_size=5)),
     st.text(max_size=12),
@@ -368,7 +520,12 @@ def _word(value: Any, depth: int) -> str:
         return ""
     if isinstance(value, str) and value not in (DEEP, DIGITS, HEX):
         return value
-    return as_toml({"value": value}, depth).decode("utf-8", "surrogatepass").removeprefix("value = ").rstrip("\n")
+    return (
+        as_toml({"value": value}, depth)
+        .decode("utf-8", "surrogatepass")
+        .removeprefix("value = ")
+        .rstrip("\n")
+    )
 
 
 @fuzzing("config files")
@@ -405,8 +562,18 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A finished run's files."""
     folder = tmp_path_factory.mktemp("sound") / "run"
     train(FEDERATION, run_dir=folder, num_rounds=3, head_steps=1, encoder_steps=1)
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return Files({name: content for name, content in files.items() if name in FIGURES or name.startswith(("models/", "checkpoints/"))})
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return Files(
+        {
+            name: content
+            for name, content in files.items()
+            if name in FIGURES or name.startswith(("models/", "checkpoints/"))
+        }
+    )
 
 
 def _damaged_figures(files: Mapping[str, bytes], name: str, how: tuple[str, Any, int]) -> bytes:
@@ -421,7 +588,9 @@ def _damaged_figures(files: Mapping[str, bytes], name: str, how: tuple[str, Any,
     if name == "summary.json":
         return as_json(edited(json.loads(content), what), depth)
     rows = edited([json.loads(line) for line in content.splitlines()], what)
-    return b"".join(as_json(row, depth) + b"\n" for row in (rows if isinstance(rows, list) else [rows]))
+    return b"".join(
+        as_json(row, depth) + b"\n" for row in (rows if isinstance(rows, list) else [rows])
+    )
 
 
 HOW = st.one_of(
@@ -433,12 +602,23 @@ HOW = st.one_of(
 
 
 @fuzzing("runs' figures")
-@given(damage=st.dictionaries(st.sampled_from(FIGURES), HOW, min_size=1, max_size=2), beside=st.booleans())
-def test_a_runs_figures(sandbox: Sandbox, run_files: dict[str, bytes], damage: dict[str, Any], beside: bool) -> None:
+@given(
+    damage=st.dictionaries(st.sampled_from(FIGURES), HOW, min_size=1, max_size=2),
+    beside=st.booleans(),
+)
+def test_a_runs_figures(
+    sandbox: Sandbox, run_files: dict[str, bytes], damage: dict[str, Any], beside: bool
+) -> None:
     sound = {name: run_files[name] for name in FIGURES}
     bad = sound | {name: _damaged_figures(run_files, name, how) for name, how in damage.items()}
     folders = {"bad": bad, "good": sound}
-    folder = sandbox.fresh({f"{run}/{name}": content for run, files in folders.items() for name, content in files.items()})
+    folder = sandbox.fresh(
+        {
+            f"{run}/{name}": content
+            for run, files in folders.items()
+            for name, content in files.items()
+        }
+    )
     for action in (_read, _print, _write):
         with sandbox.attempt("runs' figures"):
             action([Run(folder / "bad"), *([Run(folder / "good")] if beside else [])], folder)
@@ -462,7 +642,11 @@ def _write(runs: list[Run], folder: Path) -> None:
 @fuzzing("metrics.jsonl to go on with")
 @given(how=HOW, round=st.integers(0, 4))
 def test_metrics_to_go_on_with(
-    sandbox: Sandbox, run_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, how: tuple[str, Any, int], round: int
+    sandbox: Sandbox,
+    run_files: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    how: tuple[str, Any, int],
+    round: int,
 ) -> None:
     monkeypatch.setattr("fedgradnorm.history._tensorboard_writer", lambda *_, **__: None)
     content = _damaged_figures(run_files, "metrics.jsonl", how)
@@ -485,7 +669,16 @@ def test_metrics_to_go_on_with(
 SHAPES = st.sampled_from([(), (0,), (1,), (3,), (8,), (4, 8), (8, 6), (2, 4), (2,), (1, 1, 1)])
 DTYPES = st.sampled_from(
     [
-        *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool),
+        *(
+            torch.float32,
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+        ),
         *(torch.complex64, torch.float8_e4m3fn),
     ]
 )
@@ -503,12 +696,20 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @st.composite
 def header_edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """What changes the JSON header of a safetensors file."""
-    edits, depth, claim = draw(EDITS), draw(DEPTHS), draw(st.one_of(st.none(), st.none(), st.integers(0, 2**64 - 1)))
+    edits, depth, claim = (
+        draw(EDITS),
+        draw(DEPTHS),
+        draw(st.one_of(st.none(), st.none(), st.integers(0, 2**64 - 1))),
+    )
 
     def change(content: bytes) -> bytes:
         length = struct.unpack("<Q", content[:8])[0]
         header = as_json(edited(json.loads(content[8 : 8 + length]), edits), depth)
-        return struct.pack("<Q", len(header) if claim is None else claim) + header + content[8 + length :]
+        return (
+            struct.pack("<Q", len(header) if claim is None else claim)
+            + header
+            + content[8 + length :]
+        )
 
     return change
 
@@ -516,7 +717,14 @@ def header_edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 @st.composite
 def tensor_edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """What replaces, removes or adds tensors of a safetensors file."""
-    edits = draw(st.lists(st.tuples(st.sampled_from(["replace", "remove", "add"]), HERE, tensors(), st.text(max_size=8)), max_size=4))
+    edits = draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["replace", "remove", "add"]), HERE, tensors(), st.text(max_size=8)
+            ),
+            max_size=4,
+        )
+    )
 
     def change(content: bytes) -> bytes:
         found = load(content)
@@ -527,7 +735,13 @@ def tensor_edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
                 found.pop(at, None)
             else:
                 found[at if what == "replace" else name] = tensor
-        return save({name.encode("utf-8", "replace").decode(): tensor.clone() for name, tensor in found.items()}, _metadata_of(content))
+        return save(
+            {
+                name.encode("utf-8", "replace").decode(): tensor.clone()
+                for name, tensor in found.items()
+            },
+            _metadata_of(content),
+        )
 
     return change
 
@@ -552,7 +766,12 @@ def state_edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     def change(content: bytes) -> bytes:
         metadata = _metadata_of(content) or {}
         text = as_json(edited(json.loads(metadata["state"]), edits), depth).decode()
-        metadata = {0: None, 1: {}, 2: {**metadata, "format": odd}, 3: {**metadata, "state": odd}}.get(kind, {**metadata, "state": text})
+        metadata = {
+            0: None,
+            1: {},
+            2: {**metadata, "format": odd},
+            3: {**metadata, "state": odd},
+        }.get(kind, {**metadata, "state": text})
         return save(load(content), metadata)
 
     return change
@@ -563,18 +782,35 @@ RANDOM = st.binary(max_size=40).map(lambda content: lambda _: content)
 
 @fuzzing("checkpoints")
 @given(
-    change=st.one_of(byte_edits(), header_edits(), tensor_edits(), state_edits(), state_edits(), RANDOM),
+    change=st.one_of(
+        byte_edits(), header_edits(), tensor_edits(), state_edits(), state_edits(), RANDOM
+    ),
     right_checksum=st.sampled_from([True, True, True, False]),
     round=st.sampled_from([3, 3, 4, 99_999_999]),
-    other=st.sampled_from(["", "checkpoints/round-x.safetensors", "checkpoints/round-00000009-0123456789abcdef.safetensors/x"]),
+    other=st.sampled_from(
+        [
+            "",
+            "checkpoints/round-x.safetensors",
+            "checkpoints/round-00000009-0123456789abcdef.safetensors/x",
+        ]
+    ),
 )
 def test_checkpoints(
-    sandbox: Sandbox, run_files: dict[str, bytes], change: Callable[[bytes], bytes], right_checksum: bool, round: int, other: str
+    sandbox: Sandbox,
+    run_files: dict[str, bytes],
+    change: Callable[[bytes], bytes],
+    right_checksum: bool,
+    round: int,
+    other: str,
 ) -> None:
-    name, content = next((name, content) for name, content in run_files.items() if name.startswith("checkpoints/"))
+    name, content = next(
+        (name, content) for name, content in run_files.items() if name.startswith("checkpoints/")
+    )
     content = change(content)
     if right_checksum:
-        name = f"checkpoints/round-{round:08}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        name = (
+            f"checkpoints/round-{round:08}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        )
     path = sandbox.fresh({name: content} | ({other: b""} if other else {})) / name
     with sandbox.attempt("checkpoints"):
         load_newest(path.parent)
@@ -588,9 +824,18 @@ def test_checkpoints(
 @given(
     file=st.sampled_from(["encoder", "heads/a"]),
     change=st.one_of(byte_edits(), header_edits(), tensor_edits(), tensor_edits(), RANDOM),
-    client=st.one_of(st.sampled_from(["a"] * 8 + ["b", "", "..", "../encoder", "a/../b", "\0"]), st.text(max_size=5)),
+    client=st.one_of(
+        st.sampled_from(["a"] * 8 + ["b", "", "..", "../encoder", "a/../b", "\0"]),
+        st.text(max_size=5),
+    ),
 )
-def test_models(sandbox: Sandbox, run_files: dict[str, bytes], file: str, change: Callable[[bytes], bytes], client: str) -> None:
+def test_models(
+    sandbox: Sandbox,
+    run_files: dict[str, bytes],
+    file: str,
+    change: Callable[[bytes], bytes],
+    client: str,
+) -> None:
     name = f"models/{file}.safetensors"
     folder = sandbox.fresh({**run_files, name: change(run_files[name])})
     with sandbox.attempt("models"):
@@ -601,13 +846,47 @@ def test_models(sandbox: Sandbox, run_files: dict[str, bytes], file: str, change
 # MTFL
 
 SHAPE = ((20, 20), (44, 20), (32, 34), (23, 46), (41, 46))
-LINE = " ".join(["a.jpg", *(str(point[axis]) for axis in (0, 1) for point in SHAPE), "1", "2", "1", "3"])
+LINE = " ".join(
+    ["a.jpg", *(str(point[axis]) for axis in (0, 1) for point in SHAPE), "1", "2", "1", "3"]
+)
 LINES = f"{LINE}\n{LINE.replace('a.jpg', 'b.png')}\n{LINE.replace('a.jpg', 'c/d.jpg')}\n".encode()
 FIELDS = st.one_of(
     st.sampled_from(
-        ["nan", "inf", "-1", "1e999", "0", "6", "1_0", "٣", "0x10", "1.5", "1e5", "999999", "-999999", "9" * 5000, "x", "é", "\0"]
+        [
+            "nan",
+            "inf",
+            "-1",
+            "1e999",
+            "0",
+            "6",
+            "1_0",
+            "٣",
+            "0x10",
+            "1.5",
+            "1e5",
+            "999999",
+            "-999999",
+            "9" * 5000,
+            "x",
+            "é",
+            "\0",
+        ]
     ),
-    st.sampled_from(["../../canary", "/etc/passwd", "C:\\x", "c\\d.jpg", "a.jpg/..", "..", ".", "/", "training.txt", "\u2028", "a" * 5000]),
+    st.sampled_from(
+        [
+            "../../canary",
+            "/etc/passwd",
+            "C:\\x",
+            "c\\d.jpg",
+            "a.jpg/..",
+            "..",
+            ".",
+            "/",
+            "training.txt",
+            "\u2028",
+            "a" * 5000,
+        ]
+    ),
     st.floats().map(str),
     st.text(max_size=5),
 )
@@ -618,14 +897,18 @@ def annotations(draw: st.DrawFn) -> bytes:
     if draw(st.booleans()):
         return changed(LINES, draw(DAMAGE))
     rows = [line.split() for line in LINES.decode().splitlines()]
-    for row, column, field in draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15), FIELDS), max_size=4)):
+    for row, column, field in draw(
+        st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15), FIELDS), max_size=4)
+    ):
         rows[row][column:] = [field, *rows[row][column + 1 :]]
     text = draw(st.sampled_from(["\n", "\n", "\r", "\x85", "\n\n"])).join(map(" ".join, rows))
     return text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16"])), "replace")
 
 
 def _encoded(format: str, colour: bool) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, size=(64, 64, 3) if colour else (64, 64), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, size=(64, 64, 3) if colour else (64, 64), dtype=np.uint8
+    )
     content = BytesIO()
     Image.fromarray(pixels).save(content, format)
     return content.getvalue()
@@ -645,19 +928,62 @@ def _as_link(info: zipfile.ZipInfo) -> None:
     info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
 
 
-METHODS = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+METHODS = st.sampled_from(
+    [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 ENTRY_NAMES = st.one_of(
-    st.sampled_from(["../canary", "../../canary", "/canary", "\\canary", "C:/x", "c/../../x", "x/", "./a.jpg", "a.jpg", "training.txt"]),
-    st.sampled_from(["", ".", "/", "MTFL/training.txt", "x/testing.txt", "CON", "a" * 5000, "é\u202e", "training.txt/"]),
+    st.sampled_from(
+        [
+            "../canary",
+            "../../canary",
+            "/canary",
+            "\\canary",
+            "C:/x",
+            "c/../../x",
+            "x/",
+            "./a.jpg",
+            "a.jpg",
+            "training.txt",
+        ]
+    ),
+    st.sampled_from(
+        [
+            "",
+            ".",
+            "/",
+            "MTFL/training.txt",
+            "x/testing.txt",
+            "CON",
+            "a" * 5000,
+            "é\u202e",
+            "training.txt/",
+        ]
+    ),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
 )
 CONTENTS = st.one_of(
-    st.sampled_from([b"", b"../../canary", b"/etc/passwd", LINES, JPEG, PNG, b"\n" * 2_000_000, b"a \n" * 300_000, bytes(3_000_000)]),
+    st.sampled_from(
+        [
+            b"",
+            b"../../canary",
+            b"/etc/passwd",
+            LINES,
+            JPEG,
+            PNG,
+            b"\n" * 2_000_000,
+            b"a \n" * 300_000,
+            bytes(3_000_000),
+        ]
+    ),
     st.binary(max_size=20),
 )
 
 
-def zipped(files: Mapping[str, bytes], method: int = zipfile.ZIP_STORED, more: list[tuple[str, bytes, bool]] | None = None) -> bytes:
+def zipped(
+    files: Mapping[str, bytes],
+    method: int = zipfile.ZIP_STORED,
+    more: list[tuple[str, bytes, bool]] | None = None,
+) -> bytes:
     content = BytesIO()
     with zipfile.ZipFile(content, "w", method) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # entries of one name
@@ -681,7 +1007,12 @@ def zips(draw: st.DrawFn) -> bytes:
     more = draw(st.lists(st.tuples(ENTRY_NAMES, CONTENTS, st.booleans()), max_size=2))
     content = zipped(files, method, more)
     for place, field, value in draw(
-        st.lists(st.tuples(HERE, st.sampled_from([4, 6, 8, 10, 16, 20, 24, 28, 42]), st.integers(0, 65535)), max_size=2)
+        st.lists(
+            st.tuples(
+                HERE, st.sampled_from([4, 6, 8, 10, 16, 20, 24, 28, 42]), st.integers(0, 65535)
+            ),
+            max_size=2,
+        )
     ):
         entries = _central_entries(content)
         at = entries[min(int(place * len(entries)), len(entries) - 1)] + field
@@ -699,10 +1030,16 @@ def _central_entries(content: bytes) -> list[int]:
 
 
 @fuzzing("annotations")
-@given(training=annotations(), testing=st.one_of(st.just(LINES), annotations()), unpacked=st.booleans())
+@given(
+    training=annotations(), testing=st.one_of(st.just(LINES), annotations()), unpacked=st.booleans()
+)
 def test_annotations(sandbox: Sandbox, training: bytes, testing: bytes, unpacked: bool) -> None:
     files = {"training.txt": training, "testing.txt": testing}
-    folder = sandbox.fresh({f"MTFL/{name}": content for name, content in files.items()} if unpacked else {"MTFL": zipped(files)})
+    folder = sandbox.fresh(
+        {f"MTFL/{name}": content for name, content in files.items()}
+        if unpacked
+        else {"MTFL": zipped(files)}
+    )
     with sandbox.attempt("annotations"):
         faces = read_faces(folder / "MTFL")
         for face in (*faces["train"], *faces["test"]):
@@ -727,14 +1064,28 @@ def test_zips(sandbox: Sandbox, content: bytes) -> None:
 
 @fuzzing("images")
 @given(
-    image=st.one_of(st.builds(changed, st.sampled_from([JPEG, PNG]), DAMAGE), st.binary(max_size=60)),
+    image=st.one_of(
+        st.builds(changed, st.sampled_from([JPEG, PNG]), DAMAGE), st.binary(max_size=60)
+    ),
     training=st.one_of(st.just(LINES), annotations()),
-    links=st.lists(st.tuples(st.sampled_from(["e", "b.png"]), st.sampled_from(["../canary", "..", ".", "a.jpg", "b.png"])), max_size=1),
+    links=st.lists(
+        st.tuples(
+            st.sampled_from(["e", "b.png"]),
+            st.sampled_from(["../canary", "..", ".", "a.jpg", "b.png"]),
+        ),
+        max_size=1,
+    ),
     unpacked=st.booleans(),
 )
-def test_images(sandbox: Sandbox, image: bytes, training: bytes, links: list[tuple[str, str]], unpacked: bool) -> None:
+def test_images(
+    sandbox: Sandbox, image: bytes, training: bytes, links: list[tuple[str, str]], unpacked: bool
+) -> None:
     files = {**FACES, "a.jpg": image, "training.txt": training}
-    folder = sandbox.fresh({f"MTFL/{name}": content for name, content in files.items()} if unpacked else {"MTFL": zipped(files)})
+    folder = sandbox.fresh(
+        {f"MTFL/{name}": content for name, content in files.items()}
+        if unpacked
+        else {"MTFL": zipped(files)}
+    )
     for name, leads_to in links if unpacked else []:
         (folder / "MTFL" / name).unlink(missing_ok=True)
         (folder / "MTFL" / name).symlink_to(leads_to)
@@ -746,13 +1097,48 @@ def test_images(sandbox: Sandbox, image: bytes, training: bytes, links: list[tup
 
 LITERALS = st.one_of(
     st.sampled_from(
-        ["'bpsk'", "'Satcom'", "'Satcom '", "'radar'", "10", "0", "-10", "1e9", "True", "None", "0xff", "1_0", "[]", "b''", "()"]
+        [
+            "'bpsk'",
+            "'Satcom'",
+            "'Satcom '",
+            "'radar'",
+            "10",
+            "0",
+            "-10",
+            "1e9",
+            "True",
+            "None",
+            "0xff",
+            "1_0",
+            "[]",
+            "b''",
+            "()",
+        ]
     ),
-    st.sampled_from(["9" * 150, "-" * 150 + "1", "(" * 90, "'\\ud800'", "'\\d'", "1j", "*x", "__import__('os')", "f'{1}'", "{1: 2}", "''"]),
+    st.sampled_from(
+        [
+            "9" * 150,
+            "-" * 150 + "1",
+            "(" * 90,
+            "'\\ud800'",
+            "'\\d'",
+            "1j",
+            "*x",
+            "__import__('os')",
+            "f'{1}'",
+            "{1: 2}",
+            "''",
+        ]
+    ),
     st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), max_size=6),
 )
 HDF5_KEYS = st.one_of(
-    st.tuples(st.just("'bpsk'"), st.just("'Satcom'"), st.integers(-210, 210).map(str), st.integers(-1, 3).map(str)).map(list),
+    st.tuples(
+        st.just("'bpsk'"),
+        st.just("'Satcom'"),
+        st.integers(-210, 210).map(str),
+        st.integers(-1, 3).map(str),
+    ).map(list),
     st.tuples(st.just("'bpsk'"), LITERALS, LITERALS, LITERALS).map(list),
     st.lists(LITERALS, max_size=6),
 ).map(lambda fields: f"({', '.join(fields)})")
@@ -766,14 +1152,30 @@ HDF5_VALUES = st.one_of(
         st.sampled_from([0.0, 1.0, 1e300, math.nan, math.inf]),
         st.sampled_from(["f4", "f8", "f2", "g", "c8", "i8", "?", "S3"]),
     ),
-    st.sampled_from(["group", "soft", "external", "dangling", "virtual", "storage", "zipped", "empty", "strings", "big", "type"]).map(
-        lambda kind: (kind,)
-    ),
+    st.sampled_from(
+        [
+            "group",
+            "soft",
+            "external",
+            "dangling",
+            "virtual",
+            "storage",
+            "zipped",
+            "empty",
+            "strings",
+            "big",
+            "type",
+        ]
+    ).map(lambda kind: (kind,)),
 )
 
 
 @fuzzing("HDF5 keys")
-@given(items=st.dictionaries(st.one_of(st.just(PLAIN_KEY), HDF5_KEYS, HDF5_KEYS), HDF5_VALUES, max_size=3))
+@given(
+    items=st.dictionaries(
+        st.one_of(st.just(PLAIN_KEY), HDF5_KEYS, HDF5_KEYS), HDF5_VALUES, max_size=3
+    )
+)
 def test_hdf5_keys(sandbox: Sandbox, items: dict[str, Any]) -> None:
     path = sandbox.fresh({}) / "radcom.hdf5"
     with warnings.catch_warnings():
@@ -791,7 +1193,13 @@ def _write_items(path: Path, items: Mapping[str, tuple[Any, ...]]) -> None:
         for number, (key, value) in enumerate(items.items()):
             try:
                 _write_item(file, key.encode("utf-8", "replace").decode(), value, number)
-            except (ValueError, RuntimeError, TypeError, KeyError, OSError):  # what HDF5 itself refuses to write
+            except (
+                ValueError,
+                RuntimeError,
+                TypeError,
+                KeyError,
+                OSError,
+            ):  # what HDF5 itself refuses to write
                 file.create_dataset(f"refused {number}", data=0.0)
 
 
@@ -818,7 +1226,13 @@ def _write_item(file: h5py.File, key: str, value: tuple[Any, ...], number: int) 
         case "storage":
             file.create_dataset(key, shape, np.float32, external=[("/etc/passwd", 0, 1024)])
         case "zipped":
-            file.create_dataset(key, data=np.ones(shape, dtype=np.float32), compression="gzip", shuffle=True, fletcher32=True)
+            file.create_dataset(
+                key,
+                data=np.ones(shape, dtype=np.float32),
+                compression="gzip",
+                shuffle=True,
+                fletcher32=True,
+            )
         case "empty":
             file.create_dataset(key, data=h5py.Empty("f4"))
         case "strings":
@@ -838,7 +1252,9 @@ def hdf5_content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @fuzzing("HDF5 bytes")
 @given(changes=DAMAGE)
-def test_hdf5_bytes(sandbox: Sandbox, hdf5_content: bytes, changes: list[tuple[str, Any, Any]]) -> None:
+def test_hdf5_bytes(
+    sandbox: Sandbox, hdf5_content: bytes, changes: list[tuple[str, Any, Any]]
+) -> None:
     path = sandbox.fresh({"radcom.hdf5": changed(hdf5_content, changes)}) / "radcom.hdf5"
     with sandbox.attempt("HDF5 bytes"):
         assert np.isfinite(read_hdf5(path).data).all()
@@ -847,7 +1263,26 @@ def test_hdf5_bytes(sandbox: Sandbox, hdf5_content: bytes, changes: list[tuple[s
 # Reports
 
 NUMBERS = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e100, 1e101, 1e308, math.inf, -math.inf, math.nan, 0, 1, True, 10**400]),
+    st.sampled_from(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            5e-324,
+            1e-300,
+            1e100,
+            1e101,
+            1e308,
+            math.inf,
+            -math.inf,
+            math.nan,
+            0,
+            1,
+            True,
+            10**400,
+        ]
+    ),
     st.floats(),
 )
 CLIENTS = ("a", "b", "c")
@@ -869,16 +1304,26 @@ ODD_FIELDS = st.one_of(
     st.tuples(st.just("client"), st.sampled_from(["d", ""])),
 )
 REPLIES = st.lists(
-    st.tuples(st.sampled_from(CLIENTS), OWN, st.one_of(st.just({}), st.lists(ODD_FIELDS, min_size=1, max_size=2).map(dict))),
+    st.tuples(
+        st.sampled_from(CLIENTS),
+        OWN,
+        st.one_of(st.just({}), st.lists(ODD_FIELDS, min_size=1, max_size=2).map(dict)),
+    ),
     max_size=5,
     unique_by=lambda reply: (reply[0], len(reply[2]) == 0),
 )
-USUAL = st.dictionaries(st.sampled_from([*CLIENTS, "d"]), st.lists(st.sampled_from([0.0, 1e-300, 1.0, 2.0, 1e38]), max_size=5))
+USUAL = st.dictionaries(
+    st.sampled_from([*CLIENTS, "d"]),
+    st.lists(st.sampled_from([0.0, 1e-300, 1.0, 2.0, 1e38]), max_size=5),
+)
 
 
 @fuzzing("reports")
 @given(
-    replies=REPLIES, norms=USUAL, ratio=st.one_of(st.none(), st.sampled_from([1.5, 10.0, 1e300])), averaged=st.sampled_from([False, True])
+    replies=REPLIES,
+    norms=USUAL,
+    ratio=st.one_of(st.none(), st.sampled_from([1.5, 10.0, 1e300])),
+    averaged=st.sampled_from([False, True]),
 )
 def test_reports(
     sandbox: Sandbox,
@@ -890,8 +1335,19 @@ def test_reports(
     sent = SENT if averaged else {}
     training = TrainConfig()
     instructions = [Instruction(1, client, ENCODER, sent, training) for client in CLIENTS]
-    usual = {"task": "t", "loss": 1.0, "initial_loss": 1.0, "grad_norm": 1.0, "num_examples": 1, "round": 1, "buffers": sent}
-    reports = [Report(**{"client": client, "gradient": gradient, **usual, **odd}) for client, gradient, odd in replies]
+    usual = {
+        "task": "t",
+        "loss": 1.0,
+        "initial_loss": 1.0,
+        "grad_norm": 1.0,
+        "num_examples": 1,
+        "round": 1,
+        "buffers": sent,
+    }
+    reports = [
+        Report(**{"client": client, "gradient": gradient, **usual, **odd})
+        for client, gradient, odd in replies
+    ]
     with sandbox.attempt("reports"):
         sound, dropped = screen(reports, instructions, norms, ratio)
         assert sorted([*(report.client for report in sound), *dropped]) == sorted(CLIENTS)
@@ -921,7 +1377,9 @@ def test_every_target_was_tried(request: pytest.FixtureRequest) -> None:
             reporter.write_line("")
             reporter.write_line(f"fuzzed inputs tried: {tried}, failures: {failures}")
             for target in SHARES:
-                reporter.write_line(f"  {target}: {TRIED[target]}, {REFUSED[target]} of them refused")
+                reporter.write_line(
+                    f"  {target}: {TRIED[target]}, {REFUSED[target]} of them refused"
+                )
             for failure, number in FAILED.items():
                 reporter.write_line(f"  failure in {failure}, {number} times")
     if set(TRIED) != set(SHARES):

@@ -111,22 +111,62 @@ LOSSES: dict[str, tuple[str, int, Any, str]] = {
     "yes or no": ("binary", 1, functional.binary_cross_entropy_with_logits, SOUND),
     "numbers": ("numbers", 1, functional.mse_loss, SOUND),
     "ranks": ("numbers", 1, functional.smooth_l1_loss, SOUND),
-    "counts": ("whole", 1, lambda outputs, targets: functional.mse_loss(outputs, targets.float()), SOUND),
+    "counts": (
+        "whole",
+        1,
+        lambda outputs, targets: functional.mse_loss(outputs, targets.float()),
+        SOUND,
+    ),
     "hinge": ("classes", 3, functional.multi_margin_loss, SOUND),
-    "solved": ("numbers", 1, lambda outputs, targets: (outputs - targets).abs().sub(50).clamp_min(0).mean(), EITHER),
+    "solved": (
+        "numbers",
+        1,
+        lambda outputs, targets: (outputs - targets).abs().sub(50).clamp_min(0).mean(),
+        EITHER,
+    ),
     "constant": ("numbers", 1, lambda outputs, targets: outputs.sum() * 0 + 1, EITHER),
     "below zero": ("numbers", 2, wide_likelihood, EITHER),
-    "cosine": ("vectors", 3, lambda outputs, targets: -functional.cosine_similarity(outputs, targets).mean(), EITHER),
-    "broadcasts": ("flat", 1, lambda outputs, targets: (outputs - targets).square().mean(), REFUSED),
+    "cosine": (
+        "vectors",
+        3,
+        lambda outputs, targets: -functional.cosine_similarity(outputs, targets).mean(),
+        EITHER,
+    ),
+    "broadcasts": (
+        "flat",
+        1,
+        lambda outputs, targets: (outputs - targets).square().mean(),
+        REFUSED,
+    ),
     "sum": ("classes", 3, partial(functional.cross_entropy, reduction="sum"), REFUSED),
     "for each": ("classes", 3, partial(functional.cross_entropy, reduction="none"), REFUSED),
-    "ignores": ("numbers", 2, lambda outputs, targets: functional.mse_loss(outputs[:, :1], targets), REFUSED),
-    "a float": ("classes", 3, lambda outputs, targets: float(functional.cross_entropy(outputs, targets)), REFUSED),
+    "ignores": (
+        "numbers",
+        2,
+        lambda outputs, targets: functional.mse_loss(outputs[:, :1], targets),
+        REFUSED,
+    ),
+    "a float": (
+        "classes",
+        3,
+        lambda outputs, targets: float(functional.cross_entropy(outputs, targets)),
+        REFUSED,
+    ),
     "too many classes": ("classes", 2, functional.cross_entropy, REFUSED),
-    "a nan": ("classes", 3, lambda outputs, targets: functional.cross_entropy(outputs, targets) * math.nan, REFUSED),
+    "a nan": (
+        "classes",
+        3,
+        lambda outputs, targets: functional.cross_entropy(outputs, targets) * math.nan,
+        REFUSED,
+    ),
     **{f"noisy, {kind}": ("classes", 3, noisy(draw), SOUND) for kind, draw in DRAWS.items()},
-    **{f"sometimes, {kind}": ("classes", 3, sometimes(draw), SOUND) for kind, draw in DRAWS.items()},
-    **{f"late: {what}": ("classes", 3, what, EITHER) for what in ("counts", "raises", "nan", "inf", "zero", "negative")},
+    **{
+        f"sometimes, {kind}": ("classes", 3, sometimes(draw), SOUND) for kind, draw in DRAWS.items()
+    },
+    **{
+        f"late: {what}": ("classes", 3, what, EITHER)
+        for what in ("counts", "raises", "nan", "inf", "zero", "negative")
+    },
 }
 
 # ------------------------------------------------------------------------------------------------ data
@@ -261,7 +301,19 @@ def contained(kind, pair, late):
 CONTAINERS = {
     **dict.fromkeys(("tensors", "function", "dataset", "list", "numpy items"), SOUND),
     **{f"random items, {kind}": SOUND for kind in DRAWS},
-    **dict.fromkeys(("three parts", "items of three parts", "arrays", "lists", "loader", "stream", "dictionary", "nothing"), REFUSED),
+    **dict.fromkeys(
+        (
+            "three parts",
+            "items of three parts",
+            "arrays",
+            "lists",
+            "loader",
+            "stream",
+            "dictionary",
+            "nothing",
+        ),
+        REFUSED,
+    ),
     **dict.fromkeys(("empty", "unequal", "a raising function"), REFUSED),
     **dict.fromkeys(("a raising item", "an item of another shape"), EITHER),
 }
@@ -388,9 +440,13 @@ def encoder_of(kind, late):
             one = plain()
             return lambda: one
         case "batch norm":
-            return lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6))
+            return lambda: nn.Sequential(
+                nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6)
+            )
         case "dropout":
-            return lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 6))
+            return lambda: nn.Sequential(
+                nn.Linear(FEATURES, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 6)
+            )
         case "frozen":
             return lambda: nn.Sequential(Scaled(FEATURES, 8), nn.Tanh(), nn.Linear(8, 6))
         case "lazy":
@@ -443,7 +499,9 @@ METRIC_FUNCTIONS = {
     "nothing": lambda outputs, targets: None,
     "words": lambda outputs, targets: "good",
     "raises on few": raises_on_few,
-    "correlation": lambda outputs, targets: float(torch.corrcoef(torch.stack([outputs.flatten()[:3], outputs.flatten()[-3:]]))[0, 1]),
+    "correlation": lambda outputs, targets: float(
+        torch.corrcoef(torch.stack([outputs.flatten()[:3], outputs.flatten()[-3:]]))[0, 1]
+    ),
     "changes": lambda outputs, targets: float(outputs.mul_(0).sum()),
 }
 METRICS = {"none": SOUND, **dict.fromkeys(METRIC_FUNCTIONS, EITHER), "mean": SOUND}
@@ -454,7 +512,10 @@ METRICS = {"none": SOUND, **dict.fromkeys(METRIC_FUNCTIONS, EITHER), "mean": SOU
 def mostly_sound(parts):
     """Five in six are sound, so that a good part of the federations as a whole is."""
     names = sorted(parts)
-    return st.one_of(*[st.sampled_from([name for name in names if parts[name] == SOUND])] * 5, st.sampled_from(names))
+    return st.one_of(
+        *[st.sampled_from([name for name in names if parts[name] == SOUND])] * 5,
+        st.sampled_from(names),
+    )
 
 
 RECIPES = st.builds(
@@ -478,7 +539,9 @@ RECIPES = st.builds(
         },
         optional={
             "weighting": st.sampled_from(["equal", "fedgradnorm", "mgda", "uncertainty", "dwa"]),
-            "method": st.sampled_from(["fedrep", "fedper", "local", "centralized", {"name": "fedprox", "mu": 0.1}]),
+            "method": st.sampled_from(
+                ["fedrep", "fedper", "local", "centralized", {"name": "fedprox", "mu": 0.1}]
+            ),
             "initial_loss": st.sampled_from(["measured", "guess"]),
             "eval_batch_size": st.sampled_from([1, 5, 512]),
             "fraction_train": st.sampled_from([0.5, 1.0]),
@@ -504,14 +567,18 @@ def verdict(recipe):
         parts = [EITHER if recipe.examples < 6 else part for part in parts]
     if recipe.encoder == "batch norm":
         parts.append(EITHER)  # a batch of one
-    if recipe.values == "whole" and (recipe.container.startswith("random items") or recipe.encoder == "frozen"):
+    if recipe.values == "whole" and (
+        recipe.container.startswith("random items") or recipe.encoder == "frozen"
+    ):
         parts[1] = EITHER  # what is multiplied by a fraction is no whole number any more
     if recipe.task == "for each" and recipe.options.get("batch_size") == 1:
         parts[0] = EITHER  # one loss in a vector is one loss
     if recipe.values in ("one nan", "one inf") and recipe.container not in ("tensors", "function"):
         parts[1] = EITHER  # of a dataset only the examples that are drawn are seen
     if recipe.values == "zeros" or recipe.values == "tiny":
-        parts = [EITHER if part == REFUSED else part for part in parts]  # what a loss does with its pairs cannot be seen
+        parts = [
+            EITHER if part == REFUSED else part for part in parts
+        ]  # what a loss does with its pairs cannot be seen
     if REFUSED in parts:
         return REFUSED
     return SOUND if all(part == SOUND for part in parts) else EITHER
@@ -537,10 +604,20 @@ def built(recipe):
     def ordinary(id, number):
         generator = torch.Generator().manual_seed(number)
         inputs = torch.randn(16, FEATURES, generator=generator)
-        return Client(id, small_task("plain"), (inputs, (inputs[:, 0] > 0).long()), (inputs, (inputs[:, 0] > 0).long()))
+        return Client(
+            id,
+            small_task("plain"),
+            (inputs, (inputs[:, 0] > 0).long()),
+            (inputs, (inputs[:, 0] > 0).long()),
+        )
 
-    odd = [client("odd", 1), *([client("odd-2", 2), client("odd-3", 3)] if recipe.same_task else [])]
-    return Federation([ordinary("a", 11), *odd, ordinary("z", 12)], encoder_of(recipe.encoder, recipe.late))
+    odd = [
+        client("odd", 1),
+        *([client("odd-2", 2), client("odd-3", 3)] if recipe.same_task else []),
+    ]
+    return Federation(
+        [ordinary("a", 11), *odd, ordinary("z", 12)], encoder_of(recipe.encoder, recipe.late)
+    )
 
 
 def outcome(recipe, engine):
@@ -551,16 +628,34 @@ def outcome(recipe, engine):
     options = dict(recipe.options)
     weighting = options.pop("weighting", None)
     if weighting in (None, "fedgradnorm"):
-        weighting = FedGradNorm(weight_lr=1e-3)  # a step's sign turns by rounding where a norm is at its target
+        weighting = FedGradNorm(
+            weight_lr=1e-3
+        )  # a step's sign turns by rounding where a norm is at its target
     try:
-        result = train(built(recipe), weighting, engine=engine, head_lr=0.05, encoder_lr=0.05, eval_every=1, **options)
+        result = train(
+            built(recipe),
+            weighting,
+            engine=engine,
+            head_lr=0.05,
+            encoder_lr=0.05,
+            eval_every=1,
+            **options,
+        )
     except FedGradNormError as error:
         return None, error
     return result, None
 
 
 NAMED = re.compile(r"\b(odd|encoder|norm_layer|clients? '[az]'|train\.)")
-FIGURES = ("loss", "initial_loss", "inverse_training_rate", "grad_norm", "weight", "test_loss", "metric")
+FIGURES = (
+    "loss",
+    "initial_loss",
+    "inverse_training_rate",
+    "grad_norm",
+    "weight",
+    "test_loss",
+    "metric",
+)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -573,7 +668,10 @@ def test_both_engines_agree_or_say_what_is_wrong(part):
     def run(recipe):
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            (expected, refused), (result, error) = outcome(recipe, "reference"), outcome(recipe, "vectorized")
+            (expected, refused), (result, error) = (
+                outcome(recipe, "reference"),
+                outcome(recipe, "vectorized"),
+            )
         end = "trained" if refused is None else type(refused).__name__
         event(end)
         found[end] += 1
@@ -587,7 +685,10 @@ def test_both_engines_agree_or_say_what_is_wrong(part):
 
 
 def check_error(recipe, refused, error):
-    if "raises late" not in (recipe.head, recipe.encoder):  # the engines call factories more and less often
+    if "raises late" not in (
+        recipe.head,
+        recipe.encoder,
+    ):  # the engines call factories more and less often
         assert refused is not None, f"the reference engine trains what the other refuses: {error}"
         assert error is not None, f"the vectorized engine trains what the other refuses: {refused}"
         assert type(error) is type(refused), f"{refused!r} {error!r}"
@@ -599,7 +700,10 @@ def check_error(recipe, refused, error):
 def check_numbers(recipe, expected, result):
     assert verdict(recipe) != REFUSED, "nothing was said"
     assert len(expected.rows) == len(result.rows)
-    has_a_metric = recipe.metric != "correlation" or recipe.values not in ("zeros", "tiny")  # of a constant it is rounding
+    has_a_metric = recipe.metric != "correlation" or recipe.values not in (
+        "zeros",
+        "tiny",
+    )  # of a constant it is rounding
     for reference, row in zip(expected.rows, result.rows, strict=True):
         where = f"round {row['round']}, client {row['client']}"
         for key in ("client", "participated", "dropped", "examples"):

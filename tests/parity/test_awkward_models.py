@@ -15,7 +15,9 @@ from fedgradnorm.randomness import seeded
 from tests.parity.test_vectorized import check_same, trained
 
 LINEAR = partial(nn.Linear, out_features=2)
-TRAINING = TrainConfig(head_steps=3, encoder_steps=3, batch_size=8, head_lr=0.1, encoder_lr=0.1, loss_estimate="exact")
+TRAINING = TrainConfig(
+    head_steps=3, encoder_steps=3, batch_size=8, head_lr=0.1, encoder_lr=0.1, loss_estimate="exact"
+)
 
 
 def data(seed, examples=24, shape=(6,), change=lambda inputs, seed: inputs):
@@ -27,7 +29,13 @@ def data(seed, examples=24, shape=(6,), change=lambda inputs, seed: inputs):
 
 def federation(encoder, clients=6, head=LINEAR, **options):
     task = Task("sign", head, functional.cross_entropy)
-    return Federation([Client(f"c{index}", task, data(index, **options), data(100 + index, 10)) for index in range(clients)], encoder)
+    return Federation(
+        [
+            Client(f"c{index}", task, data(index, **options), data(100 + index, 10))
+            for index in range(clients)
+        ],
+        encoder,
+    )
 
 
 def plain():
@@ -51,7 +59,10 @@ class Tap(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers, self.linear = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), nn.Linear(8, 5)
+        self.layers, self.linear = (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, maps):
         taps = []
@@ -95,7 +106,9 @@ class Groups(nn.Linear):
 
     def forward(self, inputs):
         features = super().forward(inputs)
-        return torch.cat([part - part.mean(dim=0) if len(part) > 1 else part for part in features.split(4)])
+        return torch.cat(
+            [part - part.mean(dim=0) if len(part) > 1 else part for part in features.split(4)]
+        )
 
 
 class Clamped(nn.Linear):
@@ -111,7 +124,11 @@ class Imputing(nn.Linear):
 
     def forward(self, inputs):
         missing = inputs == 0
-        return super().forward(torch.where(missing, torch.randn(inputs.shape), inputs) if self.training and missing.any() else inputs)
+        return super().forward(
+            torch.where(missing, torch.randn(inputs.shape), inputs)
+            if self.training and missing.any()
+            else inputs
+        )
 
 
 class Listed(nn.Module):
@@ -170,20 +187,33 @@ def of_two_layouts():
     for index in range(4):
         inputs, targets = data(index, shape=(8, 8, 3))
         images = inputs.permute(0, 3, 1, 2)
-        clients.append(Client(f"c{index}", task, (images if index else images.contiguous(), targets), (images, targets)))
+        clients.append(
+            Client(
+                f"c{index}",
+                task,
+                (images if index else images.contiguous(), targets),
+                (images, targets),
+            )
+        )
     return Federation(clients, lambda: nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(192, 4)))
 
 
 def by_count(outputs, targets):
     """Weighs classes by how many there are in a batch, out of torch's sight."""
-    return functional.cross_entropy(outputs, targets, weight=torch.tensor([1 / max(targets.tolist().count(one), 1) for one in range(2)]))
+    return functional.cross_entropy(
+        outputs,
+        targets,
+        weight=torch.tensor([1 / max(targets.tolist().count(one), 1) for one in range(2)]),
+    )
 
 
 def of_other_counts():
     """Each client's batches have as many of a class as one another, and not as another client's."""
     task = Task("sign", partial(nn.Linear, out_features=2), by_count)
     pairs = [(data(index)[0], (torch.arange(24) % (index + 2) == 0).long()) for index in range(6)]
-    return Federation([Client(f"c{index}", task, pair, pair) for index, pair in enumerate(pairs)], plain)
+    return Federation(
+        [Client(f"c{index}", task, pair, pair) for index, pair in enumerate(pairs)], plain
+    )
 
 
 def of_two_shapes():
@@ -197,7 +227,9 @@ def of_two_shapes():
     clients = []
     for index in range(12):
         shape = (3 if index < 6 else 5, 6)
-        clients.append(Client(f"c{index:02d}", task, data(index, shape=shape), data(50 + index, 10, shape)))
+        clients.append(
+            Client(f"c{index:02d}", task, data(index, shape=shape), data(50 + index, 10, shape))
+        )
     return Federation(clients, lambda: Mean(6, 4))
 
 
@@ -208,25 +240,49 @@ def of_two_kinds_of_targets():
     for index in range(12):
         inputs, targets = data(index)
         soft = functional.one_hot(targets, 2).float() * 0.8 + 0.1
-        clients.append(Client(f"c{index:02d}", task, (inputs, soft if index % 2 else targets), (inputs, targets)))
+        clients.append(
+            Client(
+                f"c{index:02d}", task, (inputs, soft if index % 2 else targets), (inputs, targets)
+            )
+        )
     return Federation(clients, plain)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: federation(lambda: nn.Sequential(nn.Linear(6, 64), Convolution())), id="view after a convolution"),
-        pytest.param(lambda: federation(lambda: nn.Sequential(nn.Linear(6, 64), nn.Unflatten(1, (1, 8, 8)), Tap())), id="taps"),
+        pytest.param(
+            lambda: federation(lambda: nn.Sequential(nn.Linear(6, 64), Convolution())),
+            id="view after a convolution",
+        ),
+        pytest.param(
+            lambda: federation(
+                lambda: nn.Sequential(nn.Linear(6, 64), nn.Unflatten(1, (1, 8, 8)), Tap())
+            ),
+            id="taps",
+        ),
         pytest.param(lambda: federation(plain, head=twice), id="a module used twice in a head"),
         pytest.param(lambda: federation(lambda: twice(6)), id="a module used twice in an encoder"),
         pytest.param(lambda: federation(Gate), id="a shut gate before the batch"),
         pytest.param(lambda: federation(Mode), id="a shut gate before the mode"),
         pytest.param(lambda: federation(lambda: Groups(6, 4)), id="groups in a batch"),
-        pytest.param(lambda: federation(lambda: nn.Sequential(Clamped(6, 8), nn.Tanh(), nn.Linear(8, 4))), id="clamped weights"),
-        pytest.param(lambda: federation(plain, head=partial(OwnConstants, buffer=True)), id="a buffer of the head's own"),
-        pytest.param(lambda: federation(plain, head=partial(OwnConstants, buffer=False)), id="a tensor of the head's own"),
+        pytest.param(
+            lambda: federation(lambda: nn.Sequential(Clamped(6, 8), nn.Tanh(), nn.Linear(8, 4))),
+            id="clamped weights",
+        ),
+        pytest.param(
+            lambda: federation(plain, head=partial(OwnConstants, buffer=True)),
+            id="a buffer of the head's own",
+        ),
+        pytest.param(
+            lambda: federation(plain, head=partial(OwnConstants, buffer=False)),
+            id="a tensor of the head's own",
+        ),
         pytest.param(lambda: federation(Tokens), id="tokens"),
-        pytest.param(lambda: federation(partial(Tokens, max_norm=1.0)), id="an embedding that renormalises itself"),
+        pytest.param(
+            lambda: federation(partial(Tokens, max_norm=1.0)),
+            id="an embedding that renormalises itself",
+        ),
         pytest.param(lambda: federation(partial(Tokens, sparse=True)), id="sparse gradients"),
         pytest.param(lambda: federation(Listed), id="parameters in a list"),
         pytest.param(lambda: federation(lambda: Halved(6, 4)), id="a hook on a parameter"),
@@ -244,7 +300,10 @@ def test_an_awkward_model_gets_the_numbers_of_the_reference(make):
 
 def test_random_numbers_for_some_examples_are_noticed_in_the_round():
     before = torch.get_rng_state()
-    with pytest.warns(FedGradNormWarning, match="client 'c0' and 5 like it: its code draws random numbers: from now on trained without"):
+    with pytest.warns(
+        FedGradNormWarning,
+        match="client 'c0' and 5 like it: its code draws random numbers: from now on trained without",
+    ):
         check_same(federation(lambda: Imputing(6, 4), change=holes), TRAINING, 1e-5)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -267,6 +326,10 @@ def test_a_factory_may_give_one_module_again_and_again():
     before = flatten(module)
     shared = federation(lambda: module, clients=4)
     found = trained(VectorizedEngine(shared, 0, threads=2), shared, TRAINING)["encoder"]
-    expected = trained(VectorizedEngine(federation(plain, clients=4), 0, threads=2), federation(plain, clients=4), TRAINING)["encoder"]
+    expected = trained(
+        VectorizedEngine(federation(plain, clients=4), 0, threads=2),
+        federation(plain, clients=4),
+        TRAINING,
+    )["encoder"]
     assert torch.equal(found, expected)
     assert torch.equal(flatten(module), before)

@@ -24,7 +24,14 @@ from torch.utils.data import Dataset
 from fedgradnorm import Client, Federation, FedGradNormWarning, Metric, Task, train
 from tests.helpers import accuracy, small_client, small_encoder, small_task, timeless
 
-SETTINGS = {"num_rounds": 6, "head_steps": 3, "encoder_steps": 3, "batch_size": 8, "head_lr": 0.1, "encoder_lr": 0.1}
+SETTINGS = {
+    "num_rounds": 6,
+    "head_steps": 3,
+    "encoder_steps": 3,
+    "batch_size": 8,
+    "head_lr": 0.1,
+    "encoder_lr": 0.1,
+}
 BETA, CONFIG, TABLE = 0.0, types.SimpleNamespace(beta=0.0), {"beta": 0.0}
 CHANGED = "has another value than when training began: from now on trained without shortcuts"
 
@@ -42,7 +49,10 @@ def encoder():
 def with_task(task, make=encoder, clients=6):
     """A federation whose first clients have this task: enough of them to be stacked."""
     other = small_task("other")
-    members = [Client(f"c{index}", task if index < clients else other, data(index), data(100 + index)) for index in range(clients + 1)]
+    members = [
+        Client(f"c{index}", task if index < clients else other, data(index), data(100 + index))
+        for index in range(clients + 1)
+    ]
     return Federation(members, make)
 
 
@@ -126,7 +136,9 @@ def by_slot():
 
 def by_partial():
     options = types.SimpleNamespace(beta=0.0)
-    return partial(lambda outputs, targets, options: penalised(outputs, targets, options.beta), options=options), lambda _: anneal(options)
+    return partial(
+        lambda outputs, targets, options: penalised(outputs, targets, options.beta), options=options
+    ), lambda _: anneal(options)
 
 
 def by_array():
@@ -229,7 +241,9 @@ def by_scheduler():
     def change(_):
         optimiser.param_groups[0]["lr"] += 0.5
 
-    return lambda outputs, targets: penalised(outputs, targets, optimiser.param_groups[0]["lr"]), change
+    return lambda outputs, targets: penalised(
+        outputs, targets, optimiser.param_groups[0]["lr"]
+    ), change
 
 
 class Looked:
@@ -244,7 +258,10 @@ class Looked:
 
 def by_special_method(read):
     looked = Looked()
-    return lambda: (lambda outputs, targets: penalised(outputs, targets, read(looked)), lambda _: TABLE.update(beta=TABLE["beta"] + 0.5))
+    return lambda: (
+        lambda outputs, targets: penalised(outputs, targets, read(looked)),
+        lambda _: TABLE.update(beta=TABLE["beta"] + 0.5),
+    )
 
 
 @functools.cache
@@ -254,19 +271,25 @@ def table():
 
 def by_cached_table():
     table()["beta"] = 0.0
-    return lambda outputs, targets: penalised(outputs, targets, table()["beta"]), lambda _: table().update(beta=table()["beta"] + 0.5)
+    return lambda outputs, targets: penalised(
+        outputs, targets, table()["beta"]
+    ), lambda _: table().update(beta=table()["beta"] + 0.5)
 
 
 def by_bound_method():
     held = {"beta": 0.0}
     get = held.get
-    return lambda outputs, targets: penalised(outputs, targets, get("beta")), lambda _: held.update(beta=held["beta"] + 0.5)
+    return lambda outputs, targets: penalised(outputs, targets, get("beta")), lambda _: held.update(
+        beta=held["beta"] + 0.5
+    )
 
 
 def by_holder(make, read, write):
     def made():
         holder = make()
-        return lambda outputs, targets: penalised(outputs, targets, read(holder)), lambda _: write(holder, read(holder) + 0.5)
+        return lambda outputs, targets: penalised(outputs, targets, read(holder)), lambda _: write(
+            holder, read(holder) + 0.5
+        )
 
     return made
 
@@ -322,11 +345,19 @@ ANNEALED = {
     "__getitem__": by_special_method(lambda looked: looked["beta"]),
     "a cached table": by_cached_table,
     "a bound method": by_bound_method,
-    "an array of the standard library": by_holder(lambda: array.array("d", [0.0]), first, set_first),
+    "an array of the standard library": by_holder(
+        lambda: array.array("d", [0.0]), first, set_first
+    ),
     "a list of a user's": by_holder(lambda: UserList([0.0]), first, set_first),
-    "a number in C": by_holder(lambda: ctypes.c_double(0.0), lambda holder: holder.value, lambda holder, to: setattr(holder, "value", to)),
+    "a number in C": by_holder(
+        lambda: ctypes.c_double(0.0),
+        lambda holder: holder.value,
+        lambda holder, to: setattr(holder, "value", to),
+    ),
     "a variable of a context": by_holder(
-        lambda: ContextVar("beta", default=0.0), lambda holder: holder.get(), lambda holder, to: holder.set(to)
+        lambda: ContextVar("beta", default=0.0),
+        lambda holder: holder.get(),
+        lambda holder, to: holder.set(to),
     ),
     "one of many elements": by_far_element,
     "an attribute": by_attribute,
@@ -376,12 +407,21 @@ def test_a_loss_that_is_annealed_between_rounds_is_followed(way, clients):
     annealed = check_same(make)
     reset()
     loss, _ = ANNEALED[way]()
-    constant = [row["loss"] for row in train(with_task(small_task_with(loss), clients=clients), **SETTINGS).rows]
+    constant = [
+        row["loss"]
+        for row in train(with_task(small_task_with(loss), clients=clients), **SETTINGS).rows
+    ]
     assert annealed != pytest.approx(constant, rel=1e-3), "the annealing does something"
 
 
 def small_task_with(loss, **options):
-    return Task("sign", partial(nn.Linear, out_features=2), loss, (Metric("accuracy", accuracy, higher_is_better=True),), **options)
+    return Task(
+        "sign",
+        partial(nn.Linear, out_features=2),
+        loss,
+        (Metric("accuracy", accuracy, higher_is_better=True),),
+        **options,
+    )
 
 
 def test_it_says_what_has_changed_and_for_whom_once():
@@ -402,14 +442,20 @@ class Tempered(nn.Module):
             made.append(self)
 
     def forward(self, inputs):
-        return torch.tanh(self.linear(inputs) * self.temperature * (self.options.scale if self.options is not None else 1.0))
+        return torch.tanh(
+            self.linear(inputs)
+            * self.temperature
+            * (self.options.scale if self.options is not None else 1.0)
+        )
 
 
 def of_the_same_object():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         net = Tempered()
-    return with_task(small_task("sign"), lambda: net), lambda _: setattr(net, "temperature", net.temperature + 0.5)
+    return with_task(small_task("sign"), lambda: net), lambda _: setattr(
+        net, "temperature", net.temperature + 0.5
+    )
 
 
 def of_made_objects():
@@ -424,7 +470,9 @@ def of_made_objects():
 
 def of_a_shared_option():
     options = types.SimpleNamespace(scale=1.0)
-    return with_task(small_task("sign"), lambda: Tempered(options)), lambda _: anneal(options, "scale")
+    return with_task(small_task("sign"), lambda: Tempered(options)), lambda _: anneal(
+        options, "scale"
+    )
 
 
 def of_a_shared_option_of_one_object():
@@ -473,7 +521,11 @@ class Adversarial(nn.Linear):
     strength = 0.0
 
     def forward(self, inputs):
-        return super().forward(Reversed.apply(inputs, self.strength)) if self.training else super().forward(inputs)
+        return (
+            super().forward(Reversed.apply(inputs, self.strength))
+            if self.training
+            else super().forward(inputs)
+        )
 
 
 def of_reversed_gradients():
@@ -488,7 +540,14 @@ def of_reversed_gradients():
 
 @pytest.mark.parametrize(
     "make",
-    [of_the_same_object, of_made_objects, of_a_shared_option, of_a_shared_option_of_one_object, of_made_heads, of_reversed_gradients],
+    [
+        of_the_same_object,
+        of_made_objects,
+        of_a_shared_option,
+        of_a_shared_option_of_one_object,
+        of_made_heads,
+        of_reversed_gradients,
+    ],
 )
 def test_models_that_are_annealed_between_rounds_are_followed(make):
     annealed = check_same(make)
@@ -536,7 +595,15 @@ def with_loss(loss):
     [
         pytest.param(with_loss(Counting), id="a loss counts its calls"),
         pytest.param(with_loss(Iterating), id="a loss with an iterator"),
-        pytest.param(lambda: (with_task(Task("sign", partial(CountingHead, out_features=2), functional.cross_entropy)), None), id="a head"),
+        pytest.param(
+            lambda: (
+                with_task(
+                    Task("sign", partial(CountingHead, out_features=2), functional.cross_entropy)
+                ),
+                None,
+            ),
+            id="a head",
+        ),
     ],
 )
 def test_code_that_changes_in_every_call_gives_the_same_calls(make):
@@ -548,11 +615,20 @@ class Dropping(nn.Module):
 
     def __init__(self, draw, often):
         super().__init__()
-        self.first, self.second, self.draw, self.often = nn.Linear(6, 4), nn.Linear(4, 4), draw, often
+        self.first, self.second, self.draw, self.often = (
+            nn.Linear(6, 4),
+            nn.Linear(4, 4),
+            draw,
+            often,
+        )
 
     def forward(self, inputs):
         hidden = torch.tanh(self.first(inputs))
-        return hidden if self.training and self.draw() < self.often else hidden + torch.tanh(self.second(hidden))
+        return (
+            hidden
+            if self.training and self.draw() < self.often
+            else hidden + torch.tanh(self.second(hidden))
+        )
 
 
 DRAWS = {
@@ -572,7 +648,12 @@ def test_branches_on_random_numbers_are_drawn_in_every_call(kind, often):
 @pytest.mark.parametrize("kind", DRAWS)
 def test_the_seed_alone_decides_whatever_generator_a_model_draws_from(kind, engine):
     def run(seed):
-        result = train(with_task(small_task("sign"), partial(Dropping, DRAWS[kind], 0.5)), engine=engine, seed=seed, **SETTINGS)
+        result = train(
+            with_task(small_task("sign"), partial(Dropping, DRAWS[kind], 0.5)),
+            engine=engine,
+            seed=seed,
+            **SETTINGS,
+        )
         return timeless(result.rows)
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -583,7 +664,11 @@ def test_the_seed_alone_decides_whatever_generator_a_model_draws_from(kind, engi
     random.setstate(states[0])
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     run(0)
-    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), "they are put back"
+    assert before == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    ), "they are put back"
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -613,15 +698,25 @@ def test_data_sets_metrics_losses_and_factories_are_seeded_too(kind):
         return made
 
     def make():
-        task = Task("sign", head, noisy_loss, (Metric("noisy", noisy_metric, higher_is_better=True),))
-        plain = Task("plain", partial(nn.Linear, out_features=2), functional.cross_entropy, (Metric("noisy", noisy_metric, True),))
+        task = Task(
+            "sign", head, noisy_loss, (Metric("noisy", noisy_metric, higher_is_better=True),)
+        )
+        plain = Task(
+            "plain",
+            partial(nn.Linear, out_features=2),
+            functional.cross_entropy,
+            (Metric("noisy", noisy_metric, True),),
+        )
         members = [
             Client("augmented", task, Augmented(data(0), draw), Augmented(data(1), draw)),
             Client("loaded", plain, lambda: (data(2)[0] + draw(), data(2)[1]), data(3)),
         ]
         return Federation(members, lambda: nn.Linear(6, 4))
 
-    runs = [timeless(train(make(), engine=engine, **SETTINGS).rows) for engine in ("reference", "vectorized", "reference")]
+    runs = [
+        timeless(train(make(), engine=engine, **SETTINGS).rows)
+        for engine in ("reference", "vectorized", "reference")
+    ]
     assert runs[0] == runs[2]
     for one, other in zip(runs[0], runs[1], strict=True):
         assert other["metric"] == pytest.approx(one["metric"], abs=1e-6)
@@ -667,7 +762,9 @@ def test_an_encoder_whose_examples_come_to_depend_on_others_is_noticed(clients):
     federation = Federation(made, lambda: Normed(largest))
     options = {"num_rounds": 30, "head_steps": 4, "encoder_steps": 2, "batch_size": 8}
     reference = train(federation, engine="reference", **options)
-    with pytest.warns(FedGradNormWarning, match="other features among other examples|no longer the step"):
+    with pytest.warns(
+        FedGradNormWarning, match="other features among other examples|no longer the step"
+    ):
         found = train(federation, **options)
     assert found.rows[-1]["loss"] == pytest.approx(reference.rows[-1]["loss"], rel=0.05)
 
@@ -682,14 +779,20 @@ class Drawing(Dataset):
         return 20
 
     def __getitem__(self, index):
-        return torch.from_numpy(self.draws.normal(size=6)).float() + index / 20, torch.tensor(index % 2)
+        return torch.from_numpy(self.draws.normal(size=6)).float() + index / 20, torch.tensor(
+            index % 2
+        )
 
 
 def test_a_data_set_with_a_generator_of_its_own_is_drawn_from_as_often_by_both_engines():
     def run(engine):
         clients = [Client("a", small_task("sign"), Drawing()), small_client("b")]
         return train(
-            Federation(clients, small_encoder, example=torch.zeros(1, 6)), engine=engine, num_rounds=3, head_steps=2, encoder_steps=2
+            Federation(clients, small_encoder, example=torch.zeros(1, 6)),
+            engine=engine,
+            num_rounds=3,
+            head_steps=2,
+            encoder_steps=2,
         )
 
     for expected, row in zip(run("reference").rows, run("vectorized").rows, strict=True):

@@ -43,7 +43,10 @@ def moved(make_encoder):
 def curves(federation, weighting, options, engine="vectorized"):
     """The losses by client, one a round, as shares of the initial loss."""
     rows = train(federation, weighting, engine=engine, eval_every=1000, **options).rows
-    return {id: np.array([row["inverse_training_rate"] for row in rows if row["client"] == id]) for id in federation.client_ids}
+    return {
+        id: np.array([row["inverse_training_rate"] for row in rows if row["client"] == id])
+        for id in federation.client_ids
+    }
 
 
 @pytest.mark.parametrize("setting", ["defaults", "digits", "demo"])
@@ -53,9 +56,18 @@ def test_what_ships_is_trained_stably(setting):
     reference = curves(federation, weighting, options, engine="reference")
     from_moved = curves(replace(federation, encoder=moved(federation.encoder)), weighting, options)
     for id, losses in trained.items():
-        np.testing.assert_allclose(losses, reference[id], rtol=1e-3, err_msg=f"{id}: the reference engine")
-        np.testing.assert_allclose(losses, from_moved[id], rtol=1e-2, err_msg=f"{id}: from an encoder that was moved by 1e-6")
+        np.testing.assert_allclose(
+            losses, reference[id], rtol=1e-3, err_msg=f"{id}: the reference engine"
+        )
+        np.testing.assert_allclose(
+            losses,
+            from_moved[id],
+            rtol=1e-2,
+            err_msg=f"{id}: from an encoder that was moved by 1e-6",
+        )
         smooth = np.convolve(losses, np.full(MEAN_OF, 1 / MEAN_OF), mode="valid")
         lowest = np.minimum.accumulate(smooth)
-        assert (smooth <= 1.1 * lowest).all(), f"{id}: its loss rises to {(smooth / lowest).max():.3g} times what it was"
+        assert (smooth <= 1.1 * lowest).all(), (
+            f"{id}: its loss rises to {(smooth / lowest).max():.3g} times what it was"
+        )
         assert smooth[-1] < 0.75, f"{id}: its loss is still {smooth[-1]:.3g} of the initial one"

@@ -31,7 +31,9 @@ def trained(engine, federation, training, rounds=ROUNDS, weighting=WEIGHTING):
     for _ in range(rounds):
         state, record = run_round(state, federation, engine, weighting, Mean(), training)
         assert not record.dropped
-        losses += [number for report in record.reports for number in (report.loss, report.initial_loss)]
+        losses += [
+            number for report in record.reports for number in (report.loss, report.initial_loss)
+        ]
     states = engine.client_states
     return {
         "encoder": state.encoder,
@@ -40,24 +42,54 @@ def trained(engine, federation, training, rounds=ROUNDS, weighting=WEIGHTING):
         "heads": vector(states[id].head for id in sorted(states)),
         "velocity": vector(states[id].head_velocity for id in sorted(states)),
         "buffers": vector([*(states[id].encoder_buffers for id in sorted(states)), state.buffers]),
-        "evaluations": torch.tensor([one.loss for _, one in sorted(engine.evaluate(state.encoder, state.buffers).items())]),
-        "metrics": [one.metrics for _, one in sorted(engine.evaluate(state.encoder, state.buffers).items())],
+        "evaluations": torch.tensor(
+            [one.loss for _, one in sorted(engine.evaluate(state.encoder, state.buffers).items())]
+        ),
+        "metrics": [
+            one.metrics for _, one in sorted(engine.evaluate(state.encoder, state.buffers).items())
+        ],
     }
 
 
 def vector(tensors_by_name):
-    return torch.cat([torch.zeros(0), *(value.double().reshape(-1) for tensors in tensors_by_name for value in tensors.values())])
+    return torch.cat(
+        [
+            torch.zeros(0),
+            *(
+                value.double().reshape(-1)
+                for tensors in tensors_by_name
+                for value in tensors.values()
+            ),
+        ]
+    )
 
 
-def check_same(federation, training, tolerance, *, device="cpu", metrics=True, threads=2, weighting=WEIGHTING, **options):
-    reference = trained(ReferenceEngine(federation, training.seed), federation, training, weighting=weighting)
+def check_same(
+    federation,
+    training,
+    tolerance,
+    *,
+    device="cpu",
+    metrics=True,
+    threads=2,
+    weighting=WEIGHTING,
+    **options,
+):
+    reference = trained(
+        ReferenceEngine(federation, training.seed), federation, training, weighting=weighting
+    )
     engine = VectorizedEngine(federation, training.seed, threads=threads, device=device, **options)
     found = trained(engine, federation, training, weighting=weighting)
     expected_metrics, found_metrics = reference.pop("metrics"), found.pop("metrics")
     for name, expected in reference.items():
         assert found[name].shape == expected.shape, name
-        apart, size = torch.linalg.vector_norm(found[name] - expected), torch.linalg.vector_norm(expected)
-        assert apart <= tolerance * size, f"{name}: {apart / size:.2g} apart, expected at most {tolerance}"
+        apart, size = (
+            torch.linalg.vector_norm(found[name] - expected),
+            torch.linalg.vector_norm(expected),
+        )
+        assert apart <= tolerance * size, (
+            f"{name}: {apart / size:.2g} apart, expected at most {tolerance}"
+        )
     if metrics:
         for one, other in zip(found_metrics, expected_metrics, strict=True):
             assert one == pytest.approx(other, rel=1e-5)
@@ -78,14 +110,26 @@ def doubled(federation):
     clients = []
     for client in federation.clients:
         task = client.task
-        tasks.setdefault(id(task), Task(task.name, lambda features, make=task.head: make(features).double(), task.loss, task.metrics))
+        tasks.setdefault(
+            id(task),
+            Task(
+                task.name,
+                lambda features, make=task.head: make(features).double(),
+                task.loss,
+                task.metrics,
+            ),
+        )
         test = None if client.test_data is None else wide(client.test_data)
         clients.append(Client(client.id, tasks[id(task)], wide(client.train_data), test))
-    return Federation(clients, lambda: federation.encoder().double(), federation.norm_layer, federation.buffers)
+    return Federation(
+        clients, lambda: federation.encoder().double(), federation.norm_layer, federation.buffers
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "clients", "way"), [("W1", 4, "looped"), ("W2", 4, "looped"), ("W5", 40, "stacked")])
+@pytest.mark.parametrize(
+    ("name", "clients", "way"), [("W1", 4, "looped"), ("W2", 4, "looped"), ("W5", 40, "stacked")]
+)
 def test_the_workloads_of_the_benchmark(name, clients, way, device):
     """W2 with small steps: in single precision rounding puts some of its millions of ReLUs on the other side of their kink."""
     federation, training = case(name, clients)
@@ -102,7 +146,12 @@ def test_the_workloads_in_double_precision(name, clients):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "federation", [lambda: digits.make(0), lambda: radcom.make(0, snapshots=30), lambda: radcom.make(0, snapshots=30, clients_per_task=6)]
+    "federation",
+    [
+        lambda: digits.make(0),
+        lambda: radcom.make(0, snapshots=30),
+        lambda: radcom.make(0, snapshots=30, clients_per_task=6),
+    ],
 )
 def test_the_federations(federation, device):
     federation = federation()
@@ -110,12 +159,20 @@ def test_the_federations(federation, device):
     check_same(doubled(federation), TrainConfig(batch_size=32), 1e-10, device=device)
 
 
-@pytest.mark.parametrize("weighting", [MGDA(), NashMTL(), FedGradNorm()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "weighting", [MGDA(), NashMTL(), FedGradNorm()], ids=lambda one: type(one).__name__
+)
 def test_gradients_that_are_compared_keep_their_digits(weighting):
     """Read off how far the encoder has gone, gradients as small as these would have three."""
     federation = small_federation()
-    tasks = {one.task.name: Task(one.task.name, one.task.head, partial(scaled, one.task.loss)) for one in federation.clients}
-    clients = [Client(one.id, tasks[one.task.name], one.train_data, one.test_data) for one in federation.clients]
+    tasks = {
+        one.task.name: Task(one.task.name, one.task.head, partial(scaled, one.task.loss))
+        for one in federation.clients
+    }
+    clients = [
+        Client(one.id, tasks[one.task.name], one.train_data, one.test_data)
+        for one in federation.clients
+    ]
     training = TrainConfig(head_steps=3, encoder_steps=10, batch_size=8, encoder_lr=0.002)
     check_same(Federation(clients, smooth_encoder), training, 1e-6, weighting=weighting)
 
@@ -133,11 +190,18 @@ def test_real_faces(mtfl_zip, batch_norm):
     """With small steps where batches are normalised: the reference itself ends 2e-3 from its double-precision self with larger ones."""
     federation = mtfl.make(0, path=str(mtfl_zip))
     small = [
-        Client(one.id, one.task, tuple(part[:50] for part in one.train_data), tuple(part[:20] for part in one.test_data))
+        Client(
+            one.id,
+            one.task,
+            tuple(part[:50] for part in one.train_data),
+            tuple(part[:20] for part in one.test_data),
+        )
         for one in federation.clients
     ]
     model = partial(cnn, federation.input_shape, batch_norm=batch_norm)
-    training = TrainConfig(head_steps=2, encoder_steps=2, batch_size=16, encoder_lr=0.001 if batch_norm else 0.05)
+    training = TrainConfig(
+        head_steps=2, encoder_steps=2, batch_size=16, encoder_lr=0.001 if batch_norm else 0.05
+    )
     check_same(Federation(small, model), training, 1e-5, metrics=False)
     check_same(doubled(Federation(small, model)), training, 1e-10)
 
@@ -165,7 +229,9 @@ def one_number_in_a_vector(outputs, targets):
 
 
 def weighted(outputs, targets):
-    return functional.cross_entropy(outputs, targets, weight=torch.tensor([0.3, 1.0, 2.0], dtype=outputs.dtype))
+    return functional.cross_entropy(
+        outputs, targets, weight=torch.tensor([0.3, 1.0, 2.0], dtype=outputs.dtype)
+    )
 
 
 LOSSES = (functional.cross_entropy, huber, one_number_in_a_vector, weighted)
@@ -186,24 +252,53 @@ def federations(draw, dtype):
     activation = draw(st.sampled_from([nn.Tanh, nn.Softplus]))
 
     def encoder():
-        first = [nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()] if convolution else []
+        first = (
+            [
+                nn.Unflatten(1, (1, 4, 4)),
+                nn.Conv2d(1, 2, 3),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+            ]
+            if convolution
+            else []
+        )
         linear = nn.Linear(2 if convolution else 16, 7)
         if frozen:
             linear.bias.requires_grad_(False)
-        return nn.Sequential(*first, linear, LAYERS[layer](), activation(), nn.Linear(7, 5)).to(dtype)
+        return nn.Sequential(*first, linear, LAYERS[layer](), activation(), nn.Linear(7, 5)).to(
+            dtype
+        )
 
     def head(features):
-        layers = [nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, 3)] if two_layers else [nn.Linear(features, 3)]
+        layers = (
+            [nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, 3)]
+            if two_layers
+            else [nn.Linear(features, 3)]
+        )
         return nn.Sequential(*layers).to(dtype)
 
-    tasks = [Task(f"task {index}", head, draw(st.sampled_from(LOSSES))) for index in range(draw(st.integers(1, 3)))]
+    tasks = [
+        Task(f"task {index}", head, draw(st.sampled_from(LOSSES)))
+        for index in range(draw(st.integers(1, 3)))
+    ]
     rng = np.random.default_rng(draw(st.integers(0, 100)))
     clients = []
     for index in range(draw(st.integers(1, 12))):
         examples = draw(st.integers(8, 30))
-        inputs, targets = torch.tensor(rng.normal(size=(examples, 16)), dtype=dtype), torch.tensor(rng.integers(3, size=examples))
+        inputs, targets = (
+            torch.tensor(rng.normal(size=(examples, 16)), dtype=dtype),
+            torch.tensor(rng.integers(3, size=examples)),
+        )
         targets[:3] = torch.arange(3)
-        clients.append(Client(f"c{index}", draw(st.sampled_from(tasks)), (inputs, targets), (inputs[:5], targets[:5])))
+        clients.append(
+            Client(
+                f"c{index}",
+                draw(st.sampled_from(tasks)),
+                (inputs, targets),
+                (inputs[:5], targets[:5]),
+            )
+        )
     return Federation(clients, encoder, buffers=draw(st.sampled_from(["local", "averaged"])))
 
 
@@ -243,5 +338,7 @@ def test_little_memory_gives_the_same_numbers(limit):
 
 def test_participants_that_change_from_round_to_round():
     ids = "abcdefgh"
-    training = TrainConfig(participants=(tuple(ids), ("a", "b"), tuple("cdefgh")), head_momentum=0.9, batch_size=8)
+    training = TrainConfig(
+        participants=(tuple(ids), ("a", "b"), tuple("cdefgh")), head_momentum=0.9, batch_size=8
+    )
     check_same(small_federation(ids), training, 1e-5)

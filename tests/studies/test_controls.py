@@ -11,13 +11,23 @@ from fedgradnorm.registry import build
 from fedgradnorm.weighting import Equal, FedGradNorm
 from studies.controls import UnitLength
 
-OTHERS = {"equal": Equal(), "step": FedGradNorm(solver="step"), "exact": FedGradNorm(solver="exact")}
+OTHERS = {
+    "equal": Equal(),
+    "step": FedGradNorm(solver="step"),
+    "exact": FedGradNorm(solver="exact"),
+}
 
 
 def reports(seed, count=4):
     generator = torch.Generator().manual_seed(seed)
-    gradients = torch.randn(count, 30, generator=generator) * torch.tensor([[0.01], [1.0], [3.0], [50.0]])[:count]
-    return [Report(f"c{i}", f"t{i}", g, 0.5 + 0.1 * i, 1.0, float(g[-5:].norm()), 10) for i, g in enumerate(gradients)]
+    gradients = (
+        torch.randn(count, 30, generator=generator)
+        * torch.tensor([[0.01], [1.0], [3.0], [50.0]])[:count]
+    )
+    return [
+        Report(f"c{i}", f"t{i}", g, 0.5 + 0.1 * i, 1.0, float(g[-5:].norm()), 10)
+        for i, g in enumerate(gradients)
+    ]
 
 
 @pytest.mark.parametrize("of", OTHERS)
@@ -41,6 +51,8 @@ def test_a_direction_of_length_0_stays_as_it_is():
 
 
 def test_a_study_can_name_it_and_a_wrong_option_is_told():
-    assert build("weighting", WeightingConfig(name="studies.controls:UnitLength", of="exact")) == UnitLength("exact")
+    assert build(
+        "weighting", WeightingConfig(name="studies.controls:UnitLength", of="exact")
+    ) == UnitLength("exact")
     with pytest.raises(ConfigError, match="weighting.of: expected"):
         build("weighting", WeightingConfig(name="studies.controls:UnitLength", of="nash"))

@@ -43,7 +43,11 @@ def test_single_points_give_the_minimiser_of_weighted_powers_of_the_distance(gam
     problem = problem_of(1, 0.0)
     centres, start = problem.points[:, 0], np.full(DIMENSION, 0.3)
     weights = np.linalg.norm(start - centres, axis=1) ** (-2 * gamma)
-    powers = minimize(lambda omega: weights @ np.linalg.norm(omega - centres, axis=1) ** (1 + 2 * gamma), start, tol=1e-14)
+    powers = minimize(
+        lambda omega: weights @ np.linalg.norm(omega - centres, axis=1) ** (1 + 2 * gamma),
+        start,
+        tol=1e-14,
+    )
     np.testing.assert_allclose(fixed_point(problem, start, gamma)[0], powers.x, atol=1e-5)
 
 
@@ -53,7 +57,9 @@ def test_both_conditions_of_the_fixed_point_hold():
     centres = problem.points.mean(axis=1)
     gradients = problem.scales[:, None] * (omega - centres)
     np.testing.assert_allclose(p @ gradients, 0, atol=1e-9)
-    losses, initial = (((at - problem.points) ** 2).sum(axis=2).mean(axis=1) for at in (omega, start))
+    losses, initial = (
+        ((at - problem.points) ** 2).sum(axis=2).mean(axis=1) for at in (omega, start)
+    )
     ratios = p * np.linalg.norm(gradients, axis=1) / (losses / initial) ** gamma
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-8)
     assert p.sum() == pytest.approx(len(p))
@@ -96,6 +102,9 @@ def test_the_table_and_the_chart_say_what_was_found(tmp_path):
     assert "does not converge" in table.splitlines()[3]
     (axes,) = chart.axes
     assert [line.get_label() for line in axes.lines] == [EXACT.name, STEP.name]
-    assert axes.get_title() == f"{EXACT.name}: to p* at an exponential rate; the others stop short of it"
+    assert (
+        axes.get_title()
+        == f"{EXACT.name}: to p* at an exponential rate; the others stop short of it"
+    )
     save_svg(chart, tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()

@@ -14,15 +14,55 @@ STUDIES = Path(__file__).parents[2] / "studies"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "methods")
 REAL_DATA = {"mtfl", "radcom-hdf5"}
 WHOLE_FIELD = {"radcom", "radcom-hdf5", "mtfl"}
-OTHERS = {"imbalance", "imbalance-digits", "loss-scale", "many-clients", "options", "options-digits", "participation"}
+OTHERS = {
+    "imbalance",
+    "imbalance-digits",
+    "loss-scale",
+    "many-clients",
+    "options",
+    "options-digits",
+    "participation",
+}
 WITHOUT_A_SHARED_ENCODER = {"local", "centralized", "centralized GradNorm"}
 FIELD = {
-    *("equal", "fedgradnorm step", "fedgradnorm exact", "dwa", "uncertainty", "gls", "rlw", "qffl", "afl", "pcgrad", "cagrad", "mgda"),
-    *("fedmgda_plus", "nash_mtl", "imtl_g", "fedhca2", "fedper", "fedprox", *WITHOUT_A_SHARED_ENCODER),
+    *(
+        "equal",
+        "fedgradnorm step",
+        "fedgradnorm exact",
+        "dwa",
+        "uncertainty",
+        "gls",
+        "rlw",
+        "qffl",
+        "afl",
+        "pcgrad",
+        "cagrad",
+        "mgda",
+    ),
+    *(
+        "fedmgda_plus",
+        "nash_mtl",
+        "imtl_g",
+        "fedhca2",
+        "fedper",
+        "fedprox",
+        *WITHOUT_A_SHARED_ENCODER,
+    ),
     *("fedgradnorm exact norm", "equal unit length", "exact unit length"),
 }
-TINY = ("engine.name='reference'", "seeds=[0]", "train.num_rounds=2", "train.eval_every=2", "train.head_steps=1", "train.encoder_steps=1")
-TUNING = ("tuning.seeds=[100]", "tuning.num_rounds=1", "tuning.axes=[{keys=['train.encoder_lr'],values=[0.05]}]")
+TINY = (
+    "engine.name='reference'",
+    "seeds=[0]",
+    "train.num_rounds=2",
+    "train.eval_every=2",
+    "train.head_steps=1",
+    "train.encoder_steps=1",
+)
+TUNING = (
+    "tuning.seeds=[100]",
+    "tuning.num_rounds=1",
+    "tuning.axes=[{keys=['train.encoder_lr'],values=[0.05]}]",
+)
 SMALL = {
     **dict.fromkeys(("options-digits", "imbalance-digits"), "seeds=[0]"),
     "many-clients": "federation.clients_per_task=2",
@@ -41,7 +81,9 @@ def test_a_study_is_fair(name, full):
     assert study.tuning is not None
     assert len(study.tuning.seeds) >= 2
     assert not set(study.seeds) & set(study.tuning.seeds)
-    assert {"equal", "fedgradnorm step", "fedgradnorm exact"} <= {method.name for method in study.methods}
+    assert {"equal", "fedgradnorm step", "fedgradnorm exact"} <= {
+        method.name for method in study.methods
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +93,9 @@ def test_the_length_of_the_servers_step_is_tuned_where_there_is_one(name):
     assert set(clients.keys) == {"train.encoder_lr", "train.head_lr"}
     assert server.keys == ("train.server_lr",)
     assert server.values[0] == 1
-    assert set(server.not_for) == WITHOUT_A_SHARED_ENCODER & {method.name for method in study.methods}
+    assert set(server.not_for) == WITHOUT_A_SHARED_ENCODER & {
+        method.name for method in study.methods
+    }
     assert not clients.not_for
 
 
@@ -68,12 +112,20 @@ def test_there_are_all_the_studies():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - REAL_DATA))
 def test_a_tiny_version_runs_from_end_to_end(name, tmp_path):
-    study = load_study(STUDIES / f"{name}.toml", [*TINY, *TUNING, SMALL.get(name, "federation.snapshots=5")])
+    study = load_study(
+        STUDIES / f"{name}.toml", [*TINY, *TUNING, SMALL.get(name, "federation.snapshots=5")]
+    )
     variant = study.variants[VARIANT.get(name, -1)]
-    study = study.model_copy(update={"variants": (variant,), "tuning": study.tuning if name == "options" else None})
+    study = study.model_copy(
+        update={"variants": (variant,), "tuning": study.tuning if name == "options" else None}
+    )
     results = compare(study, tmp_path)
-    assert {one.ended.state for one in results.cells} == {"trained"}, [one.ended.reason for one in results.cells]
+    assert {one.ended.state for one in results.cells} == {"trained"}, [
+        one.ended.reason for one in results.cells
+    ]
     write_tables(results, tmp_path)
     assert study.title in write_page(results, tmp_path / "index.html").read_text()
     with (tmp_path / "results.csv").open() as file:
-        assert {row["method"] for row in csv.DictReader(file)} == {method.name for method in study.methods}
+        assert {row["method"] for row in csv.DictReader(file)} == {
+            method.name for method in study.methods
+        }

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedgradnorm.checkpoint import Checkpoint, later_than, load_newest, save_checkpoint, set_aside, sound_rounds
+from fedgradnorm.checkpoint import (
+    Checkpoint,
+    later_than,
+    load_newest,
+    save_checkpoint,
+    set_aside,
+    sound_rounds,
+)
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
@@ -26,7 +33,9 @@ def kept(folder):
     return sorted(int(path.name[6:14]) for path in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])]
+)
 def test_a_round_that_is_saved_again_with_other_content_counts_once(tmp_path, keep, left):
     save(tmp_path, keep, 1, 2, 3, 4, 5)
     for seconds in range(10, 20):
@@ -46,7 +55,9 @@ def test_two_files_of_one_earlier_round_count_once(tmp_path, keep):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_a_damaged_checkpoint_that_was_set_aside_does_not_count_and_may_be_saved_again(tmp_path, keep):
+def test_a_damaged_checkpoint_that_was_set_aside_does_not_count_and_may_be_saved_again(
+    tmp_path, keep
+):
     save(tmp_path, keep, 1, 2, 3)
     path = load_newest(tmp_path)[1]
     content = path.read_bytes()

@@ -12,31 +12,59 @@ from fedgradnorm.evaluation import evaluate
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import buffers_of, flatten, norm_layer_slices, norm_over
 from fedgradnorm.randomness import quick_generator
-from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation
+from tests.helpers import (
+    batch_norm_encoder,
+    dropout_encoder,
+    small_client,
+    small_encoder,
+    small_federation,
+)
 
 
 def batches(data, batch_size, num_batches, *key):
-    numbers = quick_generator(*key).random((num_passes(len(data[0]), batch_size, num_batches), len(data[0])))
+    numbers = quick_generator(*key).random(
+        (num_passes(len(data[0]), batch_size, num_batches), len(data[0]))
+    )
     return [take(data, indices) for indices in batch_order(numbers, batch_size, num_batches)]
 
 
-TRAINING = TrainConfig(head_steps=3, encoder_steps=4, head_lr=0.3, encoder_lr=0.2, batch_size=8, seed=5)
+TRAINING = TrainConfig(
+    head_steps=3, encoder_steps=4, head_lr=0.3, encoder_lr=0.2, batch_size=8, seed=5
+)
 
 
 def prepare(encoder=small_encoder, dtype=torch.float32, training=TRAINING, **options):
-    federation = small_federation(encoder=lambda: encoder().to(dtype), **options) if dtype == torch.float32 else doubled(encoder)
+    federation = (
+        small_federation(encoder=lambda: encoder().to(dtype), **options)
+        if dtype == torch.float32
+        else doubled(encoder)
+    )
     client = federation.clients[1]
     module, head = federation.make_encoder(5), federation.make_head(client, 5).to(dtype)
     state = initial_state(federation, client, 5, buffers_of(module))
-    state = ClientState({name: value.to(dtype) for name, value in state.head.items()}, encoder_buffers=state.encoder_buffers)
+    state = ClientState(
+        {name: value.to(dtype) for name, value in state.head.items()},
+        encoder_buffers=state.encoder_buffers,
+    )
     shared = buffers_of(module) if federation.buffers == "averaged" else {}
     instruction = Instruction(7, client.id, flatten(module), shared, training)
-    return client, module, head, norm_layer_slices(module, federation.norm_layer), state, instruction
+    return (
+        client,
+        module,
+        head,
+        norm_layer_slices(module, federation.norm_layer),
+        state,
+        instruction,
+    )
 
 
 def doubled(encoder):
     inputs = torch.tensor(np.random.default_rng(3).normal(size=(30, 6)))
-    task = Task("sign", lambda features: nn.Linear(features, 2, dtype=torch.float64), functional.cross_entropy)
+    task = Task(
+        "sign",
+        lambda features: nn.Linear(features, 2, dtype=torch.float64),
+        functional.cross_entropy,
+    )
     clients = [Client(id, task, (inputs, (inputs[:, 0] > 0).long())) for id in "abc"]
     return Federation(clients, lambda: encoder().double())
 
@@ -65,13 +93,17 @@ def test_the_gradient_is_that_of_a_hand_written_autograd_of_the_same_batches(dty
     for inputs, targets in batches(client.train_data, 8, 3, 5, 7, client.id, "head batches"):
         h = [value.requires_grad_() for value in h]
         gradients = torch.autograd.grad(loss_of(w, h, inputs, targets), h)
-        h = [(value - 0.3 * gradient).detach() for value, gradient in zip(h, gradients, strict=True)]
+        h = [
+            (value - 0.3 * gradient).detach() for value, gradient in zip(h, gradients, strict=True)
+        ]
     total, losses = [torch.zeros_like(value) for value in w], []
     for inputs, targets in batches(client.train_data, 8, 4, 5, 7, client.id, "encoder batches"):
         w = [value.requires_grad_() for value in w]
         loss = loss_of(w, h, inputs, targets)
         gradients = torch.autograd.grad(loss, w)
-        w = [(value - 0.2 * gradient).detach() for value, gradient in zip(w, gradients, strict=True)]
+        w = [
+            (value - 0.2 * gradient).detach() for value, gradient in zip(w, gradients, strict=True)
+        ]
         total = [sum_ + gradient for sum_, gradient in zip(total, gradients, strict=True)]
         losses.append(loss.item())
 
@@ -80,7 +112,9 @@ def test_the_gradient_is_that_of_a_hand_written_autograd_of_the_same_batches(dty
     torch.testing.assert_close(report.gradient, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(after.head["weight"], h[0], rtol=1e-6, atol=1e-7)
     assert report.loss == pytest.approx(np.mean(losses), rel=1e-6)
-    assert report.grad_norm == pytest.approx((expected[-(4 * 8 + 4) :] ** 2).sum().sqrt().item(), rel=1e-6)
+    assert report.grad_norm == pytest.approx(
+        (expected[-(4 * 8 + 4) :] ** 2).sum().sqrt().item(), rel=1e-6
+    )
 
 
 def test_the_report_says_what_it_should():
@@ -89,7 +123,10 @@ def test_the_report_says_what_it_should():
     head.load_state_dict(dict(state.head))
     with torch.no_grad():
         (inputs, targets), encoder = client.train_data, small_federation().make_encoder(5)
-        losses = [functional.cross_entropy(head(encoder(inputs[batch])), targets[batch]) for batch in loss_batches(client, TRAINING)]
+        losses = [
+            functional.cross_entropy(head(encoder(inputs[batch])), targets[batch])
+            for batch in loss_batches(client, TRAINING)
+        ]
         first = torch.stack(losses).mean().item()
     assert report.initial_loss == pytest.approx(first, rel=1e-5)
     assert after.initial_loss == report.initial_loss
@@ -108,9 +145,14 @@ def test_the_initial_loss_is_measured_once():
 
 def test_a_state_and_an_instruction_are_not_changed_and_scratch_modules_do_not_matter():
     client, encoder, head, norm_layer, state, instruction = prepare(batch_norm_encoder)
-    frozen_head, frozen_encoder = {name: value.clone() for name, value in state.head.items()}, instruction.encoder.clone()
+    frozen_head, frozen_encoder = (
+        {name: value.clone() for name, value in state.head.items()},
+        instruction.encoder.clone(),
+    )
     first, _ = local_update(client, encoder, head, norm_layer, state, instruction)
-    again, _ = local_update(client, encoder, head, norm_layer, state, instruction)  # with what the first left in the modules
+    again, _ = local_update(
+        client, encoder, head, norm_layer, state, instruction
+    )  # with what the first left in the modules
     assert torch.equal(first.gradient, again.gradient)
     assert first.loss == again.loss
     assert torch.equal(instruction.encoder, frozen_encoder)
@@ -125,7 +167,10 @@ def test_an_exact_loss_is_that_of_the_new_head_on_the_received_encoder():
     head.load_state_dict(dict(after.head))
     with torch.no_grad():
         (inputs, targets), received = client.train_data, federation.make_encoder(5)
-        losses = [functional.cross_entropy(head(received(inputs[batch])), targets[batch]) for batch in loss_batches(client, training)]
+        losses = [
+            functional.cross_entropy(head(received(inputs[batch])), targets[batch])
+            for batch in loss_batches(client, training)
+        ]
         expected = torch.stack(losses).mean().item()
     assert report.loss == pytest.approx(expected, rel=1e-5)
 
@@ -133,7 +178,9 @@ def test_an_exact_loss_is_that_of_the_new_head_on_the_received_encoder():
 def test_the_cap_on_examples_takes_the_same_ones_every_time():
     client, encoder, head, *_ = prepare()
     few = TRAINING.model_copy(update={"loss_examples": 4})
-    one, other, all_of_them = (mean_loss(client, encoder, head, training) for training in (few, few, TRAINING))
+    one, other, all_of_them = (
+        mean_loss(client, encoder, head, training) for training in (few, few, TRAINING)
+    )
     assert one == other != all_of_them
 
 
@@ -141,10 +188,17 @@ def test_local_buffers_stay_and_averaged_ones_are_sent():
     client, encoder, head, norm_layer, state, instruction = prepare(batch_norm_encoder)
     report, after = local_update(client, encoder, head, norm_layer, state, instruction)
     assert report.buffers == {}
-    assert after.encoder_buffers["1.num_batches_tracked"] == TRAINING.head_steps + TRAINING.encoder_steps
-    assert not torch.equal(after.encoder_buffers["1.running_mean"], state.encoder_buffers["1.running_mean"])
+    assert (
+        after.encoder_buffers["1.num_batches_tracked"]
+        == TRAINING.head_steps + TRAINING.encoder_steps
+    )
+    assert not torch.equal(
+        after.encoder_buffers["1.running_mean"], state.encoder_buffers["1.running_mean"]
+    )
 
-    client, encoder, head, norm_layer, state, instruction = prepare(batch_norm_encoder, buffers="averaged")
+    client, encoder, head, norm_layer, state, instruction = prepare(
+        batch_norm_encoder, buffers="averaged"
+    )
     report, after = local_update(client, encoder, head, norm_layer, state, instruction)
     assert after.encoder_buffers == {}
     assert report.buffers.keys() == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
@@ -152,16 +206,33 @@ def test_local_buffers_stay_and_averaged_ones_are_sent():
 
 def test_head_momentum_is_kept_from_round_to_round():
     """Two rounds of one head step are two steps of one optimiser, when the encoder stands still."""
-    training = TrainConfig(head_steps=1, encoder_steps=1, head_lr=0.1, head_momentum=0.9, encoder_lr=0.1, batch_size=8, seed=5)
+    training = TrainConfig(
+        head_steps=1,
+        encoder_steps=1,
+        head_lr=0.1,
+        head_momentum=0.9,
+        encoder_lr=0.1,
+        batch_size=8,
+        seed=5,
+    )
     client, encoder, head, norm_layer, state, instruction = prepare(training=training)
     _, middle = local_update(client, encoder, head, norm_layer, state, instruction)
-    _, last = local_update(client, encoder, head, norm_layer, middle, Instruction(8, client.id, instruction.encoder, {}, training))
+    _, last = local_update(
+        client,
+        encoder,
+        head,
+        norm_layer,
+        middle,
+        Instruction(8, client.id, instruction.encoder, {}, training),
+    )
 
     encoder, head = small_federation().make_encoder(5), small_federation().make_head(client, 5)
     head.load_state_dict(dict(state.head))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     for round in (7, 8):
-        (inputs, targets), *_ = batches(client.train_data, 8, 1, 5, round, client.id, "head batches")
+        (inputs, targets), *_ = batches(
+            client.train_data, 8, 1, 5, round, client.id, "head batches"
+        )
         optimizer.zero_grad()
         functional.cross_entropy(head(encoder(inputs).detach()), targets).backward()
         optimizer.step()
@@ -175,7 +246,14 @@ def test_dropout_is_drawn_from_seed_round_and_client():
         torch.manual_seed(1234)
         same, _ = local_update(client, encoder, head, norm_layer, state, instruction)
     other_seed = TRAINING.model_copy(update={"seed": 6})
-    other, _ = local_update(client, encoder, head, norm_layer, state, Instruction(7, client.id, instruction.encoder, {}, other_seed))
+    other, _ = local_update(
+        client,
+        encoder,
+        head,
+        norm_layer,
+        state,
+        Instruction(7, client.id, instruction.encoder, {}, other_seed),
+    )
     assert torch.equal(one.gradient, same.gradient)
     assert not torch.equal(one.gradient, other.gradient)
 
@@ -192,5 +270,9 @@ def test_evaluate_is_over_all_examples_whatever_the_batches():
     with torch.no_grad():
         outputs = head(encoder(client.train_data[0]))
     assert evaluation.num_examples == 1100
-    assert evaluation.loss == pytest.approx(functional.cross_entropy(outputs, client.train_data[1]).item(), rel=1e-5)
-    assert evaluation.metrics["accuracy"] == pytest.approx((outputs.argmax(1) == client.train_data[1]).float().mean().item())
+    assert evaluation.loss == pytest.approx(
+        functional.cross_entropy(outputs, client.train_data[1]).item(), rel=1e-5
+    )
+    assert evaluation.metrics["accuracy"] == pytest.approx(
+        (outputs.argmax(1) == client.train_data[1]).float().mean().item()
+    )

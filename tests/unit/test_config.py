@@ -5,7 +5,14 @@ import pytest
 
 from fedgradnorm import ConfigError
 from fedgradnorm.build import resolve_training
-from fedgradnorm.config import Component, MethodConfig, RunConfig, TrainConfig, WeightingConfig, load_config
+from fedgradnorm.config import (
+    Component,
+    MethodConfig,
+    RunConfig,
+    TrainConfig,
+    WeightingConfig,
+    load_config,
+)
 from fedgradnorm.registry import BUILT_INS, build, describe, name_of, resolve, resolved
 from fedgradnorm.weighting import FedGradNorm
 
@@ -31,7 +38,9 @@ def file(tmp_path):
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file):
-    config = load_config(file, ["weighting.gamma=0.9", "train.seed=3", "run.dir=out", "federation.sizes.class=10"])
+    config = load_config(
+        file, ["weighting.gamma=0.9", "train.seed=3", "run.dir=out", "federation.sizes.class=10"]
+    )
     assert config.train.num_rounds == 7
     assert config.train.seed == 3
     assert config.train.batch_size == RunConfig().train.batch_size
@@ -62,12 +71,21 @@ def test_a_number_may_name_a_folder():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.num_round=5"], "unknown key 'train.num_round'; did you mean 'num_rounds'? on the command line"),
+        (
+            ["train.num_round=5"],
+            "unknown key 'train.num_round'; did you mean 'num_rounds'? on the command line",
+        ),
         (["trian.num_rounds=5"], "unknown key 'trian'; did you mean 'train'?"),
-        (["train.num_rounds=0"], "train.num_rounds: expected greater than or equal to 1, found 0 on the command line"),
+        (
+            ["train.num_rounds=0"],
+            "train.num_rounds: expected greater than or equal to 1, found 0 on the command line",
+        ),
         (["train.num_rounds=many"], "train.num_rounds: expected a valid integer"),
         (["train.encoder_lr=nan"], "train.encoder_lr: expected"),
-        (["train.server_optimizer=rmsprop"], "train.server_optimizer: expected 'sgd' or 'adam', found 'rmsprop'"),
+        (
+            ["train.server_optimizer=rmsprop"],
+            "train.server_optimizer: expected 'sgd' or 'adam', found 'rmsprop'",
+        ),
         (["train=5"], "train: expected"),
         (["train.num_rounds"], "'train.num_rounds': expected table.key=value"),
         (["train.num_rounds.x=1"], "'train.num_rounds.x=1': 'num_rounds' is a value, not a table"),
@@ -86,7 +104,9 @@ def test_another_part_starts_from_its_own_defaults(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text(FILE + '[model]\nname = "mlp"\nhidden = [3]\nnorm_layer = "1"\n')
     config = load_config(path, ["weighting.damping=0.1", "weighting.name=equal", "model.name=cnn"])
-    assert config.weighting.options == {"damping": 0.1}  # said on the command line, so it is refused later
+    assert config.weighting.options == {
+        "damping": 0.1
+    }  # said on the command line, so it is refused later
     assert (config.model.options, config.model.norm_layer) == ({}, "1")
     assert load_config(path, ["weighting.name=fedgradnorm"]).weighting.options == {"gamma": 0.5}
 
@@ -94,7 +114,9 @@ def test_another_part_starts_from_its_own_defaults(tmp_path):
 def test_a_fault_in_the_file_names_the_file(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[train]\nnum_rounds = -1\nbatchsize = 3\n")
-    with pytest.raises(ConfigError, match=r"train.num_rounds: .* found -1 in .*bad.toml \(and 1 more\)"):
+    with pytest.raises(
+        ConfigError, match=r"train.num_rounds: .* found -1 in .*bad.toml \(and 1 more\)"
+    ):
         load_config(path)
     path.write_text("[train\n")
     with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML: .*line 1"):
@@ -107,20 +129,46 @@ def test_a_fault_in_the_file_names_the_file(tmp_path):
 
 
 def test_a_table_without_a_name_keeps_the_default_part():
-    assert load_config(None, ["weighting.gamma=0.3"]).weighting == WeightingConfig(name="fedgradnorm", gamma=0.3)
+    assert load_config(None, ["weighting.gamma=0.3"]).weighting == WeightingConfig(
+        name="fedgradnorm", gamma=0.3
+    )
     assert load_config(None, ["federation.tasks=[]"]).federation.name == "radcom"
 
 
 @pytest.mark.parametrize(
     ("kind", "part", "message"),
     [
-        ("weighting", Component(name="fedgradnrom"), "weighting.name: there is no weighting 'fedgradnrom'; did you mean 'fedgradnorm'?"),
-        ("weighting", Component(name="nowhere:Mine"), "weighting.name: 'nowhere:Mine' cannot be imported"),
+        (
+            "weighting",
+            Component(name="fedgradnrom"),
+            "weighting.name: there is no weighting 'fedgradnrom'; did you mean 'fedgradnorm'?",
+        ),
+        (
+            "weighting",
+            Component(name="nowhere:Mine"),
+            "weighting.name: 'nowhere:Mine' cannot be imported",
+        ),
         ("weighting", Component(name="fedgradnorm.weighting.equal:Mine"), "cannot be imported"),
-        ("weighting", Component(name="fedgradnorm", gama=1), "unknown key 'weighting.gama'; did you mean 'gamma'?"),
-        ("weighting", Component(name="fedgradnorm", gamma=-1), "weighting.gamma: expected a number from 0 to 10, found -1"),
-        ("weighting", Component(name="fedgradnorm", gamma="high"), "weighting.gamma: expected a valid number"),
-        ("weighting", Component(name="fedgradnorm", solver="newton"), "weighting.solver: expected 'step' or 'exact', found 'newton'"),
+        (
+            "weighting",
+            Component(name="fedgradnorm", gama=1),
+            "unknown key 'weighting.gama'; did you mean 'gamma'?",
+        ),
+        (
+            "weighting",
+            Component(name="fedgradnorm", gamma=-1),
+            "weighting.gamma: expected a number from 0 to 10, found -1",
+        ),
+        (
+            "weighting",
+            Component(name="fedgradnorm", gamma="high"),
+            "weighting.gamma: expected a valid number",
+        ),
+        (
+            "weighting",
+            Component(name="fedgradnorm", solver="newton"),
+            "weighting.solver: expected 'step' or 'exact', found 'newton'",
+        ),
         (
             "engine",
             Component(name="vectorized", memory_limit="3XB"),
@@ -132,14 +180,42 @@ def test_a_table_without_a_name_keeps_the_default_part():
             "engine.memory_limit: expected a number of bytes, or a text such as '2GB'",
         ),
         ("federation", Component(name="digits", tasks="class"), "federation.tasks: expected"),
-        ("federation", Component(name="digits", tasks=["clas"]), "federation.tasks: there is no task 'clas'; did you mean 'class'?"),
-        ("federation", Component(name="digits", sizes={"clas": 3}), "federation.sizes.clas: no such client or task"),
-        ("federation", Component(name="digits", sizes="huge"), "federation.sizes: expected 'equal', 'dirichlet'"),
+        (
+            "federation",
+            Component(name="digits", tasks=["clas"]),
+            "federation.tasks: there is no task 'clas'; did you mean 'class'?",
+        ),
+        (
+            "federation",
+            Component(name="digits", sizes={"clas": 3}),
+            "federation.sizes.clas: no such client or task",
+        ),
+        (
+            "federation",
+            Component(name="digits", sizes="huge"),
+            "federation.sizes: expected 'equal', 'dirichlet'",
+        ),
         ("federation", Component(name="digits", seed=3), "unknown key 'federation.seed'"),
-        ("method", Component(name="fedpre"), "train.method.name: there is no method 'fedpre'; did you mean 'fedrep'?"),
-        ("method", Component(name="fedprox", mue=1), "unknown key 'train.method.mue'; did you mean 'mu'?"),
-        ("method", Component(name="fedprox", mu=-1), "train.method.mu: expected a number from 0 to 1e6, found -1"),
-        ("method", Component(name="tests.helpers:small_encoder"), "train.method.name: 'tests.helpers:small_encoder' makes no method"),
+        (
+            "method",
+            Component(name="fedpre"),
+            "train.method.name: there is no method 'fedpre'; did you mean 'fedrep'?",
+        ),
+        (
+            "method",
+            Component(name="fedprox", mue=1),
+            "unknown key 'train.method.mue'; did you mean 'mu'?",
+        ),
+        (
+            "method",
+            Component(name="fedprox", mu=-1),
+            "train.method.mu: expected a number from 0 to 1e6, found -1",
+        ),
+        (
+            "method",
+            Component(name="tests.helpers:small_encoder"),
+            "train.method.name: 'tests.helpers:small_encoder' makes no method",
+        ),
     ],
 )
 def test_a_part_with_bad_options_is_refused(kind, part, message):
@@ -149,7 +225,9 @@ def test_a_part_with_bad_options_is_refused(kind, part, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUILT_INS.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in BUILT_INS.items() for name in names]
+)
 def test_every_built_in_resolves_and_describes_itself(kind, name):
     assert callable(resolve(kind, name))
     summary, _ = describe(kind, name)
@@ -157,15 +235,23 @@ def test_every_built_in_resolves_and_describes_itself(kind, name):
 
 
 def test_a_users_own_part_is_found_by_module_and_attribute():
-    with pytest.raises(ConfigError, match=r"federation.name: 'tests.helpers:small_federation' cannot be made: .*seed"):
+    with pytest.raises(
+        ConfigError,
+        match=r"federation.name: 'tests.helpers:small_federation' cannot be made: .*seed",
+    ):
         build("federation", Component(name="tests.helpers:small_federation"), seed=0)
-    assert build("weighting", Component(name="fedgradnorm.weighting.fedgradnorm:FedGradNorm", gamma=2)) == FedGradNorm(gamma=2)
+    assert build(
+        "weighting", Component(name="fedgradnorm.weighting.fedgradnorm:FedGradNorm", gamma=2)
+    ) == FedGradNorm(gamma=2)
     assert name_of("weighting", FedGradNorm) == "fedgradnorm"
     assert name_of("weighting", Component) == "fedgradnorm.config:Component"
 
 
 def test_resolved_fills_in_the_defaults():
-    assert resolved("weighting", Component(name="fedgradnorm", gamma=2)).options["weight_steps"] == FedGradNorm().weight_steps
+    assert (
+        resolved("weighting", Component(name="fedgradnorm", gamma=2)).options["weight_steps"]
+        == FedGradNorm().weight_steps
+    )
 
 
 def test_a_method_is_a_name_or_a_table(tmp_path):
@@ -175,9 +261,15 @@ def test_a_method_is_a_name_or_a_table(tmp_path):
     assert load_config(path, ["train.method=local"]).train.method.name == "local"
     path.write_text('[train.method]\nname = "fedprox"\nmu = 0.5\n')
     assert load_config(path).train.method == MethodConfig(name="fedprox", mu=0.5)
-    assert load_config(path, ["train.method.mu=2"]).train.method == MethodConfig(name="fedprox", mu=2)
-    assert load_config(path, ["train.method.name=fedprox"]).train.method == MethodConfig(name="fedprox", mu=0.5)
-    assert load_config(path, ["train.method.name=fedper"]).train.method == MethodConfig(name="fedper")
+    assert load_config(path, ["train.method.mu=2"]).train.method == MethodConfig(
+        name="fedprox", mu=2
+    )
+    assert load_config(path, ["train.method.name=fedprox"]).train.method == MethodConfig(
+        name="fedprox", mu=0.5
+    )
+    assert load_config(path, ["train.method.name=fedper"]).train.method == MethodConfig(
+        name="fedper"
+    )
     assert load_config(path, ["train.method=fedper"]).train.method == MethodConfig(name="fedper")
     assert TrainConfig(method="fedper") == TrainConfig(method={"name": "fedper"})
     assert TrainConfig().method.name == "fedrep"
@@ -187,11 +279,17 @@ def test_a_method_is_a_name_or_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("train.method=5", 'train.method: expected a name, such as "fedrep", or a table with a name and options, found 5'),
+        (
+            "train.method=5",
+            'train.method: expected a name, such as "fedrep", or a table with a name and options, found 5',
+        ),
         ("weighting=5", "weighting: expected a table with a name and options, found 5"),
         ("train=5", "train: expected a table, found 5"),
         ("train.participants=[5]", "train.participants.0: expected a list, found 5"),
-        ("train.participants=[[]]", r"train.participants: expected at least one client id in every list, found \[\[\]\]"),
+        (
+            "train.participants=[[]]",
+            r"train.participants: expected at least one client id in every list, found \[\[\]\]",
+        ),
         ("federation.name=5", "federation.name: expected a text, found 5"),
     ],
 )
@@ -221,10 +319,22 @@ def test_another_encoding_is_named(file, content):
     ("module", "message"),
     [
         ("def make(:", r"cannot be imported: SyntaxError: .*line 1\)"),
-        ("1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(own_part.py, line 1\)"),
-        ("import sys\nsys.exit('stop')", r"cannot be imported: SystemExit: stop \(own_part.py, line 2\)"),
-        ("def make(seed):\n    {}['key']", r"cannot be made: KeyError: 'key' \(own_part.py, line 2\)"),
-        ("def make(seed):\n    raise SystemExit('stop')", r"cannot be made: SystemExit: stop \(own_part.py, line 2\)"),
+        (
+            "1 / 0",
+            r"cannot be imported: ZeroDivisionError: division by zero \(own_part.py, line 1\)",
+        ),
+        (
+            "import sys\nsys.exit('stop')",
+            r"cannot be imported: SystemExit: stop \(own_part.py, line 2\)",
+        ),
+        (
+            "def make(seed):\n    {}['key']",
+            r"cannot be made: KeyError: 'key' \(own_part.py, line 2\)",
+        ),
+        (
+            "def make(seed):\n    raise SystemExit('stop')",
+            r"cannot be made: SystemExit: stop \(own_part.py, line 2\)",
+        ),
     ],
 )
 def test_whatever_a_users_module_raises_names_it(tmp_path, monkeypatch, module, message):

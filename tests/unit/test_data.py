@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fedgradnorm import Client, Federation, FederationError, train
-from fedgradnorm.data import Dataset, batch_order, distinct, draws_few, in_batches, num_passes, size, take
+from fedgradnorm.data import (
+    Dataset,
+    batch_order,
+    distinct,
+    draws_few,
+    in_batches,
+    num_passes,
+    size,
+    take,
+)
 from tests.helpers import small_client, small_encoder, small_task
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
@@ -45,8 +54,12 @@ def test_sources():
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
-def test_batches_go_through_all_examples_before_one_comes_again(num_examples, batch_size, num_batches, seed):
-    numbers = np.random.default_rng(seed).random((2, num_passes(num_examples, batch_size, num_batches), num_examples))
+def test_batches_go_through_all_examples_before_one_comes_again(
+    num_examples, batch_size, num_batches, seed
+):
+    numbers = np.random.default_rng(seed).random(
+        (2, num_passes(num_examples, batch_size, num_batches), num_examples)
+    )
     drawn, other = batch_order(numbers, batch_size, num_batches)
     assert np.array_equal(other, batch_order(numbers[1], batch_size, num_batches))
     assert drawn.shape == (num_batches, min(batch_size, num_examples))
@@ -107,7 +120,9 @@ def test_of_a_hundred_million_examples_a_round_reads_those_of_its_batches_alone(
     results = []
     for engine in ("reference", "vectorized"):
         data = Long()
-        federation = Federation([Client("long", small_task("sign"), data), small_client("b")], small_encoder)
+        federation = Federation(
+            [Client("long", small_task("sign"), data), small_client("b")], small_encoder
+        )
         result = train(federation, engine=engine, loss_examples=16, **{**QUICK, "num_rounds": 2})
         assert len(data.seen) < 200
         results.append([row["loss"] for row in result.rows])
@@ -151,11 +166,20 @@ WRONG = {
     "a loader": (DataLoader(TensorDataset(X, Y)), "found DataLoader; give its .dataset"),
     "a stream": (Stream(), "an IterableDataset has no examples by number"),
     "a list of two tensors": ([X, Y], "example 0: expected a pair (input, target), found Tensor"),
-    "a list of lists": ((X.tolist(), Y.tolist()), "inputs: expected a tensor, found list: torch.tensor(...) makes one"),
-    "arrays": ((X.numpy(), Y.numpy()), "inputs: expected a tensor, found ndarray: torch.from_numpy(array) makes one"),
+    "a list of lists": (
+        (X.tolist(), Y.tolist()),
+        "inputs: expected a tensor, found list: torch.tensor(...) makes one",
+    ),
+    "arrays": (
+        (X.numpy(), Y.numpy()),
+        "inputs: expected a tensor, found ndarray: torch.from_numpy(array) makes one",
+    ),
     "one array": (X.numpy(), "found ndarray; give a pair of tensors"),
     "one tensor": (X, "found Tensor; give the targets too"),
-    "weights": ((X, Y, Y), "expected a pair (inputs, targets), found a tuple of 3; weights of examples belong into the targets"),
+    "weights": (
+        (X, Y, Y),
+        "expected a pair (inputs, targets), found a tuple of 3; weights of examples belong into the targets",
+    ),
     "inputs alone": ((X,), "expected a pair (inputs, targets), found a tuple of 1"),
     "a table": (Frame(), "found Frame"),
     "a dictionary": ({"x": X, "y": Y}, "found dict"),
@@ -163,16 +187,43 @@ WRONG = {
     "a text": ("data.csv", "found str"),
     "a number": (5, "found int"),
     "nothing": (None, "found None"),
-    "sparse inputs": ((X.to_sparse(), Y), "inputs: expected a dense tensor, found layout torch.sparse_coo: .to_dense() makes one"),
+    "sparse inputs": (
+        (X.to_sparse(), Y),
+        "inputs: expected a dense tensor, found layout torch.sparse_coo: .to_dense() makes one",
+    ),
     "sparse targets": ((X, Y.to_sparse()), "targets: expected a dense tensor"),
-    "a tensor of one number": ((X, torch.tensor(1)), "targets: expected the examples along dimension 0"),
-    "dictionaries": ([{"x": x, "y": y} for x, y in zip(X, Y, strict=True)], "example 0: expected a pair (input, target), found dict"),
-    "triples": (TensorDataset(X, Y, Y), "example 0: expected a pair (input, target), found 3 parts; weights of examples belong"),
-    "dictionaries of a data set": (Items(lambda index: {"x": X[index]}), "example 0: expected a pair (input, target), found dict"),
-    "images": (Items(lambda index: (Image(), 1)), "example 0: input: expected a tensor, an array or a number, found Image"),
-    "text targets": (Items(lambda index: (X[index], "cat")), "example 0: target: expected a tensor, an array or a number, found str"),
-    "items that are missing": (Items(lambda index: None), "example 0: expected a pair (input, target), found None"),
-    "examples of two shapes": (Items(lambda index: (torch.zeros(6 + index // 3), 0)), "expected inputs of one shape, found (6,) and (7,)"),
+    "a tensor of one number": (
+        (X, torch.tensor(1)),
+        "targets: expected the examples along dimension 0",
+    ),
+    "dictionaries": (
+        [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)],
+        "example 0: expected a pair (input, target), found dict",
+    ),
+    "triples": (
+        TensorDataset(X, Y, Y),
+        "example 0: expected a pair (input, target), found 3 parts; weights of examples belong",
+    ),
+    "dictionaries of a data set": (
+        Items(lambda index: {"x": X[index]}),
+        "example 0: expected a pair (input, target), found dict",
+    ),
+    "images": (
+        Items(lambda index: (Image(), 1)),
+        "example 0: input: expected a tensor, an array or a number, found Image",
+    ),
+    "text targets": (
+        Items(lambda index: (X[index], "cat")),
+        "example 0: target: expected a tensor, an array or a number, found str",
+    ),
+    "items that are missing": (
+        Items(lambda index: None),
+        "example 0: expected a pair (input, target), found None",
+    ),
+    "examples of two shapes": (
+        Items(lambda index: (torch.zeros(6 + index // 3), 0)),
+        "expected inputs of one shape, found (6,) and (7,)",
+    ),
     "two lengths": ((X, Y[:-1]), "24 training inputs, but 23 targets"),
     "no examples": ((X[:0], Y[:0]), "is empty"),
     "a data set without examples": (Subset(TensorDataset(X, Y), []), "is empty"),
@@ -195,7 +246,9 @@ def test_wrong_kinds_of_data_name_the_client_and_what_is_expected(kind, loaded, 
 def test_wrong_kinds_of_test_data_are_named_too(kind):
     data, message = WRONG[kind]
     with pytest.raises(FederationError) as caught:
-        train(Federation([Client("site", small_task("sign"), (X, Y), data)], small_encoder), **QUICK)
+        train(
+            Federation([Client("site", small_task("sign"), (X, Y), data)], small_encoder), **QUICK
+        )
     assert "client 'site'" in str(caught.value)
     assert message.replace("training", "test") in str(caught.value)
 
@@ -217,5 +270,7 @@ def test_right_kinds_of_data_are_taken(data, engine):
     task = small_task("sign")
     if isinstance(data, list) and isinstance(data[0][1], bool):
         data = [(x, int(y)) for x, y in data]
-    result = train(Federation([Client("site", task, data, data)], small_encoder), engine=engine, **QUICK)
+    result = train(
+        Federation([Client("site", task, data, data)], small_encoder), engine=engine, **QUICK
+    )
     assert result.rows[0]["loss"] is not None

@@ -35,7 +35,13 @@ def sizes_seen():
 def test_a_metric_may_be_told_to_take_batches(batch_size, data):
     seen, metric = sizes_seen()
     whole, by_batch = (
-        Task("sign", LINEAR, functional.cross_entropy, (Metric("accuracy", metric, True, batched=batched),)) for batched in (False, True)
+        Task(
+            "sign",
+            LINEAR,
+            functional.cross_entropy,
+            (Metric("accuracy", metric, True, batched=batched),),
+        )
+        for batched in (False, True)
     )
     encoder, head = small_encoder(), nn.Linear(4, 2)
     expected = evaluate(whole, encoder, head, data, batch_size)
@@ -62,7 +68,9 @@ def test_no_more_than_a_batch_of_outputs_is_alive_beside_what_metrics_keep(batch
         most.append(sum(one() is not None for one in outputs))
         return 0.5
 
-    task = Task("sign", LINEAR, functional.cross_entropy, (Metric("m", metric, True, batched=batched),))
+    task = Task(
+        "sign", LINEAR, functional.cross_entropy, (Metric("m", metric, True, batched=batched),)
+    )
     evaluate(task, small_encoder(), Head(4, 2), (X, Y), 5)
     assert len(outputs) == 10
     assert max(most) <= 2
@@ -71,7 +79,12 @@ def test_no_more_than_a_batch_of_outputs_is_alive_beside_what_metrics_keep(batch
 def test_the_settings_say_how_many_examples_pass_at_once():
     for engine in ("reference", "vectorized", "flower-local"):
         seen, metric = sizes_seen()
-        task = Task("sign", LINEAR, functional.cross_entropy, (Metric("accuracy", metric, True, batched=True),))
+        task = Task(
+            "sign",
+            LINEAR,
+            functional.cross_entropy,
+            (Metric("accuracy", metric, True, batched=True),),
+        )
         train(
             Federation([Client("a", task, (X, Y), (X, Y)), small_client("b")], small_encoder),
             engine=engine,
@@ -97,9 +110,18 @@ def test_a_metric_that_changes_its_arguments_spoils_no_other(monkeypatch, small)
         outputs.zero_()
         return float(targets.zero_().sum())
 
-    metrics = [Metric("first", accuracy, True), Metric("spoils", spoiling, True), Metric("last", accuracy, True)]
+    metrics = [
+        Metric("first", accuracy, True),
+        Metric("spoils", spoiling, True),
+        Metric("last", accuracy, True),
+    ]
     data = X.clone(), Y.clone()
-    found = evaluate(Task("sign", LINEAR, functional.cross_entropy, metrics), small_encoder(), nn.Linear(4, 2), data)
+    found = evaluate(
+        Task("sign", LINEAR, functional.cross_entropy, metrics),
+        small_encoder(),
+        nn.Linear(4, 2),
+        data,
+    )
     assert torch.equal(data[1], Y)
     if small:
         assert found.metrics["first"] == found.metrics["last"]
@@ -116,22 +138,38 @@ def test_a_loss_that_changes_its_arguments_spoils_no_metric(batched):
     def loss(outputs, targets):
         return functional.cross_entropy(outputs.mul_(-1), targets.mul_(0))
 
-    encoder, head, metrics = small_encoder(), nn.Linear(4, 2), (Metric("m", accuracy, True, batched=batched),)
+    encoder, head, metrics = (
+        small_encoder(),
+        nn.Linear(4, 2),
+        (Metric("m", accuracy, True, batched=batched),),
+    )
     for data in ((X.clone(), Y.clone()), TensorDataset(X, Y)):
-        values = [evaluate(Task("sign", LINEAR, one, metrics), encoder, head, data, 7).metrics for one in (loss, functional.cross_entropy)]
+        values = [
+            evaluate(Task("sign", LINEAR, one, metrics), encoder, head, data, 7).metrics
+            for one in (loss, functional.cross_entropy)
+        ]
         assert values[0] == pytest.approx(values[1])
 
 
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_metric_that_is_no_number_says_so(value, batched):
-    task = Task("sign", LINEAR, functional.cross_entropy, (Metric("m", lambda outputs, targets: float(value), True, batched=batched),))
-    assert evaluate(task, small_encoder(), nn.Linear(4, 2), (X, Y)).failed == {"m": f"it gives {value}"}
+    task = Task(
+        "sign",
+        LINEAR,
+        functional.cross_entropy,
+        (Metric("m", lambda outputs, targets: float(value), True, batched=batched),),
+    )
+    assert evaluate(task, small_encoder(), nn.Linear(4, 2), (X, Y)).failed == {
+        "m": f"it gives {value}"
+    }
 
 
 @pytest.mark.parametrize("function", [None, 3, "accuracy"])
 def test_a_metric_that_is_no_function_is_refused(function):
-    with pytest.raises(FederationError, match=r"metric 'm': expected a function \(outputs, targets\) -> float"):
+    with pytest.raises(
+        FederationError, match=r"metric 'm': expected a function \(outputs, targets\) -> float"
+    ):
         Metric("m", function, higher_is_better=True)
 
 
@@ -139,29 +177,71 @@ def test_a_metric_that_is_no_function_is_refused(function):
     ("make", "message"),
     [
         (lambda: Metric("", accuracy, True), "metric: expected a name"),
-        (lambda: Metric("m", accuracy, "yes"), "metric 'm': higher_is_better: expected True or False, found 'yes'"),
-        (lambda: Metric("m", accuracy, True, percent=1), "metric 'm': percent: expected True or False, found 1"),
-        (lambda: Metric("m", accuracy, True, batched=None), "metric 'm': batched: expected True or False, found None"),
-        (lambda: Task("t", LINEAR, functional.mse_loss, guess=True), "task 't': guess: expected a tensor, a number or a function"),
-        (lambda: Task("t", LINEAR, functional.mse_loss, guess=float("nan")), "task 't': guess: expected a finite number, found nan"),
+        (
+            lambda: Metric("m", accuracy, "yes"),
+            "metric 'm': higher_is_better: expected True or False, found 'yes'",
+        ),
+        (
+            lambda: Metric("m", accuracy, True, percent=1),
+            "metric 'm': percent: expected True or False, found 1",
+        ),
+        (
+            lambda: Metric("m", accuracy, True, batched=None),
+            "metric 'm': batched: expected True or False, found None",
+        ),
+        (
+            lambda: Task("t", LINEAR, functional.mse_loss, guess=True),
+            "task 't': guess: expected a tensor, a number or a function",
+        ),
+        (
+            lambda: Task("t", LINEAR, functional.mse_loss, guess=float("nan")),
+            "task 't': guess: expected a finite number, found nan",
+        ),
         (lambda: Task("", LINEAR, functional.cross_entropy), "task: expected a name"),
-        (lambda: Task("t", nn.Linear(4, 2), functional.cross_entropy), "task 't': head: expected a function .*, found a module"),
+        (
+            lambda: Task("t", nn.Linear(4, 2), functional.cross_entropy),
+            "task 't': head: expected a function .*, found a module",
+        ),
         (lambda: Task("t", 5, functional.cross_entropy), "task 't': head: expected a function"),
         (
             lambda: Task("t", LINEAR, nn.CrossEntropyLoss),
             r"loss: expected a function, found the class CrossEntropyLoss: CrossEntropyLoss\(\)",
         ),
         (lambda: Task("t", LINEAR, "mse"), "task 't': loss: expected a function"),
-        (lambda: Task("t", LINEAR, nn.Bilinear(2, 2, 1)), "task 't': loss: it has parameters, which nothing would train"),
-        (lambda: Task("t", LINEAR, functional.cross_entropy, Metric("m", accuracy, True)), "metrics: expected a tuple of Metric"),
-        (lambda: Task("t", LINEAR, functional.cross_entropy, guess="majority"), "guess: expected a tensor, a number or a function"),
+        (
+            lambda: Task("t", LINEAR, nn.Bilinear(2, 2, 1)),
+            "task 't': loss: it has parameters, which nothing would train",
+        ),
+        (
+            lambda: Task("t", LINEAR, functional.cross_entropy, Metric("m", accuracy, True)),
+            "metrics: expected a tuple of Metric",
+        ),
+        (
+            lambda: Task("t", LINEAR, functional.cross_entropy, guess="majority"),
+            "guess: expected a tensor, a number or a function",
+        ),
         (lambda: Client("a", "sign", (X, Y)), "client 'a': task: expected a Task, found str"),
-        (lambda: Federation(small_client("a"), small_encoder), "clients: expected a list of Client, found Client"),
-        (lambda: Federation({"a": small_client("a")}, small_encoder), "clients: expected a list of Client, found dict"),
-        (lambda: Federation([small_client("a"), "b"], small_encoder), "clients: expected a list of Client, found str at place 1"),
-        (lambda: Federation(None, small_encoder), "clients: expected a list of Client, found NoneType"),
+        (
+            lambda: Federation(small_client("a"), small_encoder),
+            "clients: expected a list of Client, found Client",
+        ),
+        (
+            lambda: Federation({"a": small_client("a")}, small_encoder),
+            "clients: expected a list of Client, found dict",
+        ),
+        (
+            lambda: Federation([small_client("a"), "b"], small_encoder),
+            "clients: expected a list of Client, found str at place 1",
+        ),
+        (
+            lambda: Federation(None, small_encoder),
+            "clients: expected a list of Client, found NoneType",
+        ),
         (lambda: Federation([], small_encoder), "a federation needs at least one client"),
-        (lambda: Federation([small_client("a")], None), "encoder: expected a function that makes the encoder, found NoneType"),
+        (
+            lambda: Federation([small_client("a")], None),
+            "encoder: expected a function that makes the encoder, found NoneType",
+        ),
         (
             lambda: Federation([small_client("a")], small_encoder, example=X),
             r"example: expected one input as a batch of one, .* found \(50, 6\)",
@@ -171,7 +251,10 @@ def test_a_metric_that_is_no_function_is_refused(function):
             "example: expected one input as a batch of one, .* found list",
         ),
         (
-            lambda: Federation([Client("a", Task("t", lambda _: nn.Flatten(0), functional.mse_loss), (X, Y))], small_encoder),
+            lambda: Federation(
+                [Client("a", Task("t", lambda _: nn.Flatten(0), functional.mse_loss), (X, Y))],
+                small_encoder,
+            ),
             "head: expected outputs of shape",
         ),
         (lambda: train([small_client("a")]), "federation: expected a Federation, found list"),
@@ -183,4 +266,7 @@ def test_arguments_of_other_kinds_are_named(make, message):
 
 
 def test_metrics_may_be_a_list():
-    assert Task("t", LINEAR, functional.cross_entropy, [Metric("m", accuracy, True)]).metrics[0].name == "m"
+    assert (
+        Task("t", LINEAR, functional.cross_entropy, [Metric("m", accuracy, True)]).metrics[0].name
+        == "m"
+    )

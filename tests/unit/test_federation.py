@@ -18,7 +18,12 @@ def test_what_does_not_fit_together_is_refused_when_it_is_built():
     a, b = small_client("a"), small_client("b")
     refused("at least one client", [], small_encoder)
     refused("two clients have the id 'a'", [a, b, small_client("a")], small_encoder)
-    refused("buffers: expected 'local' or 'averaged', found 'shared'", [a], small_encoder, buffers="shared")
+    refused(
+        "buffers: expected 'local' or 'averaged', found 'shared'",
+        [a],
+        small_encoder,
+        buffers="shared",
+    )
     refused("norm_layer '9' names no encoder parameter", [a], small_encoder, norm_layer="9")
     refused(r"did you mean '2.weight'", [a], small_encoder, norm_layer="2.weigth")
     refused("client 'a': its inputs do not pass through the encoder", [a], lambda: nn.Linear(5, 4))
@@ -43,7 +48,9 @@ def test_an_id_that_is_no_file_name_is_refused(id):
 
 def test_empty_clients_and_unequal_lengths_are_refused():
     task = small_task("sign")
-    with pytest.raises(FederationError, match="client 'a' is empty: expected at least one training example"):
+    with pytest.raises(
+        FederationError, match="client 'a' is empty: expected at least one training example"
+    ):
         Client("a", task, (torch.zeros(0, 6), torch.zeros(0)))
     with pytest.raises(FederationError, match="client 'a': 3 training inputs, but 2 targets"):
         Client("a", task, (torch.zeros(3, 6), torch.zeros(2)))
@@ -56,7 +63,9 @@ def test_data_may_load_on_first_use_and_are_checked_then():
         calls.append(1)
         return torch.zeros(3, 6), torch.tensor([0, 1, 1])
 
-    federation = Federation([Client("a", small_task("sign"), load, load)], small_encoder, example=torch.zeros(1, 6))
+    federation = Federation(
+        [Client("a", small_task("sign"), load, load)], small_encoder, example=torch.zeros(1, 6)
+    )
     assert federation.num_features == 4
     assert federation.input_shape == (6,)
     assert calls == []
@@ -68,19 +77,26 @@ def test_data_may_load_on_first_use_and_are_checked_then():
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (torch.tensor([5, 0, 0]), "client 'a': its training data do not pass through its model and loss"),
+        (
+            torch.tensor([5, 0, 0]),
+            "client 'a': its training data do not pass through its model and loss",
+        ),
         (torch.zeros(3, 2, 2), "do not pass"),
     ],
 )
 def test_data_that_the_loss_cannot_take_are_refused(targets, message):
-    federation = Federation([Client("a", small_task("sign"), (torch.zeros(3, 6), targets))], small_encoder)
+    federation = Federation(
+        [Client("a", small_task("sign"), (torch.zeros(3, 6), targets))], small_encoder
+    )
     with pytest.raises(FederationError, match=message):
         federation.check_data()
 
 
 def test_a_loss_that_is_no_mean_is_refused():
     task = Task("sign", lambda features: nn.Linear(features, 2), nn.MSELoss(reduction="none"))
-    federation = Federation([Client("a", task, (torch.zeros(3, 6), torch.zeros(3, 2)))], small_encoder)
+    federation = Federation(
+        [Client("a", task, (torch.zeros(3, 6), torch.zeros(3, 2)))], small_encoder
+    )
     with pytest.raises(FederationError, match="expected a tensor of one number for a batch"):
         federation.check_data()
 
@@ -129,14 +145,27 @@ class Nested(nn.Module):
         ("block", ["block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias"]),
         ("*.bias", ["block.0.bias", "block.1.bias", "fc.bias"]),
         (["scale", "fc.bias"], ["scale", "fc.bias"]),
-        ("*", ["scale", "block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias", "fc.weight", "fc.bias"]),
+        (
+            "*",
+            [
+                "scale",
+                "block.0.weight",
+                "block.0.bias",
+                "block.1.weight",
+                "block.1.bias",
+                "fc.weight",
+                "fc.bias",
+            ],
+        ),
     ],
 )
 def test_the_norm_layer_is_found_in_the_flat_vector(norm_layer, expected):
     module = Nested()
     vector, parameters = flatten(module), dict(trainable(module))
     found = torch.cat([vector[part] for part in norm_layer_slices(module, norm_layer)])
-    inside = torch.cat([parameters[name].detach().flatten() for name in parameters if name in expected])
+    inside = torch.cat(
+        [parameters[name].detach().flatten() for name in parameters if name in expected]
+    )
     assert torch.equal(found, inside)
 
 

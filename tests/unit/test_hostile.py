@@ -36,7 +36,15 @@ from fedgradnorm.evaluation import evaluate
 from fedgradnorm.history import Run
 from fedgradnorm.registry import build
 from fedgradnorm.run import run
-from tests.helpers import accuracy, batch_norm_encoder, report, small_client, small_encoder, small_federation, small_task
+from tests.helpers import (
+    accuracy,
+    batch_norm_encoder,
+    report,
+    small_client,
+    small_encoder,
+    small_federation,
+    small_task,
+)
 
 QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
 WORDS = ["federation.name=digits", *(f"train.{key}={value}" for key, value in QUICK.items())]
@@ -70,12 +78,22 @@ class Detached(nn.Module):
         client_with(train=(X, torch.cat([Y[:-1], torch.tensor([7])]))),
         client_with(test=(X, torch.cat([Y[:-1], torch.tensor([7])]))),
         client_with(with_task(loss=partial(functional.cross_entropy, reduction="none"))),
-        client_with(with_task(loss=lambda outputs, targets: (outputs.argmax(1) != targets).float().mean())),
+        client_with(
+            with_task(loss=lambda outputs, targets: (outputs.argmax(1) != targets).float().mean())
+        ),
         client_with(with_task(loss=lambda outputs, targets: 1.5)),
         client_with(with_task(head=lambda _: Detached())),
         client_with(train=Ragged()),
-        client_with(with_task(metrics=(Metric("none", lambda outputs, targets: None, higher_is_better=True),))),
-        client_with(with_task(metrics=(Metric("bad", lambda outputs, targets: 1 / 0, higher_is_better=True),))),
+        client_with(
+            with_task(
+                metrics=(Metric("none", lambda outputs, targets: None, higher_is_better=True),)
+            )
+        ),
+        client_with(
+            with_task(
+                metrics=(Metric("bad", lambda outputs, targets: 1 / 0, higher_is_better=True),)
+            )
+        ),
     ],
 )
 def test_data_that_would_fail_later_are_refused_before_a_run_is_replaced(tmp_path, client):
@@ -86,7 +104,9 @@ def test_data_that_would_fail_later_are_refused_before_a_run_is_replaced(tmp_pat
         "|the (loss does|outputs do) not depend on)"
     )
     with pytest.raises(FederationError, match=refused):
-        train(Federation([client], small_encoder), run_dir=tmp_path / "run", overwrite=True, **QUICK)
+        train(
+            Federation([client], small_encoder), run_dir=tmp_path / "run", overwrite=True, **QUICK
+        )
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
@@ -100,7 +120,11 @@ def test_a_metric_may_give_a_tensor():
         return (outputs.argmax(1) == targets).float().mean()
 
     result = train(
-        Federation([client_with(with_task(metrics=(Metric("accuracy", metric, higher_is_better=True),)))], small_encoder), **QUICK
+        Federation(
+            [client_with(with_task(metrics=(Metric("accuracy", metric, higher_is_better=True),)))],
+            small_encoder,
+        ),
+        **QUICK,
     )
     assert isinstance(result.rows[-1]["metric"], float)
 
@@ -114,9 +138,13 @@ def test_a_norm_layer_that_names_nothing_is_refused(norm_layer):
 @pytest.mark.parametrize("targets", [Y.bool(), Y * 3_000_000_000])
 def test_targets_that_are_no_classes_do_not_end_a_run(targets):
     task = Task(
-        "odd", lambda features: nn.Linear(features, 1), lambda outputs, targets: (outputs[:, 0] - targets.float() / 3e9).square().mean()
+        "odd",
+        lambda features: nn.Linear(features, 1),
+        lambda outputs, targets: (outputs[:, 0] - targets.float() / 3e9).square().mean(),
     )
-    result = train(Federation([client_with(task, (X, targets), (X, targets))], small_encoder), **QUICK)
+    result = train(
+        Federation([client_with(task, (X, targets), (X, targets))], small_encoder), **QUICK
+    )
     assert result.summary["clients"]["a"]["guess"] == {}
 
 
@@ -176,10 +204,16 @@ def test_one_bad_round_does_not_spoil_a_client_for_ever():
 
         def forward(self, features):
             self.calls += self.training
-            return self.linear(features) * (float("nan") if self.calls in (4, 5) else 1)  # the first call is for F(0)
+            return self.linear(features) * (
+                float("nan") if self.calls in (4, 5) else 1
+            )  # the first call is for F(0)
 
-    federation = Federation([small_client("a"), client_with(with_task(head=Once), test=None)][1:], small_encoder)
-    rows = train(federation, num_rounds=4, head_steps=1, encoder_steps=1, min_clients=0, engine="reference").rows
+    federation = Federation(
+        [small_client("a"), client_with(with_task(head=Once), test=None)][1:], small_encoder
+    )
+    rows = train(
+        federation, num_rounds=4, head_steps=1, encoder_steps=1, min_clients=0, engine="reference"
+    ).rows
     assert [row["dropped"] is not None for row in rows].count(True) == 1
     assert rows[-1]["dropped"] is None
 
@@ -198,14 +232,20 @@ def test_the_recorded_weight_is_the_one_that_was_applied():
 def test_norm_keeps_the_length_when_only_some_take_part():
     """Weights (1.9, 0.1), only b takes part with n = 19: equal weights would give a direction of length 19, and so it stays."""
     method = FedGradNorm(normalize="norm", weight_lr=1e-6)
-    weights, _ = method.update(WeightingState({"a": 1.9, "b": 0.1}, {"groups": {}}), [report("b", 19.0)])
+    weights, _ = method.update(
+        WeightingState({"a": 1.9, "b": 0.1}, {"groups": {}}), [report("b", 19.0)]
+    )
     assert weights.scale == pytest.approx(1.0)
 
 
 def test_two_tasks_of_one_name_are_refused():
     one = small_client("a")
-    other = small_client("b", task=with_task(metrics=(Metric("error", accuracy, higher_is_better=False),)))
-    with pytest.raises(FederationError, match="client 'b': two tasks with different metrics have the name 'sign'"):
+    other = small_client(
+        "b", task=with_task(metrics=(Metric("error", accuracy, higher_is_better=False),))
+    )
+    with pytest.raises(
+        FederationError, match="client 'b': two tasks with different metrics have the name 'sign'"
+    ):
         Federation([one, other], small_encoder)
 
 
@@ -261,9 +301,11 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
     ],
 )
 def test_a_name_that_makes_no_such_part_is_refused(kind, name):
-    given = {"federation": {"seed": 0}, "model": {"input_shape": (3,)}, "engine": {"federation": small_federation(), "seed": 0}}.get(
-        kind, {}
-    )
+    given = {
+        "federation": {"seed": 0},
+        "model": {"input_shape": (3,)},
+        "engine": {"federation": small_federation(), "seed": 0},
+    }.get(kind, {})
     with pytest.raises(ConfigError, match=rf"{kind}\.name: '{name}'|unknown key"):
         build(kind, Component(name=name), **given)
 
@@ -272,15 +314,26 @@ def test_a_name_that_makes_no_such_part_is_refused(kind, name):
     ("make", "message"),
     [
         (lambda: Client(1, small_task("sign"), (X, Y)), "client id '1'"),
-        (lambda: Federation([small_client("a")], small_encoder()), "encoder: expected a function that makes the encoder, found Sequential"),
-        (lambda: small_task("sign").__class__("t", nn.Identity, functional.mse_loss, accuracy), "metrics: expected a tuple of Metric"),
-        (lambda: Federation([small_client("a")], lambda: nn.Embedding(2, 3)), "do not pass through the encoder"),
+        (
+            lambda: Federation([small_client("a")], small_encoder()),
+            "encoder: expected a function that makes the encoder, found Sequential",
+        ),
+        (
+            lambda: small_task("sign").__class__("t", nn.Identity, functional.mse_loss, accuracy),
+            "metrics: expected a tuple of Metric",
+        ),
+        (
+            lambda: Federation([small_client("a")], lambda: nn.Embedding(2, 3)),
+            "do not pass through the encoder",
+        ),
     ],
 )
 def test_likely_mistakes_are_named(make, message):
     with pytest.raises(FederationError, match=message):
         make()
-    with pytest.raises(ConfigError, match="weighting: expected a name or a weighting such as FedGradNorm"):
+    with pytest.raises(
+        ConfigError, match="weighting: expected a name or a weighting such as FedGradNorm"
+    ):
         train(small_federation(), FedGradNorm, **QUICK)
 
 
@@ -297,14 +350,27 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
 
 def test_the_file_keeps_its_options_when_the_default_part_is_named_on_the_command_line(tmp_path):
     (tmp_path / "a.toml").write_text("[weighting]\ngamma = 0.5\n")
-    assert load_config(tmp_path / "a.toml", ["weighting.name=fedgradnorm"]).weighting.options == {"gamma": 0.5}
+    assert load_config(tmp_path / "a.toml", ["weighting.name=fedgradnorm"]).weighting.options == {
+        "gamma": 0.5
+    }
     assert load_config(tmp_path / "a.toml", ["weighting.name=equal"]).weighting.options == {}
 
 
 def test_a_last_metric_is_that_of_the_last_round_or_none(tmp_path):
-    words = ["federation.name=digits", "federation.tasks=['mass']", "train.num_rounds=12", "train.encoder_lr=5000", "train.head_lr=5000"]
-    with pytest.warns(FedGradNormWarning, match="client 'mass' never counted: 12 of 12 reports were dropped: gradient: not finite"):
-        result = run(load_config(None, [*words, "train.min_clients=0", "run.dir=" + str(tmp_path / "run")]))
+    words = [
+        "federation.name=digits",
+        "federation.tasks=['mass']",
+        "train.num_rounds=12",
+        "train.encoder_lr=5000",
+        "train.head_lr=5000",
+    ]
+    with pytest.warns(
+        FedGradNormWarning,
+        match="client 'mass' never counted: 12 of 12 reports were dropped: gradient: not finite",
+    ):
+        result = run(
+            load_config(None, [*words, "train.min_clients=0", "run.dir=" + str(tmp_path / "run")])
+        )
     mass = result.summary["tasks"]["mass"]
     assert mass["metric"] is None, "a site of which no report counted is no figure of its task"
     assert mass["loss_ratio"] is None
@@ -338,13 +404,20 @@ class Own:
 
 
 def weights_of(number, memory=None, state=1.0):
-    return lambda ids: (Weights(dict.fromkeys(ids, number)), WeightingState(dict.fromkeys(ids, state), memory or {}))
+    return lambda ids: (
+        Weights(dict.fromkeys(ids, number)),
+        WeightingState(dict.fromkeys(ids, state), memory or {}),
+    )
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        weights_of(np.float32(0.5), {"steps": np.int64(3), "losses": [np.float32(0.25), torch.tensor(1.5)]}, np.float64(2)),
+        weights_of(
+            np.float32(0.5),
+            {"steps": np.int64(3), "losses": [np.float32(0.25), torch.tensor(1.5)]},
+            np.float64(2),
+        ),
         weights_of(torch.tensor(0.5), {"steps": 3, "losses": [0.25, 1.5]}, torch.tensor(2.0)),
     ],
 )
@@ -360,19 +433,36 @@ def test_numbers_of_numpy_and_torch_are_taken_as_pythons(tmp_path, answer):
     ("answer", "message"),
     [
         (lambda ids: 1 / 0, r"update\(\) raised ZeroDivisionError: division by zero"),
-        (lambda ids: dict.fromkeys(ids, 1.0), r"update\(\): expected a pair \(Weights, WeightingState\), found dict"),
-        (lambda ids: (Weights({"a": 1.0}), WeightingState({})), "weights.values: expected a number for every client, found none for 'b'"),
+        (
+            lambda ids: dict.fromkeys(ids, 1.0),
+            r"update\(\): expected a pair \(Weights, WeightingState\), found dict",
+        ),
+        (
+            lambda ids: (Weights({"a": 1.0}), WeightingState({})),
+            "weights.values: expected a number for every client, found none for 'b'",
+        ),
         (weights_of(float("nan")), "weights.values: expected a finite number for 'a', found nan"),
         (weights_of("much"), "weights.values: expected a number for 'a', found 'much'"),
         (weights_of(0.0), "weights.values: expected a sum above 0, found 0"),
-        (lambda ids: (Weights(dict.fromkeys(ids, 1.0)), {}), "expected a WeightingState, found dict"),
-        (weights_of(1.0, {"seen": {1, 2}}), r"state.memory\['seen'\]: expected what JSON has: .*, found set"),
+        (
+            lambda ids: (Weights(dict.fromkeys(ids, 1.0)), {}),
+            "expected a WeightingState, found dict",
+        ),
+        (
+            weights_of(1.0, {"seen": {1, 2}}),
+            r"state.memory\['seen'\]: expected what JSON has: .*, found set",
+        ),
         (weights_of(1.0, {"seen": np.ones(2)}), r"found ndarray; .tolist\(\) makes numbers of it"),
         (weights_of(1.0, {3: 1.0}), "state.memory: expected texts as keys, found 3"),
-        (weights_of(1.0, state=float("inf")), "state.weights: expected a finite number for 'a', found inf"),
+        (
+            weights_of(1.0, state=float("inf")),
+            "state.weights: expected a finite number for 'a', found inf",
+        ),
     ],
 )
-def test_a_weighting_that_gives_what_it_must_not_is_named_and_the_rounds_before_are_kept(tmp_path, answer, message):
+def test_a_weighting_that_gives_what_it_must_not_is_named_and_the_rounds_before_are_kept(
+    tmp_path, answer, message
+):
     with pytest.raises(WeightingError, match=f"weighting '.*:Own'.*{message}") as caught:
         train(small_federation(), Own(answer), run_dir=tmp_path / "run", **QUICK)
     assert caught.value.result.state.round == 1
@@ -381,7 +471,12 @@ def test_a_weighting_that_gives_what_it_must_not_is_named_and_the_rounds_before_
 
 def test_a_weighting_without_a_first_state_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(WeightingError, match=r"init\(\): expected a WeightingState, found dict"):
-        train(small_federation(), Own(None, lambda ids: dict.fromkeys(ids, 1.0)), run_dir=tmp_path / "run", **QUICK)
+        train(
+            small_federation(),
+            Own(None, lambda ids: dict.fromkeys(ids, 1.0)),
+            run_dir=tmp_path / "run",
+            **QUICK,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -389,8 +484,14 @@ def test_a_weighting_without_a_first_state_is_refused_before_a_folder_is_made(tm
     ("direction", "message"),
     [
         (lambda reports: 1 / 0, "raised ZeroDivisionError: division by zero"),
-        (lambda reports: reports[0].gradient.numpy(), "expected a tensor of torch.float32 and shape .*, found ndarray"),
-        (lambda reports: reports[0].gradient.double(), "expected a tensor of torch.float32 and shape .*, found torch.float64"),
+        (
+            lambda reports: reports[0].gradient.numpy(),
+            "expected a tensor of torch.float32 and shape .*, found ndarray",
+        ),
+        (
+            lambda reports: reports[0].gradient.double(),
+            "expected a tensor of torch.float32 and shape .*, found torch.float64",
+        ),
         (lambda reports: reports[0].gradient[1:], "expected a tensor of torch.float32 and shape"),
     ],
 )
@@ -415,16 +516,29 @@ def failing(_):
         ({"should_stop": lambda rows: True}, ConfigError),
         ({"on_round": failing}, KeyError),
         ({"weighting": Own(None, lambda ids: 1 / 0)}, WeightingError),
-        ({"min_clients": 3, "max_retries": 0, "engine": "tests.unit.test_hostile:Silent"}, StoppedError),
+        (
+            {"min_clients": 3, "max_retries": 0, "engine": "tests.unit.test_hostile:Silent"},
+            StoppedError,
+        ),
     ],
 )
 def test_a_run_is_replaced_only_when_the_new_one_has_done_a_round(tmp_path, arguments, error):
     train(small_federation(), run_dir=tmp_path / "run", **QUICK)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(error):
-        train(small_federation(), run_dir=tmp_path / "run", overwrite=True, **{**QUICK, **arguments})
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    train(small_federation(), run_dir=tmp_path / "run", overwrite=True, should_stop=None, **{**QUICK, "num_rounds": 1})
+        train(
+            small_federation(), run_dir=tmp_path / "run", overwrite=True, **{**QUICK, **arguments}
+        )
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == before
+    train(
+        small_federation(),
+        run_dir=tmp_path / "run",
+        overwrite=True,
+        should_stop=None,
+        **{**QUICK, "num_rounds": 1},
+    )
     assert len(Run(tmp_path / "run").rows()) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run"]
 

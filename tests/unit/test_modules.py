@@ -12,10 +12,34 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedgradnorm import Federation, FederationError, FedGradNormWarning, Task, evaluate_run, load_model, train
+from fedgradnorm import (
+    Federation,
+    FederationError,
+    FedGradNormWarning,
+    Task,
+    evaluate_run,
+    load_model,
+    train,
+)
 from fedgradnorm.evaluation import evaluate
-from fedgradnorm.modules import Source, duplicate, follow, held_tensors, is_lazy, load_held, reads_tensors_of, shared_memory
-from tests.helpers import batch_norm_encoder, small_client, small_encoder, small_federation, small_task, timeless
+from fedgradnorm.modules import (
+    Source,
+    duplicate,
+    follow,
+    held_tensors,
+    is_lazy,
+    load_held,
+    reads_tensors_of,
+    shared_memory,
+)
+from tests.helpers import (
+    batch_norm_encoder,
+    small_client,
+    small_encoder,
+    small_federation,
+    small_task,
+    timeless,
+)
 
 QUICK = {"num_rounds": 3, "head_steps": 2, "encoder_steps": 2, "batch_size": 8}
 ENGINES = pytest.mark.parametrize("engine", ["reference", "vectorized"])
@@ -40,7 +64,10 @@ def test_one_encoder_given_again_and_again_is_never_written_to(tmp_path, engine,
     runs = [train(federation, engine=engine, run_dir=tmp_path / name, **QUICK) for name in "ab"]
     assert timeless(runs[0].rows) == timeless(runs[1].rows)
     assert same(tensors(net), before)
-    assert not torch.equal(runs[0].state.encoder, torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]))
+    assert not torch.equal(
+        runs[0].state.encoder,
+        torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]),
+    )
 
 
 @ENGINES
@@ -48,13 +75,25 @@ def test_one_head_given_to_all_clients_again_and_again_is_each_clients_own(engin
     head = nn.Linear(4, 2)
     before = tensors(head)
     shared = train(
-        Federation([small_client(id, task=Task("sign", lambda _: head, functional.cross_entropy)) for id in "abc"], small_encoder),
+        Federation(
+            [
+                small_client(id, task=Task("sign", lambda _: head, functional.cross_entropy))
+                for id in "abc"
+            ],
+            small_encoder,
+        ),
         engine=engine,
         **QUICK,
     )
     expected = train(
         Federation(
-            [small_client(id, task=Task("sign", lambda _: copy.deepcopy(head), functional.cross_entropy)) for id in "abc"], small_encoder
+            [
+                small_client(
+                    id, task=Task("sign", lambda _: copy.deepcopy(head), functional.cross_entropy)
+                )
+                for id in "abc"
+            ],
+            small_encoder,
         ),
         engine=engine,
         **QUICK,
@@ -125,7 +164,13 @@ def hooked_late(net):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"), [(changed_buffer, "steps"), (changed_layer, "layers"), (frozen, "last.weight"), (hooked_late, "hooks")]
+    ("change", "name"),
+    [
+        (changed_buffer, "steps"),
+        (changed_layer, "layers"),
+        (frozen, "last.weight"),
+        (hooked_late, "hooks"),
+    ],
 )
 @pytest.mark.parametrize("engine", ["reference", "vectorized"])
 def test_what_copies_cannot_follow_is_refused_when_it_changes(change, name, engine):
@@ -139,8 +184,15 @@ def test_what_copies_cannot_follow_is_refused_when_it_changes(change, name, engi
             return self.act(self.last(inputs))
 
     net = Net()
-    with pytest.raises(FederationError, match=f"encoder: .*{name}.* was (changed while training|frozen)"):
-        train(small_federation(encoder=lambda: net), engine=engine, on_round=lambda _: change(net), **QUICK)
+    with pytest.raises(
+        FederationError, match=f"encoder: .*{name}.* was (changed while training|frozen)"
+    ):
+        train(
+            small_federation(encoder=lambda: net),
+            engine=engine,
+            on_round=lambda _: change(net),
+            **QUICK,
+        )
 
 
 class Counting(nn.Module):
@@ -156,7 +208,8 @@ class Counting(nn.Module):
 def test_what_a_copy_counts_and_draws_is_its_own():
     net = Counting()
     rows = [
-        train(small_federation(encoder=lambda: net), engine=engine, **QUICK).rows for engine in ("reference", "reference", "vectorized")
+        train(small_federation(encoder=lambda: net), engine=engine, **QUICK).rows
+        for engine in ("reference", "reference", "vectorized")
     ]
     assert net.seen == {"calls": 0}
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
@@ -170,7 +223,8 @@ def test_a_scripted_network_is_copied_too():
         net = torch.jit.script(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
     before = [parameter.clone() for parameter in net.parameters()]
     rows = [
-        train(small_federation(encoder=lambda: net), engine=engine, **QUICK).rows for engine in ("reference", "reference", "vectorized")
+        train(small_federation(encoder=lambda: net), engine=engine, **QUICK).rows
+        for engine in ("reference", "reference", "vectorized")
     ]
     assert all(torch.equal(one, two) for one, two in zip(before, net.parameters(), strict=True))
     for other in rows[1:]:
@@ -223,7 +277,9 @@ def test_a_parameter_that_lies_on_itself_is_refused():
         def forward(self, inputs):
             return self.linear(inputs) * self.scale
 
-    with pytest.raises(FederationError, match="encoder: several numbers of 'scale' lie in the same memory"):
+    with pytest.raises(
+        FederationError, match="encoder: several numbers of 'scale' lie in the same memory"
+    ):
         small_federation(encoder=Wide)
 
 
@@ -252,7 +308,10 @@ def test_a_factory_that_gives_other_numbers_in_every_call_is_told_of_and_its_fir
             return self.linear(inputs[:, self.order])
 
     made = small_federation(encoder=Permuted)
-    with pytest.warns(FedGradNormWarning, match="encoder: two calls of its factory under one seed give other values of 'order'"):
+    with pytest.warns(
+        FedGradNormWarning,
+        match="encoder: two calls of its factory under one seed give other values of 'order'",
+    ):
         first = train(made, engine="reference", **QUICK)
     with pytest.warns(FedGradNormWarning):
         second = train(made, engine="vectorized", **QUICK)
@@ -265,14 +324,19 @@ def test_a_copy_that_leads_back_to_the_original_is_refused():
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(6, 4)
-            self.block = lambda inputs: self.linear(inputs)  # which keeps the first self in every copy
+            self.block = lambda inputs: self.linear(
+                inputs
+            )  # which keeps the first self in every copy
 
         def forward(self, inputs):
             return self.block(inputs)
 
     net = Stored()
     assert reads_tensors_of(net, lambda: duplicate(net)(torch.ones(1, 6)))
-    with pytest.raises(FederationError, match="encoder: its factory gives the same module again and again, and a copy of it still reads"):
+    with pytest.raises(
+        FederationError,
+        match="encoder: its factory gives the same module again and again, and a copy of it still reads",
+    ):
         small_federation(encoder=lambda: net)
     train(small_federation(encoder=Stored), **QUICK)
 
@@ -291,7 +355,10 @@ def test_what_cannot_be_copied_is_refused_and_a_factory_that_makes_new_ones_is_n
             return nn.utils.weight_norm(nn.Linear(6, 4))
 
     net = normed()
-    with pytest.raises(FederationError, match="encoder: its factory gives the same module again and again, and 'weight' cannot be copied"):
+    with pytest.raises(
+        FederationError,
+        match="encoder: its factory gives the same module again and again, and 'weight' cannot be copied",
+    ):
         small_federation(encoder=lambda: net)
     train(small_federation(encoder=normed), **QUICK)
 
@@ -348,14 +415,19 @@ def test_what_is_not_trained_comes_back_as_it_was_in_use(tmp_path, kind, draw, e
         result = train(federation, engine=engine, run_dir=tmp_path / "run", **QUICK)
     text = "encoder: two calls of its factory under one seed give other values of 'projection'"
     assert any(text in str(warning.message) for warning in said) == (draw is of_its_own)
-    again = small_federation(encoder=partial(Frozen, kind, draw))  # as another process would have it
+    again = small_federation(
+        encoder=partial(Frozen, kind, draw)
+    )  # as another process would have it
     for client in federation.clients:
         recorded = result.summary["clients"][client.id]["test_loss"]
         for model in (result.model(client.id), load_model(tmp_path / "run", client.id, again)):
-            assert evaluate(client.task, model.encoder, model.head, client.test_data).loss == pytest.approx(recorded, rel=1e-6)
+            assert evaluate(
+                client.task, model.encoder, model.head, client.test_data
+            ).loss == pytest.approx(recorded, rel=1e-6)
     if draw is of_the_seed:
         assert {id: one.loss for id, one in evaluate_run(tmp_path / "run", again).items()} == {
-            id: pytest.approx(client["test_loss"], rel=1e-6) for id, client in result.summary["clients"].items()
+            id: pytest.approx(client["test_loss"], rel=1e-6)
+            for id, client in result.summary["clients"].items()
         }
 
 
@@ -363,23 +435,40 @@ def test_two_runs_of_a_varying_factory_are_the_same_run():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FedGradNormWarning)
         federation = small_federation(encoder=partial(Frozen, "parameter", of_its_own))
-        runs = [timeless(train(federation, engine=engine, **QUICK).rows) for engine in ("reference", "reference", "vectorized")]
+        runs = [
+            timeless(train(federation, engine=engine, **QUICK).rows)
+            for engine in ("reference", "reference", "vectorized")
+        ]
     assert runs[0] == runs[1]
-    assert [row["loss"] for row in runs[0]] == pytest.approx([row["loss"] for row in runs[2]], rel=1e-4)
+    assert [row["loss"] for row in runs[0]] == pytest.approx(
+        [row["loss"] for row in runs[2]], rel=1e-4
+    )
 
 
 def test_a_factory_of_two_architectures_is_refused():
     sizes = iter(range(4, 100))
-    with pytest.raises(FederationError, match="encoder: two calls of its factory give other parameters: 'bias'"):
+    with pytest.raises(
+        FederationError, match="encoder: two calls of its factory give other parameters: 'bias'"
+    ):
         small_federation(encoder=lambda: nn.Linear(6, next(sizes)))
 
 
-@pytest.mark.parametrize("factory", [lambda: None, lambda: torch.ones(2), lambda: [nn.Linear(6, 4)]])
+@pytest.mark.parametrize(
+    "factory", [lambda: None, lambda: torch.ones(2), lambda: [nn.Linear(6, 4)]]
+)
 def test_a_factory_of_no_module_is_refused(factory):
-    with pytest.raises(FederationError, match="encoder: expected a function that makes an nn.Module, and it gave"):
+    with pytest.raises(
+        FederationError, match="encoder: expected a function that makes an nn.Module, and it gave"
+    ):
         small_federation(encoder=factory)
-    with pytest.raises(FederationError, match="client 'a': head: expected a function that makes an nn.Module, and it gave"):
-        Federation([small_client("a", task=Task("sign", lambda _: factory(), functional.cross_entropy))], small_encoder)
+    with pytest.raises(
+        FederationError,
+        match="client 'a': head: expected a function that makes an nn.Module, and it gave",
+    ):
+        Federation(
+            [small_client("a", task=Task("sign", lambda _: factory(), functional.cross_entropy))],
+            small_encoder,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -415,14 +504,21 @@ class Tied(nn.Module):
 def test_weights_tied_by_memory_are_refused_and_named(how):
     names = shared_memory(Tied(how))
     assert names is not None
-    with pytest.raises(FederationError, match=f"encoder: '{names[0]}' and '{names[1]}' share memory, and would be trained as two"):
+    with pytest.raises(
+        FederationError,
+        match=f"encoder: '{names[0]}' and '{names[1]}' share memory, and would be trained as two",
+    ):
         small_federation(encoder=lambda: Tied(how))
 
     def head(_):
         return nn.Sequential(nn.Linear(4, 6), Tied(how))
 
-    with pytest.raises(FederationError, match="client 'a': head: '1.first.weight' and '1..*' share memory"):
-        Federation([small_client("a", task=Task("sign", head, functional.cross_entropy))], small_encoder)
+    with pytest.raises(
+        FederationError, match="client 'a': head: '1.first.weight' and '1..*' share memory"
+    ):
+        Federation(
+            [small_client("a", task=Task("sign", head, functional.cross_entropy))], small_encoder
+        )
 
 
 @ENGINES
@@ -442,7 +538,13 @@ def lazy_encoder():
 @ENGINES
 def test_lazy_modules_get_their_shapes_from_an_example(tmp_path, engine):
     federation = Federation(
-        [small_client(id, task=Task("sign", lambda _: nn.LazyLinear(2), functional.cross_entropy)) for id in "ab"], lazy_encoder
+        [
+            small_client(
+                id, task=Task("sign", lambda _: nn.LazyLinear(2), functional.cross_entropy)
+            )
+            for id in "ab"
+        ],
+        lazy_encoder,
     )
     assert not is_lazy(federation.make_encoder(0))
     assert federation.layout[0] == ("0.weight", (8, 6))
@@ -451,7 +553,10 @@ def test_lazy_modules_get_their_shapes_from_an_example(tmp_path, engine):
 
 
 def test_a_lazy_module_that_no_example_fits_is_refused_in_words():
-    with pytest.raises(FederationError, match="encoder: its lazy parameters cannot be given their shapes by an example: RuntimeError"):
+    with pytest.raises(
+        FederationError,
+        match="encoder: its lazy parameters cannot be given their shapes by an example: RuntimeError",
+    ):
         small_federation(encoder=lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(9, 4)))
 
 
@@ -460,7 +565,13 @@ def test_tensors_are_held_under_their_names():
     module[1].register_buffer("passing", torch.zeros(1), persistent=False)
     module[1].constant = torch.ones(3)
     names = set(held_tensors(module))
-    assert {"0.running_mean", "0.num_batches_tracked", "1.weight", "1.passing", "1.constant"} <= names
+    assert {
+        "0.running_mean",
+        "0.num_batches_tracked",
+        "1.weight",
+        "1.passing",
+        "1.constant",
+    } <= names
     other = copy.deepcopy(module)
     with torch.no_grad():
         other[1].weight += 1
@@ -475,7 +586,12 @@ def test_a_client_may_be_a_task_of_its_own_with_a_head_that_draws_from_numpy():
         made.weight.data = torch.tensor(np.random.randn(2, features), dtype=torch.float32)
         return made
 
-    federations = [Federation([small_client("a", task=Task("sign", head, functional.cross_entropy))], small_encoder) for _ in range(2)]
+    federations = [
+        Federation(
+            [small_client("a", task=Task("sign", head, functional.cross_entropy))], small_encoder
+        )
+        for _ in range(2)
+    ]
     one, other = (federation.make_head(federation.clients[0], 3) for federation in federations)
     assert torch.equal(one.weight, other.weight)
     assert small_task("sign").loss_floor == 0

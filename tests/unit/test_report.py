@@ -29,14 +29,27 @@ TRAINED = ("class", "parity", "loop", "mass")
 def folder(tmp_path_factory):
     """Runs on digits: equal, fedgradnorm, and one with absent clients and a client whose reports are all dropped."""
     folder = tmp_path_factory.mktemp("runs")
-    settings = {"num_rounds": 3, "head_steps": 2, "encoder_steps": 2, "head_lr": 0.2, "encoder_lr": 0.2}
-    for name, weighting in {"equal": "equal", "fedgradnorm": FedGradNorm(gamma=2.0, weight_lr=0.5)}.items():
+    settings = {
+        "num_rounds": 3,
+        "head_steps": 2,
+        "encoder_steps": 2,
+        "head_lr": 0.2,
+        "encoder_lr": 0.2,
+    }
+    for name, weighting in {
+        "equal": "equal",
+        "fedgradnorm": FedGradNorm(gamma=2.0, weight_lr=0.5),
+    }.items():
         train(digits.make(0), weighting, run_dir=folder / name, **settings)
     several = digits.make(0, tasks=("class", "mass"), clients_per_task=2)
-    silent = Client("silent", Task(HOSTILE, partial(nn.Linear, out_features=1), nn.functional.mse_loss), Holes())
+    silent = Client(
+        "silent", Task(HOSTILE, partial(nn.Linear, out_features=1), nn.functional.mse_loss), Holes()
+    )
     federation = replace(several, clients=[*several.clients, silent])
     rounds = (("class-0", "silent"), tuple(client.id for client in federation.clients))
-    with pytest.warns(FedGradNormWarning, match="client 'silent' never counted: 3 of 3 reports were dropped"):
+    with pytest.warns(
+        FedGradNormWarning, match="client 'silent' never counted: 3 of 3 reports were dropped"
+    ):
         train(federation, run_dir=folder / "gaps", participants=rounds, **settings)
     return folder
 
@@ -48,7 +61,9 @@ class Holes:
         return 100
 
     def __getitem__(self, index):
-        return torch.full((64,), index / 100 if index < 64 else torch.nan), torch.tensor([float(index)])
+        return torch.full((64,), index / 100 if index < 64 else torch.nan), torch.tensor(
+            [float(index)]
+        )
 
 
 def runs_in(folder, *names):
@@ -60,11 +75,21 @@ def page_of(runs, tmp_path):
 
 
 def charts_in(page):
-    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL).group(1))
+    return json.loads(
+        re.search(
+            r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL
+        ).group(1)
+    )
 
 
 def lines_of(page, title, kind):
-    return [line for chart in charts_in(page) if chart["title"] == title for line in chart["lines"] if line["kind"] == kind]
+    return [
+        line
+        for chart in charts_in(page)
+        if chart["title"] == title
+        for line in chart["lines"]
+        if line["kind"] == kind
+    ]
 
 
 def printed(runs, width):
@@ -82,7 +107,9 @@ def test_the_page_loads_nothing(folder, tmp_path):
     assert "@import" not in page.split("</style>")[0]
 
 
-@pytest.mark.parametrize("names", [("fedgradnorm",), ("equal", "fedgradnorm"), ("equal", "gaps", "fedgradnorm")])
+@pytest.mark.parametrize(
+    "names", [("fedgradnorm",), ("equal", "fedgradnorm"), ("equal", "gaps", "fedgradnorm")]
+)
 def test_every_run_and_task_has_its_charts(folder, tmp_path, names):
     page = page_of(runs_in(folder, *names), tmp_path)
     for name in names:
@@ -97,7 +124,11 @@ def test_every_run_and_task_has_its_charts(folder, tmp_path, names):
 
 def test_a_run_has_one_colour_everywhere(folder, tmp_path):
     page = page_of(runs_in(folder, "equal", "fedgradnorm"), tmp_path)
-    colours = {line["name"].split(",")[0]: line["colour"] for chart in charts_in(page) for line in chart["lines"]}
+    colours = {
+        line["name"].split(",")[0]: line["colour"]
+        for chart in charts_in(page)
+        for line in chart["lines"]
+    }
     for chart in charts_in(page):
         assert all(line["colour"] == colours[line["name"].split(",")[0]] for line in chart["lines"])
     for name in ("equal", "fedgradnorm"):
@@ -107,14 +138,24 @@ def test_a_run_has_one_colour_everywhere(folder, tmp_path):
 def test_the_rows_are_those_of_the_summaries(folder):
     runs = runs_in(folder, "equal", "fedgradnorm")
     rows = comparison_rows(runs)
-    assert [(row.task, row.run) for row in rows] == [(task, run.folder.name) for task in TRAINED for run in runs]
+    assert [(row.task, row.run) for row in rows] == [
+        (task, run.folder.name) for task in TRAINED for run in runs
+    ]
     for row in rows:
         task = Run(folder / row.run).summary()["tasks"][row.task]
         metric = task["metric"]
-        assert (row.metric, row.percent, row.higher_is_better) == (metric["name"], metric["percent"], metric["higher_is_better"])
+        assert (row.metric, row.percent, row.higher_is_better) == (
+            metric["name"],
+            metric["percent"],
+            metric["higher_is_better"],
+        )
         for key in ("guess", "first", "best", "best_round", "last"):
             assert getattr(row, key) == metric[key]
-        assert (row.loss_ratio, row.rounds_to, row.weight) == (task["loss_ratio"], task["rounds_to"], task["weight"])
+        assert (row.loss_ratio, row.rounds_to, row.weight) == (
+            task["loss_ratio"],
+            task["rounds_to"],
+            task["weight"],
+        )
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -147,7 +188,11 @@ def test_the_findings_say_who_was_first(folder, tmp_path):
         shutil.copytree(folder / "equal", tmp_path / name)
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         for task in summary["tasks"].values():
-            task["rounds_to"] = {"loss ratio 0.8": 3, "loss ratio 0.6": rounds, "loss ratio 0.4": None}
+            task["rounds_to"] = {
+                "loss ratio 0.8": 3,
+                "loss ratio 0.6": rounds,
+                "loss ratio 0.4": None,
+            }
         summary["tasks"]["class"]["metric"]["last"] = last
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
         runs.append(Run(tmp_path / name))
@@ -188,8 +233,14 @@ def test_absent_clients_are_gaps_and_dropped_reports_are_counted(folder, tmp_pat
 def test_many_clients_become_a_band(folder, tmp_path):
     shutil.copytree(folder / "fedgradnorm", tmp_path / "many")
     run = Run(tmp_path / "many")
-    rows = [row | {"client": f"{row['client']}-{number}", "weight": number} for row in run.rows() for number in range(MOST_LINES + 1)]
-    (tmp_path / "many" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        row | {"client": f"{row['client']}-{number}", "weight": number}
+        for row in run.rows()
+        for number in range(MOST_LINES + 1)
+    ]
+    (tmp_path / "many" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     summary = run.summary()
     for task in summary["tasks"].values():
         task["clients"] = MOST_LINES + 1
@@ -214,26 +265,40 @@ def test_the_settings_that_differ_come_first(folder, tmp_path):
 
 def test_runs_of_one_name_are_told_apart(folder, tmp_path):
     shutil.copytree(folder / "equal", tmp_path / "other" / "equal")
-    names = {row.run for row in comparison_rows([Run(folder / "equal"), Run(tmp_path / "other" / "equal")])}
+    names = {
+        row.run
+        for row in comparison_rows([Run(folder / "equal"), Run(tmp_path / "other" / "equal")])
+    }
     assert names == {f"{folder.name}/equal", "other/equal"}
-    assert {row.run for row in comparison_rows(runs_in(folder, "equal", "equal"))} == {"equal (1)", "equal (2)"}
+    assert {row.run for row in comparison_rows(runs_in(folder, "equal", "equal"))} == {
+        "equal (1)",
+        "equal (2)",
+    }
 
 
-@pytest.mark.parametrize(("file", "text"), [("summary.json", "{}"), ("metrics.jsonl", None), ("metrics.jsonl", "")])
+@pytest.mark.parametrize(
+    ("file", "text"), [("summary.json", "{}"), ("metrics.jsonl", None), ("metrics.jsonl", "")]
+)
 def test_a_damaged_run_is_an_error(folder, tmp_path, file, text):
     shutil.copytree(folder / "equal", tmp_path / "equal")
-    (tmp_path / "equal" / file).unlink() if text is None else (tmp_path / "equal" / file).write_text(text)
+    (tmp_path / "equal" / file).unlink() if text is None else (
+        tmp_path / "equal" / file
+    ).write_text(text)
     with pytest.raises(RunError, match=re.escape(file)):
         write_report([Run(tmp_path / "equal")], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("key", ["round", "client", "task", "dropped", "weight", "target", "metric"])
+@pytest.mark.parametrize(
+    "key", ["round", "client", "task", "dropped", "weight", "target", "metric"]
+)
 def test_a_line_that_lacks_a_key_is_an_error(folder, tmp_path, key):
     shutil.copytree(folder / "equal", tmp_path / "equal")
     first, second, *rows = Run(folder / "equal").rows()
     del second[key]
-    (tmp_path / "equal" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, second, *rows)))
+    (tmp_path / "equal" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (first, second, *rows))
+    )
     with pytest.raises(RunError, match=rf"equal/metrics\.jsonl line 2: {key}: Field required$"):
         write_report([Run(tmp_path / "equal")], tmp_path / "report.html")
 
@@ -255,7 +320,9 @@ def test_without_plotly_the_error_says_what_to_install(folder, tmp_path, monkeyp
 
 def test_a_method_has_the_colour_that_it_has_in_a_study(folder, tmp_path):
     for names in (("equal", "fedgradnorm"), ("fedgradnorm",), ("fedgradnorm", "equal")):
-        colours = {look.name: look.colour for look in looks_for(["fedgradnorm step", "equal", "my own"])}
+        colours = {
+            look.name: look.colour for look in looks_for(["fedgradnorm step", "equal", "my own"])
+        }
         page = page_of(runs_in(folder, *names), tmp_path)
         for label, method in (("equal", "equal"), ("fedgradnorm", "fedgradnorm step")):
             if label in names:
@@ -263,8 +330,21 @@ def test_a_method_has_the_colour_that_it_has_in_a_study(folder, tmp_path):
 
 
 def test_looks_tell_all_methods_apart_and_are_the_same_in_every_company():
-    known = [name for name in BUILT_INS["weighting"] if name != "fedgradnorm"] + ["fedper", "fedprox", "local", "centralized"]
-    looks = looks_for(["own", *known, "fedgradnorm step", "fedgradnorm exact", *(f"method {number}" for number in range(40))])
+    known = [name for name in BUILT_INS["weighting"] if name != "fedgradnorm"] + [
+        "fedper",
+        "fedprox",
+        "local",
+        "centralized",
+    ]
+    looks = looks_for(
+        [
+            "own",
+            *known,
+            "fedgradnorm step",
+            "fedgradnorm exact",
+            *(f"method {number}" for number in range(40)),
+        ]
+    )
     assert len({(look.colour, look.dash, look.marker) for look in looks}) == len(looks)
     alone = {name: looks_for([name])[0] for name in known}
     assert all(look == alone[look.name] for look in looks if look.name in alone)

@@ -41,18 +41,27 @@ def cut(finished, tmp_path):
 
 
 def page_of(run):
-    return write_report([run], run.folder / "page.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    return (
+        write_report([run], run.folder / "page.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    )
 
 
 def test_a_run_without_a_summary_is_reported_as_far_as_it_got(cut, finished):
     run = cut(3)
     page = page_of(run)
-    assert '<p class="findings">stopped after round 3 of 5. After 3 rounds the training loss' in page
+    assert (
+        '<p class="findings">stopped after round 3 of 5. After 3 rounds the training loss' in page
+    )
     assert "<td>3 of 5</td>" in page
     (row,) = comparison_rows([run])
     (whole,) = comparison_rows([Run(finished)])
     rows = [one for one in Run(finished).rows() if one["round"] == 3]
-    assert (row.task, row.clients, row.metric, row.higher_is_better) == (whole.task, whole.clients, "accuracy", True)
+    assert (row.task, row.clients, row.metric, row.higher_is_better) == (
+        whole.task,
+        whole.clients,
+        "accuracy",
+        True,
+    )
     assert row.first == whole.first
     assert row.loss_ratio == pytest.approx(sum(one["inverse_training_rate"] for one in rows) / 3)
 
@@ -80,7 +89,12 @@ def half(finished, number):
 
 def test_a_round_of_which_not_all_is_written_does_not_count(cut, finished):
     lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    for torn in (half(finished, 9), lines[9], lines[9] + half(finished, 10), lines[9] + lines[10] + b"\xff\x00"):
+    for torn in (
+        half(finished, 9),
+        lines[9],
+        lines[9] + half(finished, 10),
+        lines[9] + lines[10] + b"\xff\x00",
+    ):
         run = cut(3, torn)
         assert [row["round"] for row in run.whole_rounds()] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
         assert "stopped after round 3 of 5" in page_of(run)
@@ -90,7 +104,9 @@ def test_a_round_of_which_not_all_is_written_does_not_count(cut, finished):
 
 
 def test_the_last_round_is_found_from_the_end_of_a_long_file(cut, finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_bytes().splitlines()[:3]]
+    lines = [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_bytes().splitlines()[:3]
+    ]
     run = cut(0)
     rows = [{**line, "round": number} for number in range(1, 500) for line in lines]
     path = run.folder / "metrics.jsonl"
@@ -103,7 +119,9 @@ def test_the_last_round_is_found_from_the_end_of_a_long_file(cut, finished):
     path.write_text("")
     assert run.last_round() == []
     path.write_text(text[:-50].replace('"client": "b"', '"client": 7'))
-    with pytest.raises(RunError, match=r"metrics\.jsonl line 2: client: Input should be a valid string, found 7$"):
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl line 2: client: Input should be a valid string, found 7$"
+    ):
         run.last_round()
 
 
@@ -115,7 +133,9 @@ def test_without_a_round_there_is_an_error_that_says_so(cut, content, tmp_path):
     else:
         (run.folder / "metrics.jsonl").write_bytes(content)
     for report in (comparison_table, partial(write_report, output=tmp_path / "page.html")):
-        with pytest.raises(RunError, match=r"run: no round of 5 is done yet: there is nothing to report on$"):
+        with pytest.raises(
+            RunError, match=r"run: no round of 5 is done yet: there is nothing to report on$"
+        ):
             report([run])
     assert not (tmp_path / "page.html").exists()
 
@@ -154,7 +174,9 @@ def test_several_runs_say_which_one_has_not_ended(cut, finished):
     assert "accuracy" in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("file", "content"), [("summary.json", "{}"), ("members.json", "{}"), ("metrics.jsonl", "{}\n")])
+@pytest.mark.parametrize(
+    ("file", "content"), [("summary.json", "{}"), ("members.json", "{}"), ("metrics.jsonl", "{}\n")]
+)
 def test_a_damaged_file_is_an_error_that_names_it(cut, file, content):
     run = cut(3)
     (run.folder / file).write_text(content)

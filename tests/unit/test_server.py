@@ -9,7 +9,15 @@ from fedgradnorm.client import loss_batches
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine
 from fedgradnorm.messages import Instruction
-from fedgradnorm.server import ServerState, advance, initial_state, instruct, participants, run_round, screen
+from fedgradnorm.server import (
+    ServerState,
+    advance,
+    initial_state,
+    instruct,
+    participants,
+    run_round,
+    screen,
+)
 from fedgradnorm.weighting import Weights
 from tests.helpers import batch_norm_encoder, report, small_federation
 
@@ -17,25 +25,37 @@ TRAINING = TrainConfig(head_steps=2, encoder_steps=3, encoder_lr=0.1, server_lr=
 
 
 def state_of(encoder=(1.0, 2.0, 3.0), **fields):
-    return ServerState(0, torch.tensor(encoder), fields.pop("buffers", {}), WeightingState({}), **fields)
+    return ServerState(
+        0, torch.tensor(encoder), fields.pop("buffers", {}), WeightingState({}), **fields
+    )
 
 
 def test_aggregation_is_the_weighted_mean():
-    some = [report("a", 1, gradient=torch.tensor([1.0, 0.0])), report("b", 1, gradient=torch.tensor([0.0, 2.0]))]
+    some = [
+        report("a", 1, gradient=torch.tensor([1.0, 0.0])),
+        report("b", 1, gradient=torch.tensor([0.0, 2.0])),
+    ]
     direction = Mean()(some, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
     torch.testing.assert_close(direction, torch.tensor([1.5, 1.0]))
 
 
 def test_the_plain_step_is_eta_times_the_direction():
-    after = advance(state_of(), [], torch.tensor([1.0, -1.0, 0.0]), WeightingState({"a": 1.0}), TRAINING)
-    torch.testing.assert_close(after.encoder, torch.tensor([1 - 0.15, 2 + 0.15, 3.0]))  # η = 3 · 0.1 · 0.5
+    after = advance(
+        state_of(), [], torch.tensor([1.0, -1.0, 0.0]), WeightingState({"a": 1.0}), TRAINING
+    )
+    torch.testing.assert_close(
+        after.encoder, torch.tensor([1 - 0.15, 2 + 0.15, 3.0])
+    )  # η = 3 · 0.1 · 0.5
     assert (after.round, after.weighting, after.optimizer) == (1, WeightingState({"a": 1.0}), {})
 
 
 @pytest.mark.parametrize(
     ("settings", "optimizer"),
     [
-        ({"server_momentum": 0.9}, lambda parameters: torch.optim.SGD(parameters, lr=0.15, momentum=0.9)),
+        (
+            {"server_momentum": 0.9},
+            lambda parameters: torch.optim.SGD(parameters, lr=0.15, momentum=0.9),
+        ),
         ({"server_optimizer": "adam"}, lambda parameters: torch.optim.Adam(parameters, lr=0.15)),
     ],
 )
@@ -66,7 +86,9 @@ def test_buffers_are_averaged_and_counts_rounded():
 def test_everyone_takes_part_by_default_in_sorted_order():
     federation = small_federation(("c", "a", "b"))
     assert participants(federation, TRAINING, 1) == ["a", "b", "c"]
-    assert [one.client for one in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)] == ["a", "b", "c"]
+    assert [
+        one.client for one in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)
+    ] == ["a", "b", "c"]
 
 
 def test_a_share_is_drawn_anew_each_round_from_the_seed():
@@ -76,15 +98,27 @@ def test_a_share_is_drawn_anew_each_round_from_the_seed():
     assert {len(some) for some in drawn} == {3}
     assert len({tuple(some) for some in drawn}) > 10
     assert set().union(*drawn) == set("abcdefghij")
-    assert drawn == [participants(small_federation("jihgfedcba"), training, round) for round in range(1, 21)]
-    assert drawn != [participants(federation, training.model_copy(update={"seed": 1}), round) for round in range(1, 21)]
-    assert len(participants(federation, training.model_copy(update={"fraction_train": 0.01}), 1)) == 1
+    assert drawn == [
+        participants(small_federation("jihgfedcba"), training, round) for round in range(1, 21)
+    ]
+    assert drawn != [
+        participants(federation, training.model_copy(update={"seed": 1}), round)
+        for round in range(1, 21)
+    ]
+    assert (
+        len(participants(federation, training.model_copy(update={"fraction_train": 0.01}), 1)) == 1
+    )
 
 
 def test_participants_may_be_listed_by_round_and_the_last_list_holds():
     training = TRAINING.model_copy(update={"participants": (("b", "a"), ("c",))})
     federation = small_federation()
-    assert [participants(federation, training, round) for round in (1, 2, 3, 9)] == [["a", "b"], ["c"], ["c"], ["c"]]
+    assert [participants(federation, training, round) for round in (1, 2, 3, 9)] == [
+        ["a", "b"],
+        ["c"],
+        ["c"],
+        ["c"],
+    ]
     with pytest.raises(FederationError, match="no client 'd'"):
         participants(federation, training.model_copy(update={"participants": (("d",),)}), 1)
 
@@ -97,7 +131,10 @@ INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
     ("unsound", "reason"),
     [
         (replace(SOUND, gradient=torch.zeros(4)), "gradient: expected torch.float32 of shape"),
-        (replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)), "gradient: expected torch.float32"),
+        (
+            replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)),
+            "gradient: expected torch.float32",
+        ),
         (replace(SOUND, gradient=torch.tensor([0.0, float("nan"), 0.0])), "gradient: not finite"),
         (replace(SOUND, loss=float("nan")), "loss"),
         (replace(SOUND, loss=float("inf")), "loss"),
@@ -116,7 +153,16 @@ def test_an_unsound_report_is_dropped_with_its_reason(unsound, reason):
     assert reason in dropped["a"]
 
 
-@pytest.mark.parametrize("changes", [{"loss": -1.0}, {"initial_loss": 0.0}, {"initial_loss": -3.0}, {"grad_norm": 0.0}, {"loss": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": -1.0},
+        {"initial_loss": 0.0},
+        {"initial_loss": -3.0},
+        {"grad_norm": 0.0},
+        {"loss": 0.0},
+    ],
+)
 def test_nothing_left_to_learn_and_losses_of_any_sign_are_sound(changes):
     sound, dropped = screen([replace(SOUND, **changes)], [INSTRUCTION], {})
     assert (len(sound), dropped) == (1, {})
@@ -160,7 +206,9 @@ def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
 
 def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
     federation, weighting = small_federation(), FedGradNorm(solver="exact")
-    engine = Faulty(federation, lambda one: replace(one, grad_norm=float("nan")) if one.client == "b" else one)
+    engine = Faulty(
+        federation, lambda one: replace(one, grad_norm=float("nan")) if one.client == "b" else one
+    )
     state = initial_state(federation, weighting, 0)
     for _ in range(3):
         state, record = run_round(state, federation, engine, weighting, Mean(), TRAINING)
@@ -173,10 +221,15 @@ def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
 def test_the_order_of_clients_and_replies_does_not_matter():
     states = []
     for ids, turn in ((("a", "b", "c"), list), (("c", "a", "b"), reversed)):
-        federation, weighting = small_federation(ids, batch_norm_encoder, buffers="averaged"), FedGradNorm()
+        federation, weighting = (
+            small_federation(ids, batch_norm_encoder, buffers="averaged"),
+            FedGradNorm(),
+        )
         engine = ReferenceEngine(federation, seed=0)
         execute = engine.execute
-        engine.execute = lambda instructions, execute=execute, turn=turn: list(turn(execute(list(turn(instructions)))))
+        engine.execute = lambda instructions, execute=execute, turn=turn: list(
+            turn(execute(list(turn(instructions))))
+        )
         state = initial_state(federation, weighting, 0)
         for _ in range(3):
             state, _ = run_round(state, federation, engine, weighting, Mean(), TRAINING)
@@ -188,7 +241,9 @@ def test_the_order_of_clients_and_replies_does_not_matter():
 
 def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
     federation, weighting = small_federation(), FedGradNorm(solver="exact")
-    training = TRAINING.model_copy(update={"participants": (("a", "b"), ("a", "b"), ("a", "b", "c"))})
+    training = TRAINING.model_copy(
+        update={"participants": (("a", "b"), ("a", "b"), ("a", "b", "c"))}
+    )
     engine, state = ReferenceEngine(federation, seed=0), initial_state(federation, weighting, 0)
     for round in (1, 2, 3):
         encoder = state.encoder
@@ -202,7 +257,10 @@ def test_a_late_joiner_starts_with_weight_one_and_its_own_initial_loss():
     client = federation.client("c")
     inputs, targets = client.train_data
     with torch.no_grad():
-        losses = [client.task.loss(head(module(inputs[batch])), targets[batch]) for batch in loss_batches(client, training)]
+        losses = [
+            client.task.loss(head(module(inputs[batch])), targets[batch])
+            for batch in loss_batches(client, training)
+        ]
         expected = torch.stack(losses).mean().item()
     assert engine.client_states["c"].initial_loss == pytest.approx(expected, rel=1e-5)
     assert sum(state.weighting.weights.values()) == pytest.approx(3)

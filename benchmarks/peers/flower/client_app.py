@@ -30,15 +30,24 @@ def data(workload: str, client: int) -> tuple[Tensor, Tensor]:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the head, which stays in the client's state, then the encoder, which goes back to the server."""
-    name, round = str(message.content["config"]["workload"]), int(message.content["config"]["server-round"])
+    name, round = (
+        str(message.content["config"]["workload"]),
+        int(message.content["config"]["server-round"]),
+    )
     client, workload = int(context.node_config["partition-id"]), WORKLOADS[name]
     encoder, head = networks(name)
     encoder.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    state = context.state["head"].to_torch_state_dict() if "head" in context.state else first_head(workload, client).state_dict()
+    state = (
+        context.state["head"].to_torch_state_dict()
+        if "head" in context.state
+        else first_head(workload, client).state_dict()
+    )
     head.load_state_dict(state)
 
     optimizer = torch.optim.SGD(head.parameters(), workload.step_size)
-    for inputs, targets in islice(batches(data(name, client), workload, client, round, HEAD), workload.head_steps):
+    for inputs, targets in islice(
+        batches(data(name, client), workload, client, round, HEAD), workload.head_steps
+    ):
         with torch.no_grad():
             features = encoder(inputs)
         optimizer.zero_grad()
@@ -48,7 +57,9 @@ def train(message: Message, context: Context) -> Message:
     losses = []
     head.requires_grad_(False)
     optimizer = torch.optim.SGD(encoder.parameters(), workload.step_size)
-    for inputs, targets in islice(batches(data(name, client), workload, client, round, ENCODER), workload.encoder_steps):
+    for inputs, targets in islice(
+        batches(data(name, client), workload, client, round, ENCODER), workload.encoder_steps
+    ):
         optimizer.zero_grad()
         loss = functional.cross_entropy(head(encoder(inputs)), targets)
         loss.backward()
@@ -57,5 +68,10 @@ def train(message: Message, context: Context) -> Message:
     head.requires_grad_(True)
 
     context.state["head"] = ArrayRecord(head.state_dict())
-    metrics = MetricRecord({"loss": float(torch.stack(losses).mean()), "num-examples": workload.examples})
-    return Message(RecordDict({"arrays": ArrayRecord(encoder.state_dict()), "metrics": metrics}), reply_to=message)
+    metrics = MetricRecord(
+        {"loss": float(torch.stack(losses).mean()), "num-examples": workload.examples}
+    )
+    return Message(
+        RecordDict({"arrays": ArrayRecord(encoder.state_dict()), "metrics": metrics}),
+        reply_to=message,
+    )

@@ -66,7 +66,9 @@ class Shuffled(PyTorchTensorDataset):
     pfl's own datasets are gone through once, in order.
     """
 
-    def __init__(self, workload: Workload, client: int, round: int, phase: int, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, workload: Workload, client: int, round: int, phase: int, tensors: tuple[Tensor, ...]
+    ) -> None:
         super().__init__(tensors)
         self._batches = batches(tensors, workload, client, round, phase)
 
@@ -112,10 +114,18 @@ class FedRep(FederatedAveraging):
             network.losses.clear()
             FrameworkBridgeFactory.sgd_bridge().do_sgd(
                 model,
-                Shuffled(workload, int(client), central_context.current_central_iteration + 1, phase, user_dataset.raw_data),
+                Shuffled(
+                    workload,
+                    int(client),
+                    central_context.current_central_iteration + 1,
+                    phase,
+                    user_dataset.raw_data,
+                ),
                 central_context.model_train_params.static_clone(local_num_steps=steps),
             )
-        params.heads.save_state({name: tensor.clone() for name, tensor in network.head.state_dict().items()}, client)
+        params.heads.save_state(
+            {name: tensor.clone() for name, tensor in network.head.state_dict().items()}, client
+        )
         return model.get_model_difference(initial_model_state), Metrics(
             [(LOSS, Weighted(float(torch.stack(network.losses).sum()), len(network.losses)))]
         )
@@ -128,7 +138,9 @@ class Clock(TrainingProcessCallback):
         self.ends: list[float] = []
         self.loss = float("nan")
 
-    def after_central_iteration(self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int) -> tuple[bool, Metrics]:  # noqa: ARG002
+    def after_central_iteration(
+        self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int
+    ) -> tuple[bool, Metrics]:  # noqa: ARG002
         """Called by pfl after the model's update."""
         self.ends.append(time.perf_counter())
         self.loss = float(aggregate_metrics[LOSS].overall_value)
@@ -138,23 +150,37 @@ class Clock(TrainingProcessCallback):
 def main() -> None:
     """Run the rounds and print the report."""
     parser = arguments()
-    parser.add_argument("--processes", type=int, default=1, help="must divide the number of clients")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="must divide the number of clients"
+    )
     args = parser.parse_args()
     if args.clients % args.processes:
         parser.error("--processes must divide the number of clients")
     if args.processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={args.processes}",
+        ]
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])  # noqa: S606 (no shell wanted)
     workload = WORKLOADS[args.workload]
     network = Network(workload)
     # pfl's model shares the parameters that ask for a gradient when it is made: not the head's, which stay with the clients.
     network.head.requires_grad_(False)
-    model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.encoder.parameters(), lr=1.0))
-    datasets = {str(client): PyTorchTensorDataset(workload.data(client), user_id=str(client)) for client in range(args.clients)}
+    model = PyTorchModel(
+        network, torch.optim.SGD, torch.optim.SGD(network.encoder.parameters(), lr=1.0)
+    )
+    datasets = {
+        str(client): PyTorchTensorDataset(workload.data(client), user_id=str(client))
+        for client in range(args.clients)
+    }
     # This sampler goes through all clients in turn, so that a cohort of all of them is each once, and pfl deals them out to the processes
     # in turn too: where these divide the clients, each client keeps to one process, and so may its head.
-    population = FederatedDataset(datasets.__getitem__, get_user_sampler("minimize_reuse", list(datasets)))
+    population = FederatedDataset(
+        datasets.__getitem__, get_user_sampler("minimize_reuse", list(datasets))
+    )
     clock = Clock()
     FedRep().run(
         FedRepParams(
@@ -168,7 +194,10 @@ def main() -> None:
         SimulatedBackend(training_data=population, val_data=population),
         model,
         NNTrainHyperParams(
-            local_batch_size=workload.batch_size, local_num_epochs=None, local_num_steps=1, local_learning_rate=workload.step_size
+            local_batch_size=workload.batch_size,
+            local_num_epochs=None,
+            local_num_steps=1,
+            local_learning_rate=workload.step_size,
         ),
         callbacks=[clock],
         send_metrics_to_platform=False,  # which would print them
@@ -177,7 +206,9 @@ def main() -> None:
         report("pfl", "pfl", args, clock.ends, clock.loss, peak_rss_mb(os.getpid()))
         return
     if torch.distributed.get_rank() == 0:
-        report("pfl", "pfl", args, clock.ends, clock.loss, peak_rss_mb(os.getppid()))  # the launcher and all that it launched
+        report(
+            "pfl", "pfl", args, clock.ends, clock.loss, peak_rss_mb(os.getppid())
+        )  # the launcher and all that it launched
     torch.distributed.barrier()  # so that all live until then
     torch.distributed.destroy_process_group()
 

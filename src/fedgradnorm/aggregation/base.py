@@ -22,6 +22,10 @@ class Aggregation(Protocol):
 
 def weighted_gradients(reports: Sequence[Report], weights: Weights) -> Tensor:
     """The u_i = n p_i g_i / Σ p_j, times the scale, of n reports: their plain mean is the weighted mean. Shape ``(n, P)``."""
-    values = torch.tensor([weights.values[report.client] for report in reports], dtype=torch.float64)
+    values = torch.tensor(
+        [weights.values[report.client] for report in reports], dtype=torch.float64
+    )
     factors = values * (len(reports) * weights.scale / values.sum())
-    return torch.stack([factor * report.gradient for factor, report in zip(factors.tolist(), reports, strict=True)])
+    return torch.stack(
+        [factor * report.gradient for factor, report in zip(factors.tolist(), reports, strict=True)]
+    )

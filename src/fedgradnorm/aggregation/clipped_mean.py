@@ -46,5 +46,7 @@ class ClippedMean:
         gradients = weighted_gradients(reports, weights)
         norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True, dtype=torch.float64)
         most = self.clip * norms.median()
-        direction: Tensor = (gradients * torch.where(norms > most, most / norms, 1.0).to(gradients.dtype)).mean(dim=0)
+        direction: Tensor = (
+            gradients * torch.where(norms > most, most / norms, 1.0).to(gradients.dtype)
+        ).mean(dim=0)
         return direction

@@ -30,5 +30,7 @@ class Mean:
         total = sum(weights.values[report.client] for report in reports)
         direction = torch.zeros_like(reports[0].gradient)
         for report in reports:
-            direction.add_(report.gradient, alpha=weights.values[report.client] * weights.scale / total)
+            direction.add_(
+                report.gradient, alpha=weights.values[report.client] * weights.scale / total
+            )
         return direction

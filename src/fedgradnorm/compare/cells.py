@@ -15,7 +15,17 @@ from fedgradnorm.history import Run
 from fedgradnorm.records import Row
 from fedgradnorm.run import resume, run
 
-__all__ = ["Ended", "Order", "State", "end_of", "folder_of", "note_end", "order_for", "state_of", "train_cell"]
+__all__ = [
+    "Ended",
+    "Order",
+    "State",
+    "end_of",
+    "folder_of",
+    "note_end",
+    "order_for",
+    "state_of",
+    "train_cell",
+]
 
 State = Literal["trained", "diverged", "failed", "missing"]
 
@@ -65,16 +75,24 @@ def state_of(root: Path, cell: Cell) -> Ended:
     if (folder / "summary.json").is_file():
         opened = Run(folder)
         if identity(resolve_config(opened.config)) != identity(cell.config):
-            raise RunError(f"{folder}: its config.toml was changed after it was made; remove the folder, and it is trained again")
+            raise RunError(
+                f"{folder}: its config.toml was changed after it was made; remove the folder, and it is trained again"
+            )
         if opened.summary()["rounds"] == cell.config.train.num_rounds:
             return Ended("trained")
     try:
         note = json.loads(_note(folder).read_text(encoding="utf-8"))
-        return Ended(note["state"], str(note["reason"])) if note["state"] in ("diverged", "failed") else Ended("missing")
+        return (
+            Ended(note["state"], str(note["reason"]))
+            if note["state"] in ("diverged", "failed")
+            else Ended("missing")
+        )
     except FileNotFoundError:
         return Ended("missing")
     except (OSError, ValueError, KeyError, TypeError):
-        return Ended("missing")  # a note that cannot be read is as good as none: the cell is trained again
+        return Ended(
+            "missing"
+        )  # a note that cannot be read is as good as none: the cell is trained again
 
 
 def note_end(folder: Path, ended: Ended) -> None:
@@ -84,10 +102,14 @@ def note_end(folder: Path, ended: Ended) -> None:
         note.unlink(missing_ok=True)
         return
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, (json.dumps({"state": ended.state, "reason": ended.reason}) + "\n").encode())
+    write_atomically(
+        note, (json.dumps({"state": ended.state, "reason": ended.reason}) + "\n").encode()
+    )
 
 
-def train_cell(order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]) -> None:
+def train_cell(
+    order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]
+) -> None:
     """Train a cell to its end: begin, or go on where a run is half done. Raises whatever the run raises."""
 
     def show(rows: Sequence[Row]) -> None:
@@ -107,7 +129,9 @@ def train_cell(order: Order, on_round: Callable[[int], None], should_stop: Calla
     run(config, overwrite=True, on_round=show, should_stop=should_stop)
 
 
-def end_of(order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]) -> Ended | None:
+def end_of(
+    order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]
+) -> Ended | None:
     """Train a cell and say how it ended; None where it was stopped, to go on later."""
     asked = False
 

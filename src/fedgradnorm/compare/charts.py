@@ -27,7 +27,14 @@ def forest_of(results: Results, variant: str, task: str) -> dict[str, Any]:
         if absence := results.absence(variant, method):
             points.append({"method": at, "absence": absence})
         elif one is not None and (found := one.difference) is not None:
-            point = {"method": at, "mean": found.mean, "low": found.low, "high": found.high, "of": found.pairs, "fewer": found.below}
+            point = {
+                "method": at,
+                "mean": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "of": found.pairs,
+                "fewer": found.below,
+            }
             points.append(point | {"censored": one.censored})
     return {"kind": "forest", "points": points, "baseline": results.study.baseline}
 
@@ -42,24 +49,49 @@ def curves_of(results: Results, variant: str, task: str) -> list[dict[str, Any]]
     scale = 100 if metric and metric["percent"] else 1
     units = {
         "inverse_training_rate": ("training loss, share of F(0)", 1),
-        "metric": (f"test {metric['name']}{', %' if metric['percent'] else ''}" if metric else "", scale),
+        "metric": (
+            f"test {metric['name']}{', %' if metric['percent'] else ''}" if metric else "",
+            scale,
+        ),
         "weight": ("weight p; 1 is equal", 1),
     }
     charts = []
     for key in (CURVES[0], CURVES[2], CURVES[1]):
         unit, factor = units[key]
-        lines = [line for at, cells in enumerate(measured) if (line := _line(at, cells, task, key, factor))]
+        lines = [
+            line
+            for at, cells in enumerate(measured)
+            if (line := _line(at, cells, task, key, factor))
+        ]
         if unit and lines:
-            guess = scale * metric["guess"] if key == "metric" and metric and metric["guess"] is not None else None
-            top = LOSS_ROOM * max(1.0, *(max(line["y"]) for line in lines)) if key == "inverse_training_rate" else None
+            guess = (
+                scale * metric["guess"]
+                if key == "metric" and metric and metric["guess"] is not None
+                else None
+            )
+            top = (
+                LOSS_ROOM * max(1.0, *(max(line["y"]) for line in lines))
+                if key == "inverse_training_rate"
+                else None
+            )
             title = curve_title(results, variant, task, key)
             charts.append(
-                {"kind": "curves", "title": title, "unit": unit, "lines": lines, "rounds": first.rounds, "guess": guess, "top": top}
+                {
+                    "kind": "curves",
+                    "title": title,
+                    "unit": unit,
+                    "lines": lines,
+                    "rounds": first.rounds,
+                    "guess": guess,
+                    "top": top,
+                }
             )
     return charts
 
 
-def _line(at: int, cells: Mapping[int, Measured], task: str, key: str, factor: float) -> dict[str, Any] | None:
+def _line(
+    at: int, cells: Mapping[int, Measured], task: str, key: str, factor: float
+) -> dict[str, Any] | None:
     by_round: dict[int, list[float]] = {}
     for one in cells.values():
         for round, value in one.tasks[task].curves[key].items():

@@ -28,7 +28,11 @@ def write_figure(results: Results, output: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RunError('the figure needs matplotlib: pip install "fedgradnorm[report]"') from error
-    variants = [one.name for one in results.study.variants if any(results.measured(one.name, method) for method in results.methods)]
+    variants = [
+        one.name
+        for one in results.study.variants
+        if any(results.measured(one.name, method) for method in results.methods)
+    ]
     if not variants:
         raise RunError("no run of the study is trained yet: there is nothing to draw")
     looks, tasks = looks_for(results.methods), results.tasks
@@ -36,10 +40,14 @@ def write_figure(results: Results, output: Path) -> Path:
     figure = Figure(figsize=(1.8 + 3 * len(tasks), height * len(variants)), layout="constrained")
     try:
         with rc_context({"text.parse_math": False}):  # names are not formulas
-            for rows, variant in zip(figure.subfigures(len(variants), 1, squeeze=False)[:, 0], variants, strict=True):
+            for rows, variant in zip(
+                figure.subfigures(len(variants), 1, squeeze=False)[:, 0], variants, strict=True
+            ):
                 title = speed_title(results, variant)
                 rows.suptitle(f"{variant}: {title}" if variant else title, fontsize=10, wrap=True)
-                for axes, task in zip(rows.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+                for axes, task in zip(
+                    rows.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True
+                ):
                     _forest(axes, results, variant, task, looks)
             save_svg(figure, output)
     except OSError as error:
@@ -57,7 +65,11 @@ def save_svg(figure: Any, output: Path) -> None:
 
 def _forest(axes: Any, results: Results, variant: str, task: str, looks: list[Look]) -> None:
     target = headline_target(results, variant, task)
-    share = "no target reached" if target is None else percentage(float(target.removeprefix(LOSS_RATIO))) + " of the initial loss"
+    share = (
+        "no target reached"
+        if target is None
+        else percentage(float(target.removeprefix(LOSS_RATIO))) + " of the initial loss"
+    )
     axes.set_title(f"{task}: {share}", fontsize=9)
     axes.set_xlabel(f"rounds against {results.study.baseline} (left: fewer)", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -76,4 +88,11 @@ def _forest(axes: Any, results: Results, variant: str, task: str, looks: list[Lo
         if point["low"] is not None:
             axes.plot([point["low"], point["high"]], [at, at], color=look.colour, linewidth=1.5)
         fill = "white" if point["censored"] else look.colour
-        axes.plot(point["mean"], at, MARKERS[look.marker], color=look.colour, markerfacecolor=fill, markersize=5)
+        axes.plot(
+            point["mean"],
+            at,
+            MARKERS[look.marker],
+            color=look.colour,
+            markerfacecolor=fill,
+            markersize=5,
+        )

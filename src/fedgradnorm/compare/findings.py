@@ -88,7 +88,11 @@ def sentence(one: Estimate, baseline: str) -> str:
     if found is None:
         return f"Neither {one.method} nor {baseline} gets {one.task} to {goal(one.target)}."
     size = f"{abs(found.mean):.3g}"
-    amount = f"{size} round{'' if size == '1' else 's'} {'fewer' if found.mean < 0 else 'more'}" if found.mean else "as many rounds"
+    amount = (
+        f"{size} round{'' if size == '1' else 's'} {'fewer' if found.mean < 0 else 'more'}"
+        if found.mean
+        else "as many rounds"
+    )
     than = f"{'than' if found.mean else 'as'} {baseline}"
     text = f"{one.method} needs {amount} {than}"
     if verdict(one):
@@ -110,7 +114,9 @@ def task_title(results: Results, variant: str, task: str) -> str:
     others = [one for one in found if one not in ours]
     better, worse = ([one for one in others if verdict(one) == side] for side in (1, -1))
     if not ours and not better and not worse:
-        return f"No clear difference on {task}: no method is clearly faster or slower than {baseline}."
+        return (
+            f"No clear difference on {task}: no method is clearly faster or slower than {baseline}."
+        )
     count = f"{len(better) or 'none'} {'are' if len(better) > 1 else 'is'}"
     counts = f"{count} faster than {baseline}{'' if ours else f' on {task}'}, {len(worse) or 'none'} slower"
     if ours:
@@ -140,31 +146,60 @@ def speed_title(results: Results, variant: str) -> str:
 def overall_title(results: Results, variant: str) -> str:
     """Which method has the best mean of the metrics, and which the tasks most even; only of those all of whose runs ended well."""
     texts = []
-    for measure, what, unit in (("delta-m, last metric", "the best Δm", " %"), ("spread at the end", "the least spread", "")):
+    for measure, what, unit in (
+        ("delta-m, last metric", "the best Δm", " %"),
+        ("spread at the end", "the least spread", ""),
+    ):
         found = _by_method(results, variant, OVERALL, measure)
         if len(found) > 1:
             best = (min if measure.startswith("spread") else max)(found, key=found.__getitem__)
-            others = [name for name in (*results.ours, results.study.baseline) if name in found and name != best]
+            others = [
+                name
+                for name in (*results.ours, results.study.baseline)
+                if name in found and name != best
+            ]
             compared = "; ".join(f"{name} {found[name]:.3g}{unit}" for name in others)
-            texts.append(f"{best} has {what}, {found[best]:.3g}{unit}{f' ({compared})' if compared else ''}")
+            texts.append(
+                f"{best} has {what}, {found[best]:.3g}{unit}{f' ({compared})' if compared else ''}"
+            )
     return f"Over all tasks: {', '.join(texts)}" if texts else "Over all tasks"
 
 
 def curve_title(results: Results, variant: str, task: str, key: str) -> str:
     """What a task's chart shows, by the means over the seeds at the end; only of methods all of whose runs ended well."""
-    measure = {"inverse_training_rate": "final loss ratio", "metric": "last metric", "weight": "final weight"}[key]
+    measure = {
+        "inverse_training_rate": "final loss ratio",
+        "metric": "last metric",
+        "weight": "final weight",
+    }[key]
     found = _by_method(results, variant, task, measure)
     if key == "weight":
-        some = [results.find(variant, name, task, measure) for name in results.ours or results.methods]
-        told = [f"{fmean(one.values.values()):.2f} with {one.method}{_share(one)}" for one in some if one is not None and one.values]
+        some = [
+            results.find(variant, name, task, measure) for name in results.ours or results.methods
+        ]
+        told = [
+            f"{fmean(one.values.values()):.2f} with {one.method}{_share(one)}"
+            for one in some
+            if one is not None and one.values
+        ]
         return f"Weight: ends at {'; '.join(told[:3])}" if told else "Weight"
-    first = next((one for one in results.estimates if (one.task, one.measure) == (task, measure)), None)
-    start = "Training loss" if key == "inverse_training_rate" else f"Test {first.unit.partition(',')[0] if first else 'metric'}"
+    first = next(
+        (one for one in results.estimates if (one.task, one.measure) == (task, measure)), None
+    )
+    start = (
+        "Training loss"
+        if key == "inverse_training_rate"
+        else f"Test {first.unit.partition(',')[0] if first else 'metric'}"
+    )
     if first is None or len(found) < 2:
         return start
     best = (max if first.better == "more" else min)(found, key=found.__getitem__)
     base = results.study.baseline
-    compared = "".join(f"; {name} {found[name]:.3g}" for name in (*results.ours[:2], base) if name in found and name != best)
+    compared = "".join(
+        f"; {name} {found[name]:.3g}"
+        for name in (*results.ours[:2], base)
+        if name in found and name != best
+    )
     return f"{start}: ends best with {best}, {found[best]:.3g}{compared}"
 
 
@@ -182,7 +217,11 @@ def runs_title(results: Results) -> str:
     states = Counter[str](one.ended.state for one in results.cells)
     words = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
     bad = [f"{states[state]} {text}" for state, text in words.items() if states[state]]
-    return f"Runs: {', '.join(bad)} of {len(results.cells)}" if bad else f"Runs: all {len(results.cells)} ended well"
+    return (
+        f"Runs: {', '.join(bad)} of {len(results.cells)}"
+        if bad
+        else f"Runs: all {len(results.cells)} ended well"
+    )
 
 
 def _share(one: Estimate) -> str:
@@ -193,7 +232,11 @@ def _share(one: Estimate) -> str:
 def _by_method(results: Results, variant: str, task: str, measure: str) -> dict[str, float]:
     """The means over all seeds; without methods that lack one of them."""
     found = ((name, results.find(variant, name, task, measure)) for name in results.methods)
-    return {name: fmean(one.values.values()) for name, one in found if one is not None and len(one.values) == one.seeds}
+    return {
+        name: fmean(one.values.values())
+        for name, one in found
+        if one is not None and len(one.values) == one.seeds
+    }
 
 
 def _by(found: Interval) -> str:
@@ -234,7 +277,10 @@ def answers_on(results: Results, variant: str) -> tuple[list[str], list[str]]:
     Methods of which nothing is clear on any task are told of together.
     """
     names = [name for name in results.methods if name != results.study.baseline]
-    ours, others = [name for name in names if name in results.ours], [name for name in names if name not in results.ours]
+    ours, others = (
+        [name for name in names if name in results.ours],
+        [name for name in names if name not in results.ours],
+    )
     return _told(results, variant, ours), _told(results, variant, others)
 
 
@@ -248,7 +294,9 @@ def _told(results: Results, variant: str, names: Sequence[str]) -> list[str]:
             continue
         sides = _sides(results, variant, name)
         if set(sides) <= {UNCLEAR, UNKNOWN}:
-            unclear.setdefault((tuple(sides.get(UNCLEAR, ())), tuple(sides.get(UNKNOWN, ()))), []).append(name)
+            unclear.setdefault(
+                (tuple(sides.get(UNCLEAR, ())), tuple(sides.get(UNKNOWN, ()))), []
+            ).append(name)
         else:
             parts = [f"{side} {baseline} on {listed(tasks)}" for side, tasks in sides.items()]
             texts.append(f"{name} is {'; '.join(parts)}.")
@@ -257,7 +305,9 @@ def _told(results: Results, variant: str, names: Sequence[str]) -> list[str]:
             texts.append(f"{listed(alike)} cannot be compared with {baseline}: too few runs.")
             continue
         more = f"; not comparable on {listed(unknown)}" if unknown else ""
-        texts.append(f"No clear difference between {baseline} and {listed(alike)} on {listed(tasks)}{more}.")
+        texts.append(
+            f"No clear difference between {baseline} and {listed(alike)} on {listed(tasks)}{more}."
+        )
     return texts + [f"{listed(alike)}: {absence}." for absence, alike in absent.items()]
 
 
@@ -280,10 +330,19 @@ def caveats(results: Results) -> list[str]:
     if study.tuning is None:
         texts.append("Step sizes were not tuned.")
     else:
-        tried, tuned_on = plural(len(results.tuned[0].scores), "choice"), plural(len(study.tuning.seeds), "seed")
-        texts.append(f"Every method's step sizes are the best of the same {tried}, on {tuned_on} used for nothing else.")
+        tried, tuned_on = (
+            plural(len(results.tuned[0].scores), "choice"),
+            plural(len(study.tuning.seeds), "seed"),
+        )
+        texts.append(
+            f"Every method's step sizes are the best of the same {tried}, on {tuned_on} used for nothing else."
+        )
         texts += edge_notes(results)
-    for state, words in (("diverged", "diverged"), ("failed", "failed"), ("missing", "not trained yet")):
+    for state, words in (
+        ("diverged", "diverged"),
+        ("failed", "failed"),
+        ("missing", "not trained yet"),
+    ):
         if count := sum(one.ended.state == state for one in results.cells):
             texts.append(f"{plural(count, 'run')} of {len(results.cells)} {words}.")
     if any(one.ended.state == "diverged" for one in results.cells):
@@ -299,14 +358,23 @@ def edge_notes(results: Results) -> list[str]:
     at: dict[str, list[str]] = {}
     for one in results.tuned:
         for edge in one.edges:
-            at.setdefault(edge, []).append(f"{one.method} ({one.variant})" if one.variant else one.method)
-    return [f"At the edge of the tuning grid, {edge}: {listed(names)}; a better value may lie beyond." for edge, names in at.items()]
+            at.setdefault(edge, []).append(
+                f"{one.method} ({one.variant})" if one.variant else one.method
+            )
+    return [
+        f"At the edge of the tuning grid, {edge}: {listed(names)}; a better value may lie beyond."
+        for edge, names in at.items()
+    ]
 
 
 def _against(results: Results, variant: str, task: str) -> list[Estimate]:
     target = headline_target(results, variant, task)
     names = [name for name in results.methods if name != results.study.baseline]
-    found = (results.find(variant, name, task, "rounds", target) for name in names) if target is not None else ()
+    found = (
+        (results.find(variant, name, task, "rounds", target) for name in names)
+        if target is not None
+        else ()
+    )
     return [one for one in found if one is not None]
 
 

@@ -55,7 +55,11 @@ def points_of(study: Study, method: str | None = None) -> list[Point]:
 
     Given a method's name, those that it is tuned on: of an axis that is not for it the first value only.
     """
-    return list(product(*(axis.values[:1] if method in axis.not_for else axis.values for axis in study.axes)))
+    return list(
+        product(
+            *(axis.values[:1] if method in axis.not_for else axis.values for axis in study.axes)
+        )
+    )
 
 
 def tuning_cells(study: Study) -> list[Cell]:
@@ -86,18 +90,28 @@ def final_cells(study: Study, chosen: Mapping[tuple[str, str], Point | None]) ->
     return found
 
 
-def _cell(study: Study, variant: Variant, method: Method, point: Point, seed: int, num_rounds: int | None) -> Cell:
+def _cell(
+    study: Study, variant: Variant, method: Method, point: Point, seed: int, num_rounds: int | None
+) -> Cell:
     values: Mapping[str, Any] = study.base
     for settings in (variant.options, method.options):
         values = overlaid(values, settings)
     for axis, value in zip(study.axes, point, strict=True):
         for key in axis.keys:
             values = overlaid(values, _nested(key.split("."), value))
-    own: dict[str, Any] = {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
+    own: dict[str, Any] = (
+        {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
+    )
     values = overlaid(values, {"train": own})
-    where = " ".join(filter(None, (f"methods '{method.name}'", f"variants '{variant.name}'" if variant.name else "")))
+    where = " ".join(
+        filter(
+            None, (f"methods '{method.name}'", f"variants '{variant.name}'" if variant.name else "")
+        )
+    )
     try:
-        config = _with_own_seed(resolve_config(validated(RunConfig, values, prefix="")), values.get("weighting"))
+        config = _with_own_seed(
+            resolve_config(validated(RunConfig, values, prefix="")), values.get("weighting")
+        )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return Cell(variant.name, method.name, point, seed, config)
@@ -108,7 +122,9 @@ def _with_own_seed(config: RunConfig, given: Any) -> RunConfig:
     options = config.weighting.options
     if type(options.get("seed")) is not int or (isinstance(given, Mapping) and "seed" in given):
         return config
-    return config.model_copy(update={"weighting": config.weighting.with_options({**options, "seed": config.train.seed})})
+    return config.model_copy(
+        update={"weighting": config.weighting.with_options({**options, "seed": config.train.seed})}
+    )
 
 
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:

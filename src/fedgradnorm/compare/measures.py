@@ -12,7 +12,16 @@ from fedgradnorm.history import Run
 from fedgradnorm.records import MetricSummary, Row
 from fedgradnorm.summary import LOSS_RATIO, SMOOTHED, rounds_to, task_curve
 
-__all__ = ["CURVES", "DIVERGED_RATIO", "Measured", "Target", "TaskMeasures", "diverged", "measure", "tuning_score"]
+__all__ = [
+    "CURVES",
+    "DIVERGED_RATIO",
+    "Measured",
+    "Target",
+    "TaskMeasures",
+    "diverged",
+    "measure",
+    "tuning_score",
+]
 
 DIVERGED_RATIO = 10.0
 """A run whose training loss ends at so many times the initial one has diverged."""
@@ -89,10 +98,15 @@ def measure(folder: Path, targets: Targets) -> Measured:
     rounds, clock = summary["rounds"], _clock(rows, summary["costs"])
     for name in targets.metrics:
         if name not in summary["tasks"]:
-            raise ConfigError(f"targets.metrics.{name}: there is no task '{name}'; {nearest(name, summary['tasks'])}")
+            raise ConfigError(
+                f"targets.metrics.{name}: there is no task '{name}'; {nearest(name, summary['tasks'])}"
+            )
         if summary["tasks"][name]["metric"] is None:
             raise ConfigError(f"targets.metrics.{name}: task '{name}' has no metric")
-    tasks = {name: _task(rows, name, task["metric"], targets, rounds, clock) for name, task in summary["tasks"].items()}
+    tasks = {
+        name: _task(rows, name, task["metric"], targets, rounds, clock)
+        for name, task in summary["tasks"].items()
+    }
     spreads = _spreads([task.curves["inverse_training_rate"] for task in tasks.values()], rounds)
     return Measured(
         rounds,
@@ -134,7 +148,9 @@ def _clock(rows: Sequence[Row], costs: Mapping[str, float]) -> list[float]:
         slowest[row["round"]] = max(slowest.get(row["round"], 0.0), row["seconds"])
         worked[row["round"]] = worked.get(row["round"], 0.0) + row["seconds"]
     training = costs["head steps"] + costs["encoder steps"]
-    share = costs["aggregation"] / training if training > 0 else 0.0  # not the sum: a resumed run counts its second half only
+    share = (
+        costs["aggregation"] / training if training > 0 else 0.0
+    )  # not the sum: a resumed run counts its second half only
     clock = [0.0]
     for round, seconds in slowest.items():
         clock.append(clock[-1] + seconds + share * worked[round])
@@ -142,36 +158,69 @@ def _clock(rows: Sequence[Row], costs: Mapping[str, float]) -> list[float]:
 
 
 def _task(
-    rows: Sequence[Row], name: str, metric: MetricSummary | None, targets: Targets, rounds: int, clock: Sequence[float]
+    rows: Sequence[Row],
+    name: str,
+    metric: MetricSummary | None,
+    targets: Targets,
+    rounds: int,
+    clock: Sequence[float],
 ) -> TaskMeasures:
-    ratios, weights = task_curve(rows, name, "inverse_training_rate"), task_curve(rows, name, "weight")
+    ratios, weights = (
+        task_curve(rows, name, "inverse_training_rate"),
+        task_curve(rows, name, "weight"),
+    )
     metrics = task_curve(rows, name, "metric")
 
     def target(found: int | None) -> Target:
         return Target(found is not None, float(found or rounds), clock[found or rounds])
 
-    found = {f"{LOSS_RATIO}{ratio:g}": target(rounds_to(ratios, ratio)) for ratio in sorted(targets.loss_ratios, reverse=True)}
+    found = {
+        f"{LOSS_RATIO}{ratio:g}": target(rounds_to(ratios, ratio))
+        for ratio in sorted(targets.loss_ratios, reverse=True)
+    }
     if metric is not None and name in targets.metrics:
         goal = targets.metrics[name]
         reached = rounds_to(metrics, goal, higher_is_better=metric["higher_is_better"])
         found[f"{metric['name']} {goal:g}"] = target(reached)
     curves = {"inverse_training_rate": ratios, "weight": weights, "metric": metrics}
-    end = [row for row in rows if row["task"] == name and row["participated"] and row["round"] > rounds - max(SMOOTHED, rounds // 10)]
+    end = [
+        row
+        for row in rows
+        if row["task"] == name
+        and row["participated"]
+        and row["round"] > rounds - max(SMOOTHED, rounds // 10)
+    ]
     lost = bool(end) and all(row["dropped"] is not None for row in end)
-    return TaskMeasures(metric, None if lost else final_value(ratios), final_value(weights), found, curves)
+    return TaskMeasures(
+        metric, None if lost else final_value(ratios), final_value(weights), found, curves
+    )
 
 
 def _spreads(curves: Sequence[Mapping[int, float]], rounds: int) -> dict[int, float]:
     """By round, the spread over the tasks, in rounds that have at least two of them."""
-    by_round = {round: [curve[round] for curve in curves if round in curve] for round in range(1, rounds + 1)}
-    return {round: value for round, rates in by_round.items() if (value := spread(rates)) is not None}
+    by_round = {
+        round: [curve[round] for curve in curves if round in curve]
+        for round in range(1, rounds + 1)
+    }
+    return {
+        round: value for round, rates in by_round.items() if (value := spread(rates)) is not None
+    }
 
 
 def _worst(tasks: Mapping[str, TaskMeasures]) -> tuple[str, float] | None:
     skills = {}
     for name, task in tasks.items():
-        if (metric := task.metric) is not None and metric["last"] is not None and metric["guess"] is not None:
-            value = skill(metric["last"], metric["guess"], higher_is_better=metric["higher_is_better"], percent=metric["percent"])
+        if (
+            (metric := task.metric) is not None
+            and metric["last"] is not None
+            and metric["guess"] is not None
+        ):
+            value = skill(
+                metric["last"],
+                metric["guess"],
+                higher_is_better=metric["higher_is_better"],
+                percent=metric["percent"],
+            )
             if value is not None:
                 skills[name] = value
     return min(skills.items(), key=lambda item: item[1]) if skills else None

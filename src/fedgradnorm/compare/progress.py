@@ -54,11 +54,21 @@ class GridProgress:
 
     def __init__(self, console: Console, stage: str, count: int) -> None:
         self.console, self.stage, self.count = console, stage, count
-        self.bar = Bar(TextColumn(stage), MofNCompleteColumn(), BarColumn(), TextColumn("time left"), TimeRemainingColumn())
+        self.bar = Bar(
+            TextColumn(stage),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("time left"),
+            TimeRemainingColumn(),
+        )
         self.job = self.bar.add_task(stage, total=count)
         self.running: dict[str, tuple[int, int, float]] = {}
         self.finished = 0
-        self.live = Live(Group(self.bar), console=console, refresh_per_second=4) if console.is_terminal and count else None
+        self.live = (
+            Live(Group(self.bar), console=console, refresh_per_second=4)
+            if console.is_terminal and count
+            else None
+        )
         if self.live is not None:
             self.live.start()
 
@@ -87,7 +97,11 @@ class GridProgress:
             how = f"stopped after round {done}"
         else:
             self.finished += 1
-            how = f"{monotonic() - start:.1f} s" if ended.state == "trained" else f"{ended.state}: {ended.reason}"
+            how = (
+                f"{monotonic() - start:.1f} s"
+                if ended.state == "trained"
+                else f"{ended.state}: {ended.reason}"
+            )
         if self.live is None or ended is None or ended.state != "trained":
             line = f"{self.stage} {self.finished}/{self.count}  {name}: {how}"
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -101,45 +101,73 @@ class Results:
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The tasks, in the order of the runs' files."""
-        return tuple(dict.fromkeys(task for result in self.cells if result.measured for task in result.measured.tasks))
+        return tuple(
+            dict.fromkeys(
+                task for result in self.cells if result.measured for task in result.measured.tasks
+            )
+        )
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, str, str], Estimate]:
-        return {(one.variant, one.method, one.task, one.measure, one.target): one for one in self.estimates}
+        return {
+            (one.variant, one.method, one.task, one.measure, one.target): one
+            for one in self.estimates
+        }
 
-    def find(self, variant: str, method: str, task: str, measure: str, target: str = "") -> Estimate | None:
+    def find(
+        self, variant: str, method: str, task: str, measure: str, target: str = ""
+    ) -> Estimate | None:
         """One estimate, or None."""
         return self._index.get((variant, method, task, measure, target))
 
     def measured(self, variant: str, method: str) -> dict[int, Measured]:
         """By seed, the trained cells of a method."""
-        found = (one for one in self.cells if (one.cell.variant, one.cell.method) == (variant, method))
+        found = (
+            one for one in self.cells if (one.cell.variant, one.cell.method) == (variant, method)
+        )
         return {one.cell.seed: one.measured for one in found if one.measured is not None}
 
     def absence(self, variant: str, method: str) -> str:
         """Why a method has no figures, such as "diverged on all 8 seeds"; empty where it has some."""
         if self.measured(variant, method):
             return ""
-        tuned = next((one for one in self.tuned if (one.variant, one.method) == (variant, method)), None)
+        tuned = next(
+            (one for one in self.tuned if (one.variant, one.method) == (variant, method)), None
+        )
         if tuned is not None and tuned.chosen is None:
             missing = any(reason.startswith("missing") for reason in tuned.reasons.values())
             return "not tuned yet" if missing else "diverged or failed with all step sizes"
-        found = (one.ended.state for one in self.cells if (one.cell.variant, one.cell.method) == (variant, method))
+        found = (
+            one.ended.state
+            for one in self.cells
+            if (one.cell.variant, one.cell.method) == (variant, method)
+        )
         states = Counter("not trained yet" if state == "missing" else state for state in found)
         if len(states) == 1:
-            return f"{next(iter(states))} on all {len(self.study.seeds)} seeds" if "not trained yet" not in states else "not trained yet"
-        return ", ".join(f"{state} on {count} of {states.total()} seeds" for state, count in states.items())
+            return (
+                f"{next(iter(states))} on all {len(self.study.seeds)} seeds"
+                if "not trained yet" not in states
+                else "not trained yet"
+            )
+        return ", ".join(
+            f"{state} on {count} of {states.total()} seeds" for state, count in states.items()
+        )
 
     @cached_property
     def configs(self) -> dict[str, RunConfig]:
         """By method, its settings in the base."""
         base = self.study.base
-        return {one.name: resolve_config(validated(RunConfig, overlaid(base, one.options), prefix="")) for one in self.study.methods}
+        return {
+            one.name: resolve_config(validated(RunConfig, overlaid(base, one.options), prefix=""))
+            for one in self.study.methods
+        }
 
     @cached_property
     def ours(self) -> tuple[str, ...]:
         """The methods that weight as FedGradNorm, which studies here are about."""
-        return tuple(name for name, config in self.configs.items() if config.weighting.name == "fedgradnorm")
+        return tuple(
+            name for name, config in self.configs.items() if config.weighting.name == "fedgradnorm"
+        )
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
@@ -148,7 +176,9 @@ class Results:
 
     def targets(self, task: str) -> tuple[str, ...]:
         """The targets of a task."""
-        return tuple(dict.fromkeys(one.target for one in self.estimates if one.task == task and one.target))
+        return tuple(
+            dict.fromkeys(one.target for one in self.estimates if one.task == task and one.target)
+        )
 
 
 def estimates_of(study: Study, cells: Sequence[CellResult]) -> list[Estimate]:
@@ -162,7 +192,13 @@ def estimates_of(study: Study, cells: Sequence[CellResult]) -> list[Estimate]:
         single = {} if study.single is None else _measured(of.get((variant.name, study.single), {}))
         for method in study.methods:
             own = (variant.name, method.name)
-            found += _Comparison(*own, len(study.seeds), of.get(own, {}), of.get(base, {}) if own != base else {}, single).estimates()
+            found += _Comparison(
+                *own,
+                len(study.seeds),
+                of.get(own, {}),
+                of.get(base, {}) if own != base else {},
+                single,
+            ).estimates()
     return found
 
 
@@ -200,23 +236,66 @@ class _Comparison:
             for target in figures.targets:
                 yield self._to_target(task, target, "rounds")
                 yield self._to_target(task, target, "seconds")
-            yield self._estimate(task, "final loss ratio", "share of F(0)", "less", lambda one, task=task: one.tasks[task].final_ratio)  # type: ignore[misc]
-            yield self._estimate(task, "final weight", "p", None, lambda one, task=task: one.tasks[task].weight)  # type: ignore[misc]
+            yield self._estimate(
+                task,
+                "final loss ratio",
+                "share of F(0)",
+                "less",
+                lambda one, task=task: one.tasks[task].final_ratio,
+            )  # type: ignore[misc]
+            yield self._estimate(
+                task, "final weight", "p", None, lambda one, task=task: one.tasks[task].weight
+            )  # type: ignore[misc]
             if figures.metric is not None:
-                better: Literal["less", "more"] = "more" if figures.metric["higher_is_better"] else "less"
+                better: Literal["less", "more"] = (
+                    "more" if figures.metric["higher_is_better"] else "less"
+                )
                 for which in ("last", "best"):
-                    yield self._estimate(task, f"{which} metric", _metric_unit(figures.metric), better, _metric(task, which))
+                    yield self._estimate(
+                        task,
+                        f"{which} metric",
+                        _metric_unit(figures.metric),
+                        better,
+                        _metric(task, which),
+                    )
         for which in ("last", "best"):
-            values = {seed: _delta_m(one, self.single[seed], which) for seed, one in self.own.items() if seed in self.single}
-            base = {seed: _delta_m(one, self.single[seed], which) for seed, one in self.baseline.items() if seed in self.single}
+            values = {
+                seed: _delta_m(one, self.single[seed], which)
+                for seed, one in self.own.items()
+                if seed in self.single
+            }
+            base = {
+                seed: _delta_m(one, self.single[seed], which)
+                for seed, one in self.baseline.items()
+                if seed in self.single
+            }
             yield self._made(OVERALL, f"delta-m, {which} metric", "%", "more", values, base)
-        yield self._estimate(OVERALL, "worst task's skill", "%", "more", lambda one: one.worst[1] if one.worst else None)
-        yield self._estimate(OVERALL, "spread at the end", "std / mean", "less", lambda one: one.spread_end)
-        yield self._estimate(OVERALL, "spread on average", "std / mean", "less", lambda one: one.spread_mean)
+        yield self._estimate(
+            OVERALL,
+            "worst task's skill",
+            "%",
+            "more",
+            lambda one: one.worst[1] if one.worst else None,
+        )
+        yield self._estimate(
+            OVERALL, "spread at the end", "std / mean", "less", lambda one: one.spread_end
+        )
+        yield self._estimate(
+            OVERALL, "spread on average", "std / mean", "less", lambda one: one.spread_mean
+        )
         yield self._estimate(OVERALL, "sent", "bytes", "less", lambda one: float(one.bytes))
 
-    def _estimate(self, task: str, measure: str, unit: str, better: Literal["less", "more"] | None, get: Getter) -> Estimate:
-        own, base = ({seed: get(one) for seed, one in cells.items()} for cells in (self.own, self.baseline))
+    def _estimate(
+        self,
+        task: str,
+        measure: str,
+        unit: str,
+        better: Literal["less", "more"] | None,
+        get: Getter,
+    ) -> Estimate:
+        own, base = (
+            {seed: get(one) for seed, one in cells.items()} for cells in (self.own, self.baseline)
+        )
         return self._made(task, measure, unit, better, own, base)
 
     def _made(
@@ -228,20 +307,52 @@ class _Comparison:
         own: Mapping[int, float | None],
         base: Mapping[int, float | None],
     ) -> Estimate:
-        values, others = ({seed: value for seed, value in some.items() if value is not None} for some in (own, base))
+        values, others = (
+            {seed: value for seed, value in some.items() if value is not None}
+            for some in (own, base)
+        )
         difference = difference_of(values, others)
         lost = self._lost(values, others) if difference is not None else 0
-        return Estimate(self.variant, self.method, task, measure, "", unit, better, values, self.seeds, None, difference, 0, lost)
+        return Estimate(
+            self.variant,
+            self.method,
+            task,
+            measure,
+            "",
+            unit,
+            better,
+            values,
+            self.seeds,
+            None,
+            difference,
+            0,
+            lost,
+        )
 
     def _lost(self, own: Mapping[int, float], base: Mapping[int, float]) -> int:
         """In how many seeds either has ended, and has no value."""
         pairs = ((self.own_cells, own), (self.baseline_cells, base))
-        return len({seed for cells, values in pairs for seed in cells.keys() - values.keys() if cells[seed].ended.state != "missing"})
+        return len(
+            {
+                seed
+                for cells, values in pairs
+                for seed in cells.keys() - values.keys()
+                if cells[seed].ended.state != "missing"
+            }
+        )
 
     def _to_target(self, task: str, target: str, measure: Literal["rounds", "seconds"]) -> Estimate:
-        own, base = _targets(self.own_cells, task, target), _targets(self.baseline_cells, task, target)
+        own, base = (
+            _targets(self.own_cells, task, target),
+            _targets(self.baseline_cells, task, target),
+        )
         values, others = (
-            {seed: value for seed, one in some.items() if (value := getattr(one, measure)) is not None} for some in (own, base)
+            {
+                seed: value
+                for seed, one in some.items()
+                if (value := getattr(one, measure)) is not None
+            }
+            for some in (own, base)
         )
         pairs = [own[seed].reached + base[seed].reached for seed in values.keys() & others.keys()]
         difference = difference_of(values, others) if any(pairs) else None
@@ -249,22 +360,42 @@ class _Comparison:
         censored = sum(both < 2 for both in pairs)
         lost = self._lost(values, others)
         return Estimate(
-            self.variant, self.method, task, measure, target, measure, "less", values, self.seeds, reached, difference, censored, lost
+            self.variant,
+            self.method,
+            task,
+            measure,
+            target,
+            measure,
+            "less",
+            values,
+            self.seeds,
+            reached,
+            difference,
+            censored,
+            lost,
         )
 
 
 def _targets(cells: Mapping[int, CellResult], task: str, target: str) -> dict[int, Target]:
     """By seed; a run that has diverged has not reached its target, and took we do not know how long."""
     reached = {seed: one.tasks[task].targets[target] for seed, one in _measured(cells).items()}
-    lost = {seed: one.cell.config.train.num_rounds for seed, one in cells.items() if one.ended.state == "diverged"}
+    lost = {
+        seed: one.cell.config.train.num_rounds
+        for seed, one in cells.items()
+        if one.ended.state == "diverged"
+    }
     return reached | {seed: Target(False, float(rounds), None) for seed, rounds in lost.items()}
 
 
 def _metric(task: str, which: str) -> Getter:
     def get(one: Measured) -> float | None:
         metric = one.tasks[task].metric
-        value: float | None = None if metric is None else metric["last"] if which == "last" else metric["best"]
-        return 100 * value if value is not None and metric is not None and metric["percent"] else value
+        value: float | None = (
+            None if metric is None else metric["last"] if which == "last" else metric["best"]
+        )
+        return (
+            100 * value if value is not None and metric is not None and metric["percent"] else value
+        )
 
     return get
 
@@ -275,9 +406,18 @@ def _metric_unit(metric: MetricSummary) -> str:
 
 def _delta_m(one: Measured, single: Measured, which: str) -> float | None:
     tasks = [task for task, figures in one.tasks.items() if figures.metric is not None]
-    own, reference = ({task: _metric(task, which)(some) for task in tasks} for some in (one, single))
+    own, reference = (
+        {task: _metric(task, which)(some) for task in tasks} for some in (one, single)
+    )
     if None in own.values() or None in reference.values():
         return None
-    directions = {task: metric["higher_is_better"] for task in tasks if (metric := one.tasks[task].metric) is not None}
-    known = [{task: value for task, value in some.items() if value is not None} for some in (own, reference)]
+    directions = {
+        task: metric["higher_is_better"]
+        for task in tasks
+        if (metric := one.tasks[task].metric) is not None
+    }
+    known = [
+        {task: value for task, value in some.items() if value is not None}
+        for some in (own, reference)
+    ]
     return delta_m(known[0], known[1], directions)

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from fedgradnorm.config import Component, RunConfig, Section, dotted, overlaid, parse_override, read_toml, validated
+from fedgradnorm.config import (
+    Component,
+    RunConfig,
+    Section,
+    dotted,
+    overlaid,
+    parse_override,
+    read_toml,
+    validated,
+)
 from fedgradnorm.errors import ConfigError, nearest
 
 __all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_study"]
@@ -20,9 +29,15 @@ OWN = ("train.seed", "run.dir", "run.page", "run.tensorboard", "run.keep", "vers
 class Axis(Section):
     """A table ``[[tuning.axes]]``: settings that are tuned together, and the values to try."""
 
-    keys: tuple[str, ...] = Field(min_length=1, description="Dotted settings that get the same value, such as train.encoder_lr.")
+    keys: tuple[str, ...] = Field(
+        min_length=1,
+        description="Dotted settings that get the same value, such as train.encoder_lr.",
+    )
     values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
-    not_for: tuple[str, ...] = Field((), description="Methods that have the first value only, as the settings change nothing for them.")
+    not_for: tuple[str, ...] = Field(
+        (),
+        description="Methods that have the first value only, as the settings change nothing for them.",
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -34,22 +49,32 @@ class Axis(Section):
 class Tuning(Section):
     """The table ``[tuning]``: how the step sizes are chosen, for every method on the same grid."""
 
-    seeds: tuple[Seed, ...] = Field(min_length=1, description="Seeds to tune on; none of them is among the study's seeds.")
-    num_rounds: int | None = Field(None, ge=1, description="Rounds of a tuning run; by default as many as of the others.")
-    axes: tuple[Axis, ...] = Field(min_length=1, description="The grid: every combination of the axes' values.")
+    seeds: tuple[Seed, ...] = Field(
+        min_length=1, description="Seeds to tune on; none of them is among the study's seeds."
+    )
+    num_rounds: int | None = Field(
+        None, ge=1, description="Rounds of a tuning run; by default as many as of the others."
+    )
+    axes: tuple[Axis, ...] = Field(
+        min_length=1, description="The grid: every combination of the axes' values."
+    )
 
 
 class Targets(Section):
     """The table ``[targets]``: what the rounds are counted to."""
 
-    loss_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.8, 0.6, 0.4, 0.2), description="Shares of the initial loss.")
+    loss_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.8, 0.6, 0.4, 0.2), description="Shares of the initial loss."
+    )
     metrics: dict[str, float] = Field({}, description="By task, a value of its main test metric.")
 
 
 class Method(Component):
     """A table ``[[methods]]``: a name, and the settings of a run that make the method."""
 
-    name: str = Field(min_length=1, max_length=60, description="What it is called in tables and charts.")
+    name: str = Field(
+        min_length=1, max_length=60, description="What it is called in tables and charts."
+    )
 
 
 class Variant(Component):
@@ -63,50 +88,78 @@ class Study(Section):
 
     title: str = Field(min_length=1, description="The page's title.")
     question: str = Field("", description="What is asked, in a sentence.")
-    config: str | None = Field(None, description="A run's TOML file to begin with; relative to the study's file.")
+    config: str | None = Field(
+        None, description="A run's TOML file to begin with; relative to the study's file."
+    )
     base: dict[str, Any] = Field({}, description="Settings of a run, laid over that file.")
     methods_file: str | None = Field(
-        None, description="A TOML file of [[methods]], relative to the study's, whose names may stand in methods; without methods: all."
+        None,
+        description="A TOML file of [[methods]], relative to the study's, whose names may stand in methods; without methods: all.",
     )
-    seeds: tuple[Seed, ...] = Field(min_length=1, description="Seeds of the comparison; all methods have the same ones.")
-    methods: tuple[Method, ...] = Field(min_length=1, description="What is compared, in the order of tables and charts.")
-    variants: tuple[Variant, ...] = Field((Variant(name=""),), min_length=1, description="Under which settings; by default the base's.")
+    seeds: tuple[Seed, ...] = Field(
+        min_length=1, description="Seeds of the comparison; all methods have the same ones."
+    )
+    methods: tuple[Method, ...] = Field(
+        min_length=1, description="What is compared, in the order of tables and charts."
+    )
+    variants: tuple[Variant, ...] = Field(
+        (Variant(name=""),),
+        min_length=1,
+        description="Under which settings; by default the base's.",
+    )
     baseline: str = Field("equal", description="The method that the others are compared with.")
-    single: str | None = Field(None, description="The method that trains every task by itself: the reference of delta-m.")
-    tuning: Tuning | None = Field(None, description="How step sizes are chosen; by default they are those of the settings.")
+    single: str | None = Field(
+        None, description="The method that trains every task by itself: the reference of delta-m."
+    )
+    tuning: Tuning | None = Field(
+        None, description="How step sizes are chosen; by default they are those of the settings."
+    )
     targets: Targets = Field(Targets(), description="What the rounds are counted to.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        for kind, names in (("methods", [m.name for m in self.methods]), ("variants", [v.name for v in self.variants])):
+        for kind, names in (
+            ("methods", [m.name for m in self.methods]),
+            ("variants", [v.name for v in self.variants]),
+        ):
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise ValueError(f"expected {kind} with different names, found '{twice[0]}' twice")
         methods = [method.name for method in self.methods]
         for key, name in (("baseline", self.baseline), ("single", self.single)):
             if name is not None and name not in methods:
-                raise ValueError(f"expected {key} to name a method, but there is no method '{name}'; {nearest(name, methods)}")
+                raise ValueError(
+                    f"expected {key} to name a method, but there is no method '{name}'; {nearest(name, methods)}"
+                )
         for name in (name for axis in self.axes for name in axis.not_for):
             if name not in methods:
-                raise ValueError(f"expected tuning.axes to be not for a method, but there is no method '{name}'; {nearest(name, methods)}")
+                raise ValueError(
+                    f"expected tuning.axes to be not for a method, but there is no method '{name}'; {nearest(name, methods)}"
+                )
         tuned = () if self.tuning is None else self.tuning.seeds
         for key, seeds in (("seeds", self.seeds), ("tuning.seeds", tuned)):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"expected {key} without repetition, found {list(seeds)}")
         if both := sorted(set(self.seeds) & set(tuned)):
-            raise ValueError(f"expected tuning.seeds that are not among seeds, but {', '.join(map(str, both))} is in both")
+            raise ValueError(
+                f"expected tuning.seeds that are not among seeds, but {', '.join(map(str, both))} is in both"
+            )
         self._check_settings()
         return self
 
     def _check_settings(self) -> None:
         tuned = self.tuned_keys
         if twice := [key for key, count in Counter(tuned).items() if count > 1]:
-            raise ValueError(f"expected every setting on one axis of tuning, found {twice[0]} twice")
+            raise ValueError(
+                f"expected every setting on one axis of tuning, found {twice[0]} twice"
+            )
         for kind, parts in (("methods", self.methods), ("variants", self.variants)):
             for part in parts:
                 _check_tables(part.options, f"{kind} '{part.name}'")
                 for key in dotted(part.options):
                     if key in tuned:
-                        raise ValueError(f"expected {kind} '{part.name}' to leave {key} alone, which is tuned")
+                        raise ValueError(
+                            f"expected {kind} '{part.name}' to leave {key} alone, which is tuned"
+                        )
         _check_tables(self.base, "base")
 
     @property
@@ -135,16 +188,22 @@ class Study(Section):
             if name not in known:
                 raise ConfigError(f"methods: there is no method '{name}'; {nearest(name, known)}")
         kept = tuple(method for method in self.methods if method.name in {*names, self.baseline})
-        return self.model_copy(update={"methods": kept, "single": self.single if self.single in names else None})
+        return self.model_copy(
+            update={"methods": kept, "single": self.single if self.single in names else None}
+        )
 
 
 def _check_tables(settings: Mapping[str, Any], where: str) -> None:
     for table, value in settings.items():
         if table not in RunConfig.model_fields:
             near = nearest(table, RunConfig.model_fields)
-            raise ValueError(f"expected {where} to set what a run has, but there is no table '{table}'; {near}")
+            raise ValueError(
+                f"expected {where} to set what a run has, but there is no table '{table}'; {near}"
+            )
         if not isinstance(value, Mapping):
-            raise ValueError(f"expected {where} to set {table} as a table, such as {table}.name = ..., found {value!r}")
+            raise ValueError(
+                f"expected {where} to set {table} as a table, such as {table}.name = ..., found {value!r}"
+            )
     for key in dotted(settings):
         if key.startswith(OWN):
             raise ValueError(f"expected {where} to leave {key} alone, which the comparison sets")
@@ -186,23 +245,40 @@ def _with_shared_methods(path: Path, values: Mapping[str, Any]) -> dict[str, Any
     named = [one for one in given if isinstance(one, str)] if isinstance(given, Sequence) else []
     if not isinstance(file, str):
         if named:
-            raise ConfigError(f"methods: '{named[0]}' names a method of a file, but no methods_file is given in {path}")
+            raise ConfigError(
+                f"methods: '{named[0]}' names a method of a file, but no methods_file is given in {path}"
+            )
         return dict(values)
     shared = read_toml(path.parent / file).get("methods")
-    if not isinstance(shared, list) or not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in shared):
-        raise ConfigError(f"methods_file: expected tables [[methods]], each with a name, in {path.parent / file}")
+    if not isinstance(shared, list) or not all(
+        isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in shared
+    ):
+        raise ConfigError(
+            f"methods_file: expected tables [[methods]], each with a name, in {path.parent / file}"
+        )
     known = {one["name"]: one for one in shared}
     for name in named:
         if name not in known:
-            raise ConfigError(f"methods: there is no method '{name}' in {path.parent / file}; {nearest(name, known)}")
+            raise ConfigError(
+                f"methods: there is no method '{name}' in {path.parent / file}; {nearest(name, known)}"
+            )
     if given is None:
         return {**values, "methods": shared}
-    return {**values, "methods": [known[one] if isinstance(one, str) else one for one in given] if isinstance(given, list) else given}
+    return {
+        **values,
+        "methods": [known[one] if isinstance(one, str) else one for one in given]
+        if isinstance(given, list)
+        else given,
+    }
 
 
 def _laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of the study over its own, and tables of a run over its base."""
-    of_study = {key: value for key, value in settings.items() if key in Study.model_fields or key not in RunConfig.model_fields}
+    of_study = {
+        key: value
+        for key, value in settings.items()
+        if key in Study.model_fields or key not in RunConfig.model_fields
+    }
     of_run = {key: value for key, value in settings.items() if key not in of_study}
     result = overlaid(values, of_study)
     return {**result, "base": overlaid(result.get("base", {}), of_run)} if of_run else result

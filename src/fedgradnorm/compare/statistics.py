@@ -9,7 +9,16 @@ import numpy as np
 from scipy.stats import bootstrap, norm
 from scipy.stats import t as student
 
-__all__ = ["FEWEST_PAIRS", "Interval", "delta_m", "difference_of", "expanded_level", "final_value", "skill", "spread"]
+__all__ = [
+    "FEWEST_PAIRS",
+    "Interval",
+    "delta_m",
+    "difference_of",
+    "expanded_level",
+    "final_value",
+    "skill",
+    "spread",
+]
 
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6
@@ -96,7 +105,9 @@ def _bounds(differences: Sequence[float]) -> tuple[float | None, float | None]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def delta_m(metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float | None:
+def delta_m(
+    metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]
+) -> float | None:
     """Δm in %: the mean over the tasks of how much better a task's metric is than that of single-task training.
 
     Δm = (100 / T) Σ_t s_t (M_t - S_t) / S_t, with s_t = 1 where more is better, and -1 where less is. None where a task is missing,
@@ -109,7 +120,10 @@ def delta_m(metrics: Mapping[str, float], single: Mapping[str, float], higher_is
     """
     if not metrics or metrics.keys() != single.keys() or not all(single.values()):
         return None
-    changes = [(metrics[task] - single[task]) / single[task] * (1 if higher_is_better[task] else -1) for task in metrics]
+    changes = [
+        (metrics[task] - single[task]) / single[task] * (1 if higher_is_better[task] else -1)
+        for task in metrics
+    ]
     return 100 * fmean(changes)
 
 

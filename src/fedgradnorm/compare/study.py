@@ -52,13 +52,20 @@ def compare(
 def found_in(study: Study, folder: Path) -> Results:
     """What a study's folder holds so far. Cells that are not trained are missing."""
     tuned = _tuned(study, folder)
-    cells = [_result(study, folder, cell) for cell in final_cells(study, {(one.variant, one.method): one.chosen for one in tuned})]
+    cells = [
+        _result(study, folder, cell)
+        for cell in final_cells(study, {(one.variant, one.method): one.chosen for one in tuned})
+    ]
     return Results(study, tuned, cells, estimates_of(study, cells))
 
 
 def _check(study: Study) -> None:
     """Build every method's federation once, so that what is wrong with it is said before anything is trained."""
-    first = {(variant.name, method.name): points_of(study)[0] for variant in study.variants for method in study.methods}
+    first = {
+        (variant.name, method.name): points_of(study)[0]
+        for variant in study.variants
+        for method in study.methods
+    }
     known: set[str] = set()
     for cell in [*final_cells(_with_one_seed(study), first), *tuning_cells(study)]:
         federation = cell.config.federation.model_dump_json() + cell.config.model.model_dump_json()
@@ -74,22 +81,41 @@ def _with_one_seed(study: Study) -> Study:
 
 class _Grid:
     def __init__(
-        self, folder: Path, workers: Workers, listener: Callable[[str, Sequence[Order]], Listener], should_stop: Callable[[], bool]
+        self,
+        folder: Path,
+        workers: Workers,
+        listener: Callable[[str, Sequence[Order]], Listener],
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.folder, self.workers, self.listener, self.should_stop = folder, workers, listener, should_stop
+        self.folder, self.workers, self.listener, self.should_stop = (
+            folder,
+            workers,
+            listener,
+            should_stop,
+        )
 
     def train(self, stage: str, cells: Sequence[Cell]) -> None:
-        by_folder = {cell.name: cell for cell in cells}  # cells with the same settings are trained once
-        missing = [cell for cell in by_folder.values() if state_of(self.folder, cell).state in ("missing", "failed")]
+        by_folder = {
+            cell.name: cell for cell in cells
+        }  # cells with the same settings are trained once
+        missing = [
+            cell
+            for cell in by_folder.values()
+            if state_of(self.folder, cell).state in ("missing", "failed")
+        ]
         orders = [order_for(self.folder, cell) for cell in missing]
         try:
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"study folder {self.folder}: cannot be written: {error.strerror or error}") from error
+            raise RunError(
+                f"study folder {self.folder}: cannot be written: {error.strerror or error}"
+            ) from error
         noting = _Noting(self.listener(stage, orders))
         if not self.workers.train(orders, noting, self.should_stop):
             left = len(orders) - noting.finished
-            raise StoppedError(f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; the same command goes on")
+            raise StoppedError(
+                f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; the same command goes on"
+            )
 
 
 class _Noting:
@@ -128,24 +154,40 @@ def _result(study: Study, folder: Path, cell: Cell) -> CellResult:
         return CellResult(cell, ended, None)
     measured = measure(folder_of(folder, cell), study.targets)
     reason = diverged(measured)
-    return CellResult(cell, Ended("diverged", reason), None) if reason else CellResult(cell, ended, measured)
+    return (
+        CellResult(cell, Ended("diverged", reason), None)
+        if reason
+        else CellResult(cell, ended, measured)
+    )
 
 
 def _tuned(study: Study, folder: Path) -> list[TunedMethod]:
     if study.tuning is None:
-        return [TunedMethod(variant.name, method.name, {}, {}, (), ()) for variant in study.variants for method in study.methods]
+        return [
+            TunedMethod(variant.name, method.name, {}, {}, (), ())
+            for variant in study.variants
+            for method in study.methods
+        ]
     scores: dict[tuple[str, str, Point], list[float]] = {}
     reasons: dict[tuple[str, str, Point], str] = {}
-    without_metrics = study.model_copy(update={"targets": study.targets.model_copy(update={"metrics": {}})})
+    without_metrics = study.model_copy(
+        update={"targets": study.targets.model_copy(update={"metrics": {}})}
+    )
     for cell in tuning_cells(study):
         key = (cell.variant, cell.method, cell.point)
         result = _result(without_metrics, folder, cell)
         score = tuning_score(result.measured) if result.measured else None
         if score is None:
-            reasons[key] = " ".join(filter(None, (f"{result.ended.state} with seed {cell.seed}", result.ended.reason)))
+            reasons[key] = " ".join(
+                filter(None, (f"{result.ended.state} with seed {cell.seed}", result.ended.reason))
+            )
         else:
             scores.setdefault(key, []).append(score)
-    return [_chosen(study, variant.name, method.name, scores, reasons) for variant in study.variants for method in study.methods]
+    return [
+        _chosen(study, variant.name, method.name, scores, reasons)
+        for variant in study.variants
+        for method in study.methods
+    ]
 
 
 def _chosen(
@@ -173,6 +215,10 @@ def _chosen(
     edges: list[str] = []
     if best is not None:
         for axis, value in zip(study.axes, best, strict=True):
-            if len(axis.values) > 1 and method not in axis.not_for and value in (axis.values[0], axis.values[-1]):
+            if (
+                len(axis.values) > 1
+                and method not in axis.not_for
+                and value in (axis.values[0], axis.values[-1])
+            ):
                 edges.append(" = ".join([*axis.keys, f"{value:g}"]))
     return TunedMethod(variant, method, by_point, why, best, tuple(edges))

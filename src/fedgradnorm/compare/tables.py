@@ -13,7 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgradnorm.atomic import write_atomically
-from fedgradnorm.compare.findings import answers, caveats, goal, headline_target, task_title, verdict
+from fedgradnorm.compare.findings import (
+    answers,
+    caveats,
+    goal,
+    headline_target,
+    task_title,
+    verdict,
+)
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import ABSENT
@@ -32,7 +39,18 @@ __all__ = [
 ]
 
 COLUMNS = (
-    *("variant", "method", "task", "measure", "target", "unit", "better", "seeds", "reached", "mean"),
+    *(
+        "variant",
+        "method",
+        "task",
+        "measure",
+        "target",
+        "unit",
+        "better",
+        "seeds",
+        "reached",
+        "mean",
+    ),
     *("difference", "low", "high", "pairs", "below", "above", "censored", "lost"),
 )
 
@@ -50,15 +68,25 @@ OVERALL_MEASURES = (
 def write_tables(results: Results, folder: Path) -> None:
     """Write results.csv, results.json and results.md. Raises RunError where that fails."""
     try:
-        for name, text in (("csv", _csv(results)), ("json", _json(results)), ("md", _markdown(results))):
+        for name, text in (
+            ("csv", _csv(results)),
+            ("json", _json(results)),
+            ("md", _markdown(results)),
+        ):
             write_atomically(folder / f"results.{name}", text.encode())
     except OSError as error:
-        raise RunError(f"study folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"study folder {folder}: cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def figure(value: float, digits: int = 3) -> str:
     """A number to read: so many digits that count, or all before the point, and no exponent where it can be helped."""
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{3 if abs(value) >= 10 else digits}g}"
+    return (
+        f"{value:.0f}"
+        if 100 <= abs(value) < 1e6
+        else f"{value:.{3 if abs(value) >= 10 else digits}g}"
+    )
 
 
 def mean_text(one: Estimate | None) -> str:
@@ -83,7 +111,9 @@ def difference_text(one: Estimate | None) -> str:
     found = one.difference
     text = _figure(one, found.mean, signed=True)
     if found.low is not None and found.high is not None:
-        text += f" ({_figure(one, found.low, signed=True)} to {_figure(one, found.high, signed=True)})"
+        text += (
+            f" ({_figure(one, found.low, signed=True)} to {_figure(one, found.high, signed=True)})"
+        )
     return f"{text}, {found.pairs} of {one.seeds}" if one.lost else text
 
 
@@ -96,7 +126,13 @@ def _figure(one: Estimate, value: float, *, signed: bool = False) -> str:
     sign, digits = "+" if signed and value > 0 else "", 2 if signed else 3
     if one.unit == "seconds":
         size = abs(value)
-        scaled, unit = (1000 * value, "ms") if size < 1 else (value, "s") if size < 120 else (value / 60, "min")
+        scaled, unit = (
+            (1000 * value, "ms")
+            if size < 1
+            else (value, "s")
+            if size < 120
+            else (value / 60, "min")
+        )
         return f"{sign}{figure(scaled, digits)} {unit}" if value else "0"
     value = value / 1e6 if one.unit == "bytes" else value
     return "0" if abs(value) < 1e-9 else f"{sign}{figure(value, digits)}"
@@ -105,7 +141,10 @@ def _figure(one: Estimate, value: float, *, signed: bool = False) -> str:
 def overall_text(results: Results, variant: str, method: str, measure: str) -> str:
     """What is measured over all tasks: the mean, and the difference against the baseline; why there is none where there is none."""
     one = results.find(variant, method, OVERALL, measure)
-    texts = [results.absence(variant, method) or mean_text(one), ABSENT if measure == "sent" else difference_text(one)]
+    texts = [
+        results.absence(variant, method) or mean_text(one),
+        ABSENT if measure == "sent" else difference_text(one),
+    ]
     return "; ".join(texts) if texts[1] != ABSENT else texts[0]
 
 
@@ -139,7 +178,14 @@ def tuning_rows(results: Results) -> list[list[str]]:
         for point, score in one.scores.items():
             text = one.reasons[point].split(" ")[0] if score is None else f"{score:.3f}"
             scores.append(f"{text} *" if point == one.chosen else text)
-        rows.append([*([one.variant] if results.study.shows_variants else []), one.method, *scores, "at the edge" if one.edges else ""])
+        rows.append(
+            [
+                *([one.variant] if results.study.shows_variants else []),
+                one.method,
+                *scores,
+                "at the edge" if one.edges else "",
+            ]
+        )
     return rows
 
 
@@ -165,10 +211,16 @@ def terminal_table(results: Results) -> Table:
         goals = [headline_target(results, variant.name, task) for task in results.tasks]
         table.add_row(
             Text(variant.name, style="bold"),
-            *(Text(f"to {goal(target).split(' of')[0]}" if target else ABSENT, style="bold") for target in goals),
+            *(
+                Text(f"to {goal(target).split(' of')[0]}" if target else ABSENT, style="bold")
+                for target in goals
+            ),
         )
         for method, cells in zip(results.methods, overview(results, variant.name), strict=True):
-            table.add_row(Text(f"  {method}"), *(Text(text, style={1: "green", -1: "red", 0: ""}[side]) for text, side in cells))
+            table.add_row(
+                Text(f"  {method}"),
+                *(Text(text, style={1: "green", -1: "red", 0: ""}[side]) for text, side in cells),
+            )
     return table
 
 
@@ -215,7 +267,10 @@ def _json(results: Results) -> str:
             {
                 "variant": one.variant,
                 "method": one.method,
-                "scores": [{"point": point, "score": score, "reason": one.reasons.get(point, "")} for point, score in one.scores.items()],
+                "scores": [
+                    {"point": point, "score": score, "reason": one.reasons.get(point, "")}
+                    for point, score in one.scores.items()
+                ],
                 "chosen": one.chosen,
                 "edges": one.edges,
             }
@@ -231,28 +286,50 @@ def _json(results: Results) -> str:
             }
             for one in results.cells
         ],
-        "estimates": [_record(one) | {"values": {str(seed): value for seed, value in one.values.items()}} for one in results.estimates],
+        "estimates": [
+            _record(one) | {"values": {str(seed): value for seed, value in one.values.items()}}
+            for one in results.estimates
+        ],
     }
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _markdown(results: Results) -> str:
     study = results.study
-    parts = [f"# {study.title}", study.question, "\n".join(f"- {text}" for text in answers(results)), " ".join(caveats(results))]
+    parts = [
+        f"# {study.title}",
+        study.question,
+        "\n".join(f"- {text}" for text in answers(results)),
+        " ".join(caveats(results)),
+    ]
     for variant in study.variants:
         if study.shows_variants:
             parts.append(f"## {variant.name or 'base'}")
-        parts.append("\n".join(f"- {task_title(results, variant.name, task)}" for task in results.tasks))
+        parts.append(
+            "\n".join(f"- {task_title(results, variant.name, task)}" for task in results.tasks)
+        )
         titles = [
             f"{task}: {goal(target) if target else ABSENT}"
             for task in results.tasks
             for target in [headline_target(results, variant.name, task)]
         ]
-        rows = [[name, *(text for text, _ in cells)] for name, cells in zip(results.methods, overview(results, variant.name), strict=True)]
-        parts.append(f"Rounds to a target; difference against {study.baseline} with its 95 % interval:")
+        rows = [
+            [name, *(text for text, _ in cells)]
+            for name, cells in zip(results.methods, overview(results, variant.name), strict=True)
+        ]
+        parts.append(
+            f"Rounds to a target; difference against {study.baseline} with its 95 % interval:"
+        )
         parts.append(_table(["method", *titles], rows))
         overall = [
-            [name, *(overall_text(results, variant.name, name, measure) for measure, _ in OVERALL_MEASURES)] for name in results.methods
+            [
+                name,
+                *(
+                    overall_text(results, variant.name, name, measure)
+                    for measure, _ in OVERALL_MEASURES
+                ),
+            ]
+            for name in results.methods
         ]
         parts.append(_table(["method", *(title for _, title in OVERALL_MEASURES)], overall))
     if study.tuning is not None:
@@ -260,7 +337,16 @@ def _markdown(results: Results) -> str:
         parts.append(_table(tuning_titles(results), tuning_rows(results)))
     bad = [one for one in results.cells if one.ended.state != "trained"]
     if bad:
-        rows = [[one.cell.variant, one.cell.method, str(one.cell.seed), one.ended.state, one.ended.reason] for one in bad]
+        rows = [
+            [
+                one.cell.variant,
+                one.cell.method,
+                str(one.cell.seed),
+                one.ended.state,
+                one.ended.reason,
+            ]
+            for one in bad
+        ]
         parts.append(_table(["variant", "method", "seed", "", "why"], rows))
     return "\n\n".join(filter(None, parts)) + "\n"
 

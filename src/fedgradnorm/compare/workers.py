@@ -69,7 +69,9 @@ class Workers:
             if worker.process.is_alive():
                 worker.process.kill()
 
-    def train(self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+    def train(
+        self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]
+    ) -> bool:
         """Train these cells. One that fails is told of, and the others go on; a process that is killed costs its cell alone.
 
         Returns:
@@ -136,7 +138,9 @@ class Workers:
                     continue  # it is dead, and found to be so when it is listened to
 
 
-def _one_by_one(orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]) -> bool:
+def _one_by_one(
+    orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]
+) -> bool:
     with kernel_threads(1):
         for order in orders:
             if should_stop():
@@ -181,6 +185,8 @@ def _work(connection: Connection) -> None:
     torch.set_num_threads(1)
     try:
         while (order := connection.recv()) is not None:
-            connection.send(end_of(order, connection.send, connection.poll))  # whatever is said meanwhile, or silence for good: stop
+            connection.send(
+                end_of(order, connection.send, connection.poll)
+            )  # whatever is said meanwhile, or silence for good: stop
     except (EOFError, OSError):
         return

@@ -31,6 +31,8 @@ class Engine(Protocol):
         """Let the instructed clients train. A client that fails has no report."""
         ...
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> Mapping[str, Evaluation]:
+    def evaluate(
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
+    ) -> Mapping[str, Evaluation]:
         """Test every client that has test data with this encoder and its own head, by client id, so many examples at a time."""
         ...

@@ -15,7 +15,15 @@ from fedgradnorm.engines.workspace import same, views
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, flatten, load_flat, trainable
-from fedgradnorm.training.steps import GATHERED_BYTES, HEAD_BATCHES, LocalRound, PlainSteps, batches_of, encoder_order, order_of
+from fedgradnorm.training.steps import (
+    GATHERED_BYTES,
+    HEAD_BATCHES,
+    LocalRound,
+    PlainSteps,
+    batches_of,
+    encoder_order,
+    order_of,
+)
 
 __all__ = ["WITHOUT_PROGRAMS", "ProgramSteps", "Programs", "encoded_once", "hold_features"]
 
@@ -65,11 +73,15 @@ class ProgramSteps:
         if self.programs.head is None:
             self.plain.on_head(local)
             return
-        batches: Iterable[Batch] = self.plain.encoded(local.client, local.encoder, local.instruction)
+        batches: Iterable[Batch] = self.plain.encoded(
+            local.client, local.encoder, local.instruction
+        )
         model = both(nn.Identity(), local.head)
         if self.tried is not None:
             batches = list(batches)
-            self.programs.head.hold_against_autograd(model, local.client.task, batches[self.tried % len(batches)])
+            self.programs.head.hold_against_autograd(
+                model, local.client.task, batches[self.tried % len(batches)]
+            )
         _run(self.programs.head, model, local, batches, local.instruction.training.head_lr)  # α
 
     def on_encoder(self, local: LocalRound, *, with_head: bool, mu: float) -> tuple[Tensor, float]:
@@ -77,11 +89,23 @@ class ProgramSteps:
         phase = self.programs.both if with_head else self.programs.encoder
         if phase is None or mu:
             return self.plain.on_encoder(local, with_head=with_head, mu=mu)
-        training, order, start = local.instruction.training, encoder_order(local), flatten(local.encoder)
+        training, order, start = (
+            local.instruction.training,
+            encoder_order(local),
+            flatten(local.encoder),
+        )
         model = both(local.encoder, local.head)
         if self.tried is not None:
-            phase.hold_against_autograd(model, local.client.task, take(local.client.train_data, order[self.tried % len(order)]))
-        for_its_step = local.instruction.only_summed and training.server_optimizer == "sgd" and training.server_lr <= 1
+            phase.hold_against_autograd(
+                model,
+                local.client.task,
+                take(local.client.train_data, order[self.tried % len(order)]),
+            )
+        for_its_step = (
+            local.instruction.only_summed
+            and training.server_optimizer == "sgd"
+            and training.server_lr <= 1
+        )
         if for_its_step and not with_head and len(order) * training.encoder_lr >= SMALLEST_STEP:
             gradient, loss = self._read_off(local, phase, order, start)
             if gradient is not None:
@@ -89,26 +113,60 @@ class ProgramSteps:
             load_flat(local.encoder, start)
         starts = list(views(local.encoder, start).values())
         sums = [torch.zeros_like(parameter) for _, parameter in trainable(local.encoder)]
-        loss = _run(phase, model, local, batches_of(local.client, order), training.head_lr, training.encoder_lr, starts, sums)  # α, β
+        loss = _run(
+            phase,
+            model,
+            local,
+            batches_of(local.client, order),
+            training.head_lr,
+            training.encoder_lr,
+            starts,
+            sums,
+        )  # α, β
         return concatenated(sums).div_(len(order)), loss
 
-    def _read_off(self, local: LocalRound, phase: Phase, order: np.ndarray, start: Tensor) -> tuple[Tensor | None, float]:
+    def _read_off(
+        self, local: LocalRound, phase: Phase, order: np.ndarray, start: Tensor
+    ) -> tuple[Tensor | None, float]:
         """The round's gradient as the way that the encoder has gone from its start; None where rounding is too much of it."""
-        steps, rate, starts = len(order), local.instruction.training.encoder_lr, views(local.encoder, start)  # β
+        steps, rate, starts = (
+            len(order),
+            local.instruction.training.encoder_lr,
+            views(local.encoder, start),
+        )  # β
         parameters = [parameter.detach() for _, parameter in trainable(local.encoder)]
         ends = np.cumsum([part.numel() for part in parameters]).tolist()
-        places = [slice(end - part.numel(), end) for end, part in zip(ends, parameters, strict=True)]
-        sums = [torch.zeros_like(one) if place in self.norm_layer else None for one, place in zip(parameters, places, strict=True)]
+        places = [
+            slice(end - part.numel(), end) for end, part in zip(ends, parameters, strict=True)
+        ]
+        sums = [
+            torch.zeros_like(one) if place in self.norm_layer else None
+            for one, place in zip(parameters, places, strict=True)
+        ]
         model = both(local.encoder, local.head)
-        loss = _run(phase, model, local, batches_of(local.client, order), rate, rate, list(starts.values()), sums)
+        loss = _run(
+            phase,
+            model,
+            local,
+            batches_of(local.client, order),
+            rate,
+            rate,
+            list(starts.values()),
+            sums,
+        )
         gradient = torch.empty_like(start)
-        for parameter, before, part in zip(parameters, starts.values(), views(local.encoder, gradient).values(), strict=True):
+        for parameter, before, part in zip(
+            parameters, starts.values(), views(local.encoder, gradient).values(), strict=True
+        ):
             torch.sub(before, parameter, out=part)
         gradient.mul_(1 / (steps * rate))
         for place, total in zip(places, sums, strict=True):
             if total is not None:
                 torch.mul(total.reshape(-1), 1 / steps, out=gradient[place])
-        length, size = (torch.stack([one[place].norm() for place in self.norm_layer]).norm() for one in (gradient, start))
+        length, size = (
+            torch.stack([one[place].norm() for place in self.norm_layer]).norm()
+            for one in (gradient, start)
+        )
         rounding = torch.finfo(start.dtype).eps * size / (math.sqrt(steps) * rate)
         return gradient if rounding <= FEWEST_DIGITS * length else None, loss
 
@@ -138,7 +196,15 @@ def _run(
     if momentum and others:
         for place, (name, tensor) in enumerate(zip(names, trained, strict=True)):
             moves = place >= len(sums) and phase.program.has_gradient[place]
-            velocity.append((local.velocity[name].clone() if name in local.velocity else torch.zeros_like(tensor)) if moves else None)
+            velocity.append(
+                (
+                    local.velocity[name].clone()
+                    if name in local.velocity
+                    else torch.zeros_like(tensor)
+                )
+                if moves
+                else None
+            )
     losses = [
         phase.program.run(
             trained,
@@ -153,11 +219,15 @@ def _run(
         for piece in _pieces(batches)
     ]
     if velocity:
-        local.velocity.update({name: one for name, one in zip(names, velocity, strict=True) if one is not None})
+        local.velocity.update(
+            {name: one for name, one in zip(names, velocity, strict=True) if one is not None}
+        )
     return float(torch.cat(losses).double().mean()) if losses else math.nan
 
 
-def _pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _pieces(
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Neighbouring batches together, as inputs and targets, as long as they are no more bytes than may be gathered at once."""
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
@@ -171,7 +241,9 @@ def _pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Ten
         yield inputs, targets
 
 
-def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction, tried: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def encoded_once(
+    client: Client, encoder: nn.Module, instruction: Instruction, tried: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the head's steps as features, each example encoded once; for encoders that treat each by itself.
 
     Args:
@@ -184,10 +256,18 @@ def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction, t
         WrongProgram: that batch has other features by itself.
     """
     order = order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)
-    some = order.size <= size(client.train_data)  # more: then every example is drawn, and some are drawn again
-    inputs, targets = take(client.train_data, order.reshape(-1)) if some else tensors(client.train_data)
+    some = order.size <= size(
+        client.train_data
+    )  # more: then every example is drawn, and some are drawn again
+    inputs, targets = (
+        take(client.train_data, order.reshape(-1)) if some else tensors(client.train_data)
+    )
     inputs = inputs if some else inputs.clone()  # the encoder may work in place
-    at_once = CONVOLVED_AT_ONCE if any(parameter.ndim > 2 for parameter in encoder.parameters()) else ENCODED_AT_ONCE
+    at_once = (
+        CONVOLVED_AT_ONCE
+        if any(parameter.ndim > 2 for parameter in encoder.parameters())
+        else ENCODED_AT_ONCE
+    )
     with torch.no_grad():
         parts = [encoder(part) for part in inputs.split(at_once)]
     features = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -195,5 +275,9 @@ def encoded_once(client: Client, encoder: nn.Module, instruction: Instruction, t
         features, targets = take((features, targets), order.reshape(-1))
     if tried is not None:
         index = tried % len(order)
-        hold_features(encoder, take(client.train_data, order[index])[0], features[index * order.shape[1] :][: order.shape[1]])
+        hold_features(
+            encoder,
+            take(client.train_data, order[index])[0],
+            features[index * order.shape[1] :][: order.shape[1]],
+        )
     yield from zip(features.split(order.shape[1]), targets.split(order.shape[1]), strict=True)

@@ -66,14 +66,24 @@ class Phase:
         self._axes = [None if name.startswith(shared) else 0 for name in self.fixed]
         (trained, fixed), loss = self.of(model), self.loss(model, task)
         if width is not None:
-            trained, fixed = _widened(trained, [0] * len(trained), width), _widened(fixed, self._axes, width)
-            batch = (batch[0].expand(width, *batch[0].shape), batch[1].expand(width, *batch[1].shape))
+            trained, fixed = (
+                _widened(trained, [0] * len(trained), width),
+                _widened(fixed, self._axes, width),
+            )
+            batch = (
+                batch[0].expand(width, *batch[0].shape),
+                batch[1].expand(width, *batch[1].shape),
+            )
             loss = self._of_many(loss)
         self.program = Program(loss, trained, fixed, *batch)
 
     def _of_many(self, loss: Loss) -> Loss:
-        def losses(trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            stacked: Tensor = vmap(loss, in_dims=(0, self._axes, 0, 0))(list(trained), list(fixed), inputs, targets)
+        def losses(
+            trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
+        ) -> Tensor:
+            stacked: Tensor = vmap(loss, in_dims=(0, self._axes, 0, 0))(
+                list(trained), list(fixed), inputs, targets
+            )
             return stacked
 
         return losses
@@ -87,8 +97,12 @@ class Phase:
         """The loss of one client as a function of these tensors."""
         names = (*self.trained, *self.fixed)
 
-        def loss(trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            outputs = functional_call(model, dict(zip(names, (*trained, *fixed), strict=True)), (inputs,))
+        def loss(
+            trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
+        ) -> Tensor:
+            outputs = functional_call(
+                model, dict(zip(names, (*trained, *fixed), strict=True)), (inputs,)
+            )
             return task.loss(outputs, targets).reshape(())
 
         return loss
@@ -104,13 +118,25 @@ class Phase:
         if self.width is None:
             expected = self._plain(model, task, [batch, other])
         else:
-            ways = [self._plain(model, task, batches) for batches in ([batch, other], [other, batch])]
-            expected = [torch.stack(parts, dim=1 if place == 0 else 0) for place, parts in enumerate(zip(*ways, strict=True))]
-            trained, fixed = _widened(trained, [0] * len(trained), 2), _widened(fixed, self._axes, 2)
-            inputs, targets = ([torch.stack(pair), torch.stack(pair[::-1])] for pair in (inputs, targets))
+            ways = [
+                self._plain(model, task, batches) for batches in ([batch, other], [other, batch])
+            ]
+            expected = [
+                torch.stack(parts, dim=1 if place == 0 else 0)
+                for place, parts in enumerate(zip(*ways, strict=True))
+            ]
+            trained, fixed = (
+                _widened(trained, [0] * len(trained), 2),
+                _widened(fixed, self._axes, 2),
+            )
+            inputs, targets = (
+                [torch.stack(pair), torch.stack(pair[::-1])] for pair in (inputs, targets)
+            )
         sums = [torch.zeros_like(tensor) for tensor in trained]
         moved = [tensor.clone() for tensor in trained]
-        losses = self.program.run(moved, fixed, inputs, targets, [RATE] * len(trained), starts=trained, sums=sums)
+        losses = self.program.run(
+            moved, fixed, inputs, targets, [RATE] * len(trained), starts=trained, sums=sums
+        )
         return all(same(one, found) for one, found in zip(expected, (losses, *sums), strict=True))
 
     def hold_against_autograd(
@@ -132,17 +158,34 @@ class Phase:
         """
         parameters = dict(model.named_parameters())
         value = task.loss(model(batch[0]), batch[1])
-        expected = torch.autograd.grad(value, [parameters[name] for name in self.trained], allow_unused=True, materialize_grads=True)
+        expected = torch.autograd.grad(
+            value,
+            [parameters[name] for name in self.trained],
+            allow_unused=True,
+            materialize_grads=True,
+        )
         trained, fixed, inputs, targets = given or (*self.of(model), *batch)
         sums = [torch.zeros_like(tensor) for tensor in trained]
         moved = [tensor.clone() for tensor in trained]
-        losses = self.program.run(moved, fixed, [inputs], [targets], [RATE] * len(trained), starts=trained, sums=sums)
+        losses = self.program.run(
+            moved, fixed, [inputs], [targets], [RATE] * len(trained), starts=trained, sums=sums
+        )
         loss = losses.flatten()[0 if row is None else row]
         gradient = torch.cat([(total if row is None else total[row]).reshape(-1) for total in sums])
-        autograd = torch.cat([part.to_dense().reshape(-1) if part.is_sparse else part.reshape(-1) for part in expected])
+        autograd = torch.cat(
+            [
+                part.to_dense().reshape(-1) if part.is_sparse else part.reshape(-1)
+                for part in expected
+            ]
+        )
         far = FAR.get(gradient.dtype, 0.1)
-        same_loss = torch.allclose(loss, value.detach().reshape(()), rtol=far, atol=1e-6, equal_nan=True)
-        apart, length = torch.linalg.vector_norm(gradient - autograd), torch.linalg.vector_norm(autograd)
+        same_loss = torch.allclose(
+            loss, value.detach().reshape(()), rtol=far, atol=1e-6, equal_nan=True
+        )
+        apart, length = (
+            torch.linalg.vector_norm(gradient - autograd),
+            torch.linalg.vector_norm(autograd),
+        )
         if not same_loss or bool(apart > far * length + torch.finfo(gradient.dtype).eps):
             raise WrongProgram("a traced step is no longer the step of its code")
 
@@ -150,13 +193,20 @@ class Phase:
         """The losses of such steps by autograd on the model itself, whose values are left as they were, and the sums of the gradients."""
         parameters = dict(model.named_parameters())
         learned, losses = [parameters[name] for name in self.trained], []
-        starts, sums = [parameter.detach().clone() for parameter in learned], [torch.zeros_like(parameter) for parameter in learned]
+        starts, sums = (
+            [parameter.detach().clone() for parameter in learned],
+            [torch.zeros_like(parameter) for parameter in learned],
+        )
         for inputs, targets in batches:
             value = task.loss(model(inputs), targets)
-            gradients = torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(
+                value, learned, allow_unused=True, materialize_grads=True
+            )
             losses.append(value.detach().reshape(()))
             with torch.no_grad():
-                for parameter, start, total, gradient in zip(learned, starts, sums, gradients, strict=True):
+                for parameter, start, total, gradient in zip(
+                    learned, starts, sums, gradients, strict=True
+                ):
                     torch.add(start, total.add_(gradient), alpha=-RATE, out=parameter.data)
         with torch.no_grad():
             for parameter, start in zip(learned, starts, strict=True):
@@ -171,10 +221,15 @@ def both(encoder: nn.Module, head: nn.Module) -> nn.Module:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers, by name."""
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return {
+        name: tensor.detach()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 def _widened(tensors: Sequence[Tensor], axes: Sequence[int | None], width: int) -> list[Tensor]:
     """The tensors of so many clients that have the same ones; those without an axis are left as they are."""
     pairs = zip(tensors, axes, strict=True)
-    return [tensor if axis is None else tensor.expand(width, *tensor.shape) for tensor, axis in pairs]
+    return [
+        tensor if axis is None else tensor.expand(width, *tensor.shape) for tensor, axis in pairs
+    ]

@@ -25,16 +25,24 @@ def device_named(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected 'cpu' or 'cuda', found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name!r} is not here: torch finds {torch.cuda.device_count()} GPUs")
+        raise ConfigError(
+            f"device: {name!r} is not here: torch finds {torch.cuda.device_count()} GPUs"
+        )
     return device
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes of the machine that are free, or of the GPU."""
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return (
+        psutil.virtual_memory().available
+        if device.type == "cpu"
+        else torch.cuda.mem_get_info(device)[0]
+    )
 
 
-def instructions_on(device: torch.device, instructions: Sequence[Instruction]) -> Sequence[Instruction]:
+def instructions_on(
+    device: torch.device, instructions: Sequence[Instruction]
+) -> Sequence[Instruction]:
     """The instructions with their encoders on the device; those that share one share its copy."""
     if device.type == "cpu":
         return instructions
@@ -42,7 +50,10 @@ def instructions_on(device: torch.device, instructions: Sequence[Instruction]) -
     for instruction in instructions:
         if id(instruction.encoder) not in copies:
             copies[id(instruction.encoder)] = instruction.encoder.to(device)
-    return [replace(instruction, encoder=copies[id(instruction.encoder)]) for instruction in instructions]
+    return [
+        replace(instruction, encoder=copies[id(instruction.encoder)])
+        for instruction in instructions
+    ]
 
 
 def client_on(device: torch.device, client: Client) -> Client:

@@ -60,7 +60,9 @@ def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Pla
     What the user's code draws or changes in Python meanwhile is put back.
     """
     if not isinstance(client.train_data, tuple):
-        return Plan("alone", False, "its data are not tensors, and may differ from one access to the next")
+        return Plan(
+            "alone", False, "its data are not tensors, and may differ from one access to the next"
+        )
     encoder, head = workspace.encoder.train(), workspace.head(client).train()
     try:
         watch = Watch((encoder, head), (client.task.loss,))
@@ -74,7 +76,9 @@ def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Pla
     return plan if place is None else Plan("alone", False, f"{place} changes in a step")
 
 
-def _watched_plan(client: Client, workspace: Workspace, head: nn.Module, training: TrainConfig, watch: Watch) -> Plan:
+def _watched_plan(
+    client: Client, workspace: Workspace, head: nn.Module, training: TrainConfig, watch: Watch
+) -> Plan:
     encoder = workspace.encoder
     inputs, targets = batch_of(client, training, workspace.device)
     encoder.zero_grad()
@@ -82,9 +86,16 @@ def _watched_plan(client: Client, workspace: Workspace, head: nn.Module, trainin
     kept = _Bytes()
     with seeded(0, 0, client.id, "plan", workspace.device):
         _move(encoder, head)
-        statistics, buffers, parameters = buffers_of(encoder), buffers_of(head), _parameters(encoder, head)
+        statistics, buffers, parameters = (
+            buffers_of(encoder),
+            buffers_of(head),
+            _parameters(encoder, head),
+        )
         drawn = Generators.now(workspace.device)
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(kept.count, lambda tensor: tensor):
+        with (
+            FlopCounterMode(display=False) as counter,
+            saved_tensors_hooks(kept.count, lambda tensor: tensor),
+        ):
             client.task.loss(head(encoder(inputs)), targets).backward()
         if Generators.now(workspace.device) != drawn:
             return Plan("alone", False, "its model or its loss draws random numbers")
@@ -92,21 +103,49 @@ def _watched_plan(client: Client, workspace: Workspace, head: nn.Module, trainin
         return Plan("alone", False, f"{place} changes in a step")
     flops = counter.get_total_flops()
     if _differ(statistics, encoder):
-        return Plan("looped", False, "its encoder keeps statistics of the batches", flops, watch=watch)
+        return Plan(
+            "looped", False, "its encoder keeps statistics of the batches", flops, watch=watch
+        )
     if not torch.equal(parameters, _parameters(encoder, head)):
         return Plan("looped", False, "its model changes its own parameters", flops, watch=watch)
     once = _one_by_one(encoder, inputs)
-    why = _why_not_stacked(client, workspace, training, flops) if once else "its encoder does not treat every example by itself"
+    why = (
+        _why_not_stacked(client, workspace, training, flops)
+        if once
+        else "its encoder does not treat every example by itself"
+    )
     if why is not None:
-        own = holds_more_than_its_state(head) or any(_is_bound(module) for module in (encoder, head))
-        return Plan("looped", once, why, flops, traceable=not own and not _differ(buffers, head), watch=watch)
+        own = holds_more_than_its_state(head) or any(
+            _is_bound(module) for module in (encoder, head)
+        )
+        return Plan(
+            "looped",
+            once,
+            why,
+            flops,
+            traceable=not own and not _differ(buffers, head),
+            watch=watch,
+        )
     steps = training.head_steps + training.encoder_steps
-    held = inputs.nbytes * (steps + 2 * size(client.train_data) / len(inputs)) + 4 * flatten(encoder).nbytes
+    held = (
+        inputs.nbytes * (steps + 2 * size(client.train_data) / len(inputs))
+        + 4 * flatten(encoder).nbytes
+    )
     num_bytes = int(held + 2 * kept.total)
-    return Plan("stacked", True, f"an encoder step takes {flops / 1e6:.1f} MFLOP", flops, True, num_bytes, watch)
+    return Plan(
+        "stacked",
+        True,
+        f"an encoder step takes {flops / 1e6:.1f} MFLOP",
+        flops,
+        True,
+        num_bytes,
+        watch,
+    )
 
 
-def batch_of(client: Client, training: TrainConfig, device: torch.device, *, last: bool = False) -> Batch:
+def batch_of(
+    client: Client, training: TrainConfig, device: torch.device, *, last: bool = False
+) -> Batch:
     """As many of a client's examples as are in one of its batches: the first ones, or the last ones the other way round."""
     examples = size(client.train_data)
     order = np.arange(examples)[::-1].copy() if last else np.arange(examples)
@@ -114,7 +153,9 @@ def batch_of(client: Client, training: TrainConfig, device: torch.device, *, las
     return inputs.to(device), targets.to(device)
 
 
-def _why_not_stacked(client: Client, workspace: Workspace, training: TrainConfig, flops: int) -> str | None:
+def _why_not_stacked(
+    client: Client, workspace: Workspace, training: TrainConfig, flops: int
+) -> str | None:
     """Why a client's encoder is not to be stacked with others, or None."""
     encoder, head = workspace.encoder, workspace.head(client)
     if any(parameter.ndim > 2 for parameter in encoder.parameters()):
@@ -144,7 +185,9 @@ def _can_be_stacked(client: Client, workspace: Workspace, training: TrainConfig)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             stack = stack_of(client, workspace, batches[0], width=2)
-        if any("performance drop" in str(one.message) for one in said):  # vmap calls it once for each of the stacked clients
+        if any(
+            "performance drop" in str(one.message) for one in said
+        ):  # vmap calls it once for each of the stacked clients
             return False
         features = _features(encoder, batches)
         if not stack.head.is_right(both(nn.Identity(), head), task, *features):
@@ -200,13 +243,19 @@ def _move(*modules: nn.Module) -> None:
 
 
 def _parameters(*modules: nn.Module) -> Tensor:
-    values = [parameter.detach().cpu().double().reshape(-1) for module in modules for parameter in module.parameters()]
+    values = [
+        parameter.detach().cpu().double().reshape(-1)
+        for module in modules
+        for parameter in module.parameters()
+    ]
     return torch.cat([torch.zeros(0), *values])
 
 
 def _is_bound(module: nn.Module) -> bool:
     """Whether a parameter has hooks, or it or a module several names: ``functional_call`` cannot put these back."""
-    return has_hooks(module) or len(list(module.named_parameters(remove_duplicate=False))) != len(list(module.parameters()))
+    return has_hooks(module) or len(list(module.named_parameters(remove_duplicate=False))) != len(
+        list(module.parameters())
+    )
 
 
 class _Bytes:

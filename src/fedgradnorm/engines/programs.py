@@ -41,7 +41,11 @@ class _KeptInside(TorchFunctionMode):
     """Values stay in torch."""
 
     def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in LEAKS:
             raise TypeError(f"{func.__name__}: what depends on values cannot be traced")
@@ -70,8 +74,17 @@ class Program:
     tensor([1.0000, 1.5000])
     """
 
-    def __init__(self, loss: Loss, trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> None:
-        def step(trained: list[Tensor], fixed: list[Tensor], inputs: Tensor, targets: Tensor) -> list[Tensor | None]:
+    def __init__(
+        self,
+        loss: Loss,
+        trained: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> None:
+        def step(
+            trained: list[Tensor], fixed: list[Tensor], inputs: Tensor, targets: Tensor
+        ) -> list[Tensor | None]:
             value = loss(trained, fixed, inputs, targets)
             return [value.detach(), *torch.autograd.grad(value.sum(), trained, allow_unused=True)]
 
@@ -87,7 +100,11 @@ class Program:
                 raise TypeError(f"{node.target} depends on how a tensor lies in memory")
         _simplify(module.graph)
         self._graph, self._num_trained = module.graph, len(trained)
-        self._constants = [getattr(module, str(node.target)).detach() for node in module.graph.nodes if node.op == "get_attr"]
+        self._constants = [
+            getattr(module, str(node.target)).detach()
+            for node in module.graph.nodes
+            if node.op == "get_attr"
+        ]
         self.has_gradient = [gradient is not None for gradient in _outputs(module.graph)[1:]]
         self._compiled: dict[tuple[frozenset[int], frozenset[int]], Any] = {}
         self._compile(frozenset(), frozenset())
@@ -124,8 +141,19 @@ class Program:
         moving = frozenset(place for place, one in enumerate(velocity) if one is not None)
         summed = frozenset(place for place, one in enumerate(sums) if one is not None)
         # A list has no gaps: what a program does not use is filled with anything.
-        velocity = [tensor if one is None else one for one, tensor in zip(velocity, trained, strict=True)] if moving else []
-        sums, starts = ([tensor if one is None else one for one, tensor in zip(sums, trained, strict=True)], starts) if summed else ([], [])
+        velocity = (
+            [tensor if one is None else one for one, tensor in zip(velocity, trained, strict=True)]
+            if moving
+            else []
+        )
+        sums, starts = (
+            (
+                [tensor if one is None else one for one, tensor in zip(sums, trained, strict=True)],
+                starts,
+            )
+            if summed
+            else ([], [])
+        )
         # An optimised program would be another one after its first runs.
         with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it is documented
             losses: Tensor = self._compile(moving, summed)(
@@ -144,14 +172,20 @@ class Program:
 
     def _compile(self, moving: frozenset[int], summed: frozenset[int]) -> Any:
         if (moving, summed) not in self._compiled:
-            unit = torch.jit.CompilationUnit("".join(f"{line}\n" for line in self._lines(moving, summed)))
+            unit = torch.jit.CompilationUnit(
+                "".join(f"{line}\n" for line in self._lines(moving, summed))
+            )
             self._compiled[moving, summed] = unit.steps
         return self._compiled[moving, summed]
 
     def _lines(self, moving: frozenset[int], summed: frozenset[int]) -> Iterator[str]:
         """The program's text."""
         given = [node for node in self._graph.nodes if node.op == "placeholder"]
-        trained, fixed, (inputs, targets) = given[: self._num_trained], given[self._num_trained : -2], given[-2:]
+        trained, fixed, (inputs, targets) = (
+            given[: self._num_trained],
+            given[self._num_trained : -2],
+            given[-2:],
+        )
         constants = [node for node in self._graph.nodes if node.op == "get_attr"]
         loss, *gradients = _outputs(self._graph)
         updates = [
@@ -160,8 +194,23 @@ class Program:
             if gradient is not None
         ]
         lists = ("trained", "fixed", "constants", "inputs", "targets", "velocity", "starts", "sums")
-        types = {**dict.fromkeys(lists, "List[Tensor]"), "rates": "List[float]", "momentum": "float"}
-        order = ("trained", "fixed", "constants", "inputs", "targets", "rates", "momentum", "velocity", "starts", "sums")
+        types = {
+            **dict.fromkeys(lists, "List[Tensor]"),
+            "rates": "List[float]",
+            "momentum": "float",
+        }
+        order = (
+            "trained",
+            "fixed",
+            "constants",
+            "inputs",
+            "targets",
+            "rates",
+            "momentum",
+            "velocity",
+            "starts",
+            "sums",
+        )
         yield f"def steps({', '.join(f'{name}: {types[name]}' for name in order)}) -> Tensor:"
         yield "    losses: List[Tensor] = []"
         for name, nodes in (("trained", trained), ("fixed", fixed), ("constants", constants)):
@@ -185,9 +234,16 @@ def _simplify(graph: Graph) -> None:
     mutable = any(_is_mutable(node) for node in graph.nodes)
     for node in list(graph.nodes):
         argument = node.args[0] if node.op == "call_function" and node.args else None
-        if isinstance(argument, Node) and (_gives_back(node, argument) or (not mutable and node.target is TIMES and node.args[1] == 1)):
+        if isinstance(argument, Node) and (
+            _gives_back(node, argument)
+            or (not mutable and node.target is TIMES and node.args[1] == 1)
+        ):
             node.replace_all_uses_with(argument)
-        elif isinstance(argument, Node) and _turns(node) is not None and _turns(node) == _turns(argument):
+        elif (
+            isinstance(argument, Node)
+            and _turns(node) is not None
+            and _turns(node) == _turns(argument)
+        ):
             (before,) = argument.all_input_nodes
             node.replace_all_uses_with(before)
 
@@ -195,7 +251,10 @@ def _simplify(graph: Graph) -> None:
 def _gives_back(node: Node, argument: Node) -> bool:
     """Whether a node is its argument by another name."""
     named = node.target in (aten.detach.default, aten.alias.default)
-    return named or (node.target in (aten.expand.default, aten.view.default) and _layout(node) == _layout(argument))
+    return named or (
+        node.target in (aten.expand.default, aten.view.default)
+        and _layout(node) == _layout(argument)
+    )
 
 
 def _layout(node: Node) -> tuple[object, ...]:
@@ -214,11 +273,16 @@ def _turns(node: Node) -> set[int] | None:
 
 def _depends_on_values(node: Node) -> bool:
     """Whether a node's shape is another one for other values."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
+    if (
+        not isinstance(node.target, OpOverload)
+        or torch.Tag.dynamic_output_shape not in node.target.tags
+    ):
         return False
     indices = node.args[1] if node.target is aten.index.Tensor else None
     masks = (torch.bool, torch.uint8)
-    return not isinstance(indices, list | tuple) or any(isinstance(one, Node) and one.meta["val"].dtype in masks for one in indices)
+    return not isinstance(indices, list | tuple) or any(
+        isinstance(one, Node) and one.meta["val"].dtype in masks for one in indices
+    )
 
 
 def _is_mutable(node: Node) -> bool:
@@ -230,7 +294,11 @@ def _changed(node: Node) -> Iterator[Node]:
     if _is_mutable(node):
         for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]  # an OpOverload
             value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.is_write
+                and isinstance(value, Node)
+            ):
                 yield value
 
 
@@ -250,10 +318,21 @@ def _product(gradient: Node, trained: Sequence[Node]) -> tuple[str, Node, Node] 
 
     None for other gradients, and where an operand is itself trained: it would have changed by then.
     """
-    node = gradient.args[0] if _turns(gradient) is not None and isinstance(gradient.args[0], Node) else gradient
-    if node.target not in PRODUCTS or (node is not gradient and _turns(gradient) != {node.meta["val"].ndim - 2, node.meta["val"].ndim - 1}):
+    node = (
+        gradient.args[0]
+        if _turns(gradient) is not None and isinstance(gradient.args[0], Node)
+        else gradient
+    )
+    if node.target not in PRODUCTS or (
+        node is not gradient
+        and _turns(gradient) != {node.meta["val"].ndim - 2, node.meta["val"].ndim - 1}
+    ):
         return None
-    operands = [operand for operand in node.args if isinstance(operand, Node) and _owner(operand) not in trained]
+    operands = [
+        operand
+        for operand in node.args
+        if isinstance(operand, Node) and _owner(operand) not in trained
+    ]
     return (PRODUCTS[node.target], operands[0], operands[1]) if len(operands) == 2 else None
 
 
@@ -275,26 +354,54 @@ class Update(NamedTuple):
     lines: tuple[str, ...]
 
 
-def _update(place: int, node: Node, gradient: Node, trained: Sequence[Node], *, moves: bool, sums: bool) -> Update:
-    product = _product(gradient, trained) if not any(_is_mutable(one) for one in node.graph.nodes) else None
+def _update(
+    place: int, node: Node, gradient: Node, trained: Sequence[Node], *, moves: bool, sums: bool
+) -> Update:
+    product = (
+        _product(gradient, trained)
+        if not any(_is_mutable(one) for one in node.graph.nodes)
+        else None
+    )
     needs = (gradient,) if product is None else product[1:]
     if sums:
-        step = f"torch.add(starts[{place}], sums[{place}], alpha=-rates[{place}], out={_name(node)})"
+        step = (
+            f"torch.add(starts[{place}], sums[{place}], alpha=-rates[{place}], out={_name(node)})"
+        )
         return Update(node, needs, (_added(f"sums[{place}]", gradient, product, "1.0"), step))
     if moves:
         step = f"{_name(node)}.add_(velocity[{place}], alpha=-rates[{place}])"
-        return Update(node, needs, (f"velocity[{place}].mul_(momentum)", _added(f"velocity[{place}]", gradient, product, "1.0"), step))
+        return Update(
+            node,
+            needs,
+            (
+                f"velocity[{place}].mul_(momentum)",
+                _added(f"velocity[{place}]", gradient, product, "1.0"),
+                step,
+            ),
+        )
     return Update(node, needs, (_added(_name(node), gradient, product, f"-rates[{place}]"),))
 
 
-def _body(graph: Graph, trained: Sequence[Node], loss: Node, updates: Sequence[Update]) -> Iterator[str]:
+def _body(
+    graph: Graph, trained: Sequence[Node], loss: Node, updates: Sequence[Update]
+) -> Iterator[str]:
     """The lines of a step: operations, and each update as soon as nothing reads its tensor any more, while that is in the cache."""
     given = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in graph.nodes:
         if any(_owner(changed) in given for changed in _changed(node)):
             raise TypeError(f"{node.target} changes what the program was given")
-    used = _reached([loss, *(node for update in updates for node in update.needs), *filter(_is_mutable, graph.nodes)])
-    waits = {update: {node for node in used if node in update.needs or _reads(node, update.trained)} - given for update in updates}
+    used = _reached(
+        [
+            loss,
+            *(node for update in updates for node in update.needs),
+            *filter(_is_mutable, graph.nodes),
+        ]
+    )
+    waits = {
+        update: {node for node in used if node in update.needs or _reads(node, update.trained)}
+        - given
+        for update in updates
+    }
     read = {loss, *(node for update in updates for node in update.needs)}
     for node in graph.nodes:
         if node not in used or node in given:
@@ -330,9 +437,14 @@ def _operation(node: Node) -> str:
     if node.target is operator.getitem:
         return f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
     if isinstance(node.target, OpOverload):
-        words = [*map(_literal, node.args), *(f"{name}={_literal(value)}" for name, value in node.kwargs.items())]
+        words = [
+            *map(_literal, node.args),
+            *(f"{name}={_literal(value)}" for name, value in node.kwargs.items()),
+        ]
         # A batch may lie in memory in another way than the one that was traced.
-        view = node.target is aten.view.default and not any(_is_mutable(one) for one in node.graph.nodes)
+        view = node.target is aten.view.default and not any(
+            _is_mutable(one) for one in node.graph.nodes
+        )
         name = "aten::reshape" if view else node.target._schema.name
         return f"{_name(node)} = torch.ops.{name.replace('::', '.')}({', '.join(words)})"
     raise TypeError(f"{node.target}: no operation of torch")

@@ -29,10 +29,15 @@ class ReferenceEngine:
         require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
         self.federation, self.seed, self.threads = federation, seed, threads
         self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
-        self.heads = {client.id: federation.make_head(client, seed) for client in federation.clients}
+        self.heads = {
+            client.id: federation.make_head(client, seed) for client in federation.clients
+        }
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
         buffers = buffers_of(self.encoder)
-        self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
+        self._states = {
+            client.id: initial_state(federation, client, seed, buffers)
+            for client in federation.clients
+        }
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:
@@ -50,12 +55,19 @@ class ReferenceEngine:
             for instruction in instructions:
                 client = self.federation.client(instruction.client)
                 report, self._states[client.id] = local_update(
-                    client, self.encoder, self.heads[client.id], self.norm_layer, self._states[client.id], instruction
+                    client,
+                    self.encoder,
+                    self.heads[client.id],
+                    self.norm_layer,
+                    self._states[client.id],
+                    instruction,
                 )
                 reports.append(report)
         return reports
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> dict[str, Evaluation]:
+    def evaluate(
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
+    ) -> dict[str, Evaluation]:
         """Test every client that has test data."""
         evaluations = {}
         with kernel_threads(self.threads):
@@ -63,5 +75,7 @@ class ReferenceEngine:
                 if client.test_data is not None:
                     head = self.heads[client.id]
                     load_model(self.encoder, head, self._states[client.id], encoder, buffers)
-                    evaluations[client.id] = evaluate_client(client, self.encoder, head, self.seed, batch_size)
+                    evaluations[client.id] = evaluate_client(
+                        client, self.encoder, head, self.seed, batch_size
+                    )
         return evaluations

@@ -26,7 +26,16 @@ from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
 from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_numbers
 
-__all__ = ["Member", "Stack", "Trained", "outcomes", "stack_of", "stacked_evaluations", "stacked_order", "stacked_update"]
+__all__ = [
+    "Member",
+    "Stack",
+    "Trained",
+    "outcomes",
+    "stack_of",
+    "stacked_evaluations",
+    "stacked_order",
+    "stacked_update",
+]
 
 ENCODED_AT_ONCE = 4096
 """Examples of all clients together in one pass for features."""
@@ -59,7 +68,11 @@ def stack_of(client: Client, workspace: Workspace, batch: Batch, width: int) -> 
     with torch.no_grad():
         features = encoder(batch[0])
     on_head = Phase(both(nn.Identity(), head), client.task, (HEAD,), (features, batch[1]), width)
-    return Stack(width, on_head, Phase(both(encoder, head), client.task, (ENCODER,), batch, width, shared=(ENCODER,)))
+    return Stack(
+        width,
+        on_head,
+        Phase(both(encoder, head), client.task, (ENCODER,), batch, width, shared=(ENCODER,)),
+    )
 
 
 class Trained(NamedTuple):
@@ -81,17 +94,30 @@ def stacked_order(members: Sequence[Member], width: int) -> tuple[Tensor, Tensor
 
     It is Python for the most part, so it is not for threads that would wait for one another.
     """
-    training, sizes = members[0].instruction.training, np.array([size(member.data) for member in members])
+    training, sizes = (
+        members[0].instruction.training,
+        np.array([size(member.data) for member in members]),
+    )
     offsets, found = (sizes.cumsum() - sizes)[:, None, None], []
-    for purpose, steps in ((HEAD_BATCHES, training.head_steps), (ENCODER_BATCHES, training.encoder_steps)):
+    for purpose, steps in (
+        (HEAD_BATCHES, training.head_steps),
+        (ENCODER_BATCHES, training.encoder_steps),
+    ):
         order = np.empty((len(members), steps, min(training.batch_size, sizes[0])), dtype=np.int64)
         for examples in np.unique(sizes):
             alike = np.flatnonzero(sizes == examples)
             some = (members[index] for index in alike.tolist())
-            numbers = np.stack([order_numbers(member.client, member.instruction, purpose, steps) for member in some])
+            numbers = np.stack(
+                [
+                    order_numbers(member.client, member.instruction, purpose, steps)
+                    for member in some
+                ]
+            )
             order[alike] = batch_order(numbers, training.batch_size, steps)
         order += offsets
-        found.append(torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1))))
+        found.append(
+            torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1)))
+        )
     return found[0], found[1]
 
 
@@ -101,7 +127,11 @@ def _rows(members: Sequence[Member], width: int) -> list[int]:
 
 
 def stacked_update(
-    members: Sequence[Member], order: tuple[Tensor, Tensor], workspace: Workspace, stack: Stack, tried: int | None = None
+    members: Sequence[Member],
+    order: tuple[Tensor, Tensor],
+    workspace: Workspace,
+    stack: Stack,
+    tried: int | None = None,
 ) -> Trained:
     """The steps of `local_update` with the method FedRep for many clients.
 
@@ -118,12 +148,17 @@ def stacked_update(
     start, first, device, count = perf_counter(), members[0], workspace.device, len(members)
     training, rows = first.instruction.training, _rows(members, stack.width)
     load_flat(workspace.encoder, first.instruction.encoder)
-    heads = {name: torch.stack([members[row].state.head[name] for row in rows]).to(device) for name in first.state.head}
+    heads = {
+        name: torch.stack([members[row].state.head[name] for row in rows]).to(device)
+        for name in first.state.head
+    }
     known = [member.state.initial_loss for member in members]
     starting = _initial_losses(members, workspace, heads) if None in known else []
     initial_losses = [starting[index] if loss is None else loss for index, loss in enumerate(known)]
 
-    inputs, targets = (torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1))
+    inputs, targets = (
+        torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1)
+    )
     of_heads, of_encoders = (one.to(device) for one in order)
     with record_function("head steps"):
         features = _features(workspace.encoder.train(), inputs, of_heads)
@@ -132,22 +167,56 @@ def stacked_update(
             hold_features(workspace.encoder, inputs[of_heads[step, row]], features[step, row])
             _hold_heads(members, workspace, stack.head, heads, features, targets[of_heads], tried)
         velocity = _train_heads(heads, stack.head, features, targets[of_heads], members, rows)
-    exact_losses = _mean_losses(members, workspace, heads) if training.loss_estimate == "exact" else None
+    exact_losses = (
+        _mean_losses(members, workspace, heads) if training.loss_estimate == "exact" else None
+    )
     head_seconds = (perf_counter() - start) / count
     with record_function("encoder steps"):
         model = both(workspace.encoder, workspace.head(first.client))
         if tried is not None:
-            _hold_encoders(members, model, stack.encoder, heads, inputs[of_encoders], targets[of_encoders], tried)
-        gradients, losses = _train_encoders(model, first.instruction, heads, stack.encoder, inputs[of_encoders], targets[of_encoders])
-    norms, lengths = norm_over(gradients, workspace.norm_layer).tolist(), torch.linalg.vector_norm(gradients, dim=1).tolist()
+            _hold_encoders(
+                members,
+                model,
+                stack.encoder,
+                heads,
+                inputs[of_encoders],
+                targets[of_encoders],
+                tried,
+            )
+        gradients, losses = _train_encoders(
+            model,
+            first.instruction,
+            heads,
+            stack.encoder,
+            inputs[of_encoders],
+            targets[of_encoders],
+        )
+    norms, lengths = (
+        norm_over(gradients, workspace.norm_layer).tolist(),
+        torch.linalg.vector_norm(gradients, dim=1).tolist(),
+    )
     seconds = (perf_counter() - start) / count
-    return Trained(heads, velocity, gradients, norms, lengths, exact_losses or losses, initial_losses, seconds, head_seconds)
+    return Trained(
+        heads,
+        velocity,
+        gradients,
+        norms,
+        lengths,
+        exact_losses or losses,
+        initial_losses,
+        seconds,
+        head_seconds,
+    )
 
 
 def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, ClientState]]:
     """The report and the next state of each client, as `local_update` gives them."""
     count = len(members)
-    gradients, heads, velocity = trained.gradients.cpu().unbind(), _apart(trained.heads, count), _apart(trained.velocity, count)
+    gradients, heads, velocity = (
+        trained.gradients.cpu().unbind(),
+        _apart(trained.heads, count),
+        _apart(trained.velocity, count),
+    )
     found = []
     for index, member in enumerate(members):
         report = Report(
@@ -164,8 +233,15 @@ def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, 
             loss_floor=member.client.task.loss_floor,
         )
         if trained.lengths[index] <= LARGEST:  # else the report finds out why
-            vars(report)["length"] = trained.lengths[index]  # the server will ask for it, and has one thread
-        found.append((report, ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round)))
+            vars(report)["length"] = trained.lengths[
+                index
+            ]  # the server will ask for it, and has one thread
+        found.append(
+            (
+                report,
+                ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round),
+            )
+        )
     return found
 
 
@@ -197,7 +273,9 @@ def _train_heads(
         for name, has_gradient in zip(names, phase.program.has_gradient, strict=True):
             if has_gradient:
                 zero = torch.zeros_like(members[0].state.head[name])
-                velocity[name] = torch.stack([members[row].state.head_velocity.get(name, zero) for row in rows]).to(features.device)
+                velocity[name] = torch.stack(
+                    [members[row].state.head_velocity.get(name, zero) for row in rows]
+                ).to(features.device)
     phase.program.run(
         [heads[name] for name in names],
         [heads[name.removeprefix(HEAD)] for name in phase.fixed],
@@ -211,13 +289,23 @@ def _train_heads(
 
 
 def _train_encoders(
-    model: nn.Module, sent: Instruction, heads: Mapping[str, Tensor], phase: Phase, inputs: Tensor, targets: Tensor
+    model: nn.Module,
+    sent: Instruction,
+    heads: Mapping[str, Tensor],
+    phase: Phase,
+    inputs: Tensor,
+    targets: Tensor,
 ) -> tuple[Tensor, list[float]]:
     """The SGD steps with step size β: the mean gradients g_i, shape ``(width, P)``, and the mean losses of the batches."""
     training, width = sent.training, inputs.shape[1]
     starts, fixed = phase.of(model)
-    sums = [torch.zeros(width, *part.shape, dtype=part.dtype, device=part.device) for part in starts]
-    tensors = {**dict(zip(phase.fixed, fixed, strict=True)), **{HEAD + name: value for name, value in heads.items()}}
+    sums = [
+        torch.zeros(width, *part.shape, dtype=part.dtype, device=part.device) for part in starts
+    ]
+    tensors = {
+        **dict(zip(phase.fixed, fixed, strict=True)),
+        **{HEAD + name: value for name, value in heads.items()},
+    }
     losses = phase.program.run(
         [part.expand(width, *part.shape).clone() for part in starts],
         [tensors[name] for name in phase.fixed],
@@ -244,10 +332,14 @@ def _hold_heads(
     row, step = tried % len(members), tried % len(features)
     head = workspace.head(members[0].client).train()
     load_head(head, {name: value[row] for name, value in heads.items()})
-    trained, fixed = ([heads[name.removeprefix(HEAD)] for name in names] for names in (phase.trained, phase.fixed))
+    trained, fixed = (
+        [heads[name.removeprefix(HEAD)] for name in names] for names in (phase.trained, phase.fixed)
+    )
     batch = features[step, row], targets[step, row]
     model = both(nn.Identity(), head)
-    phase.hold_against_autograd(model, members[0].client.task, batch, (trained, fixed, features[step], targets[step]), row)
+    phase.hold_against_autograd(
+        model, members[0].client.task, batch, (trained, fixed, features[step], targets[step]), row
+    )
 
 
 def _hold_encoders(
@@ -263,27 +355,41 @@ def _hold_encoders(
     row, step, width = tried % len(members), tried % len(inputs), inputs.shape[1]
     load_head(model.get_submodule("head"), {name: value[row] for name, value in heads.items()})
     starts, fixed = phase.of(model)
-    tensors = {**dict(zip(phase.fixed, fixed, strict=True)), **{HEAD + name: value for name, value in heads.items()}}
+    tensors = {
+        **dict(zip(phase.fixed, fixed, strict=True)),
+        **{HEAD + name: value for name, value in heads.items()},
+    }
     trained = [part.expand(width, *part.shape) for part in starts]
     given = trained, [tensors[name] for name in phase.fixed], inputs[step], targets[step]
-    phase.hold_against_autograd(model, members[0].client.task, (inputs[step, row], targets[step, row]), given, row)
+    phase.hold_against_autograd(
+        model, members[0].client.task, (inputs[step, row], targets[step, row]), given, row
+    )
 
 
-def _initial_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]) -> list[float]:
+def _initial_losses(
+    members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
+) -> list[float]:
     """F(0) of each client, as `client.initial_loss_of` gives it."""
     if members[0].instruction.training.initial_loss == "measured":
         return _mean_losses(members, workspace, heads)
     head = workspace.head(members[0].client)
-    return [guess_loss(member.client, workspace.encoder, head, member.instruction.training) for member in members]
+    return [
+        guess_loss(member.client, workspace.encoder, head, member.instruction.training)
+        for member in members
+    ]
 
 
 @torch.no_grad()
-def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]) -> list[float]:
+def _mean_losses(
+    members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
+) -> list[float]:
     """The mean training losses as `client.mean_loss` gives them, all batches of all clients at once."""
     training, task = members[0].instruction.training, members[0].client.task
     head, encoder = workspace.head(members[0].client).train(), workspace.encoder.train()
     orders = [loss_batches(member.client, training) for member in members]
-    examples = [take(member.data, order.reshape(-1)) for member, order in zip(members, orders, strict=True)]
+    examples = [
+        take(member.data, order.reshape(-1)) for member, order in zip(members, orders, strict=True)
+    ]
     features = _encode(encoder, torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
     targets = torch.cat([expected for _, expected in examples]).to(workspace.device)
     batch, counts = orders[0].shape[1], [len(order) for order in orders]
@@ -297,7 +403,10 @@ def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping
     for count, alike in groupby(range(len(members)), key=counts.__getitem__):
         rows = list(alike)
         end = done + count * len(rows)
-        parts = (part.view(-1, batch, *part.shape[1:])[done:end].unflatten(0, (len(rows), count)) for part in (features, targets))
+        parts = (
+            part.view(-1, batch, *part.shape[1:])[done:end].unflatten(0, (len(rows), count))
+            for part in (features, targets)
+        )
         heads_of = {name: value[rows[0] : rows[-1] + 1] for name, value in heads.items()}
         losses += of_clients(heads_of, *parts).double().mean(dim=1).tolist()
         done = end
@@ -306,18 +415,26 @@ def _mean_losses(members: Sequence[Member], workspace: Workspace, heads: Mapping
 
 def _apart(stacked: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """The tensors of the first clients of a stack, as copies of their own."""
-    parts = {name: [part.clone() for part in value[:count].cpu().unbind()] for name, value in stacked.items()}
+    parts = {
+        name: [part.clone() for part in value[:count].cpu().unbind()]
+        for name, value in stacked.items()
+    }
     return [{name: values[index] for name, values in parts.items()} for index in range(count)]
 
 
 @torch.no_grad()
 def stacked_evaluations(
-    clients: Sequence[Client], states: Mapping[str, ClientState], encoder: Tensor, workspace: Workspace
+    clients: Sequence[Client],
+    states: Mapping[str, ClientState],
+    encoder: Tensor,
+    workspace: Workspace,
 ) -> dict[str, Evaluation]:
     """`client.evaluate` for many clients with test data that are tensors: all their inputs pass through the encoder at once."""
     load_flat(workspace.encoder, encoder)
     data = [tensors(client.test_data) for client in clients if client.test_data is not None]
-    features = _encode(workspace.encoder.eval(), torch.cat([inputs for inputs, _ in data]).to(workspace.device))
+    features = _encode(
+        workspace.encoder.eval(), torch.cat([inputs for inputs, _ in data]).to(workspace.device)
+    )
     evaluations = {}
     parts = features.split([len(inputs) for inputs, _ in data])
     for client, part, (_, targets) in zip(clients, parts, data, strict=True):

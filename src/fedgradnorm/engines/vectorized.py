@@ -22,9 +22,24 @@ from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, tensors
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
 from fedgradnorm.engines.phases import WrongProgram
-from fedgradnorm.engines.placement import at_home, client_on, device_named, free_memory, instructions_on
+from fedgradnorm.engines.placement import (
+    at_home,
+    client_on,
+    device_named,
+    free_memory,
+    instructions_on,
+)
 from fedgradnorm.engines.planning import Plan, batch_of, plan_for, programs_for
-from fedgradnorm.engines.stacked import Member, Stack, Trained, outcomes, stack_of, stacked_evaluations, stacked_order, stacked_update
+from fedgradnorm.engines.stacked import (
+    Member,
+    Stack,
+    Trained,
+    outcomes,
+    stack_of,
+    stacked_evaluations,
+    stacked_order,
+    stacked_update,
+)
 from fedgradnorm.engines.workspace import Workspace, can_be_arranged, holds_more_than_its_state
 from fedgradnorm.errors import ClientError, described, require, warn
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation, evaluate
@@ -108,15 +123,30 @@ class VectorizedEngine:
     """
 
     def __init__(
-        self, federation: Federation, seed: int, threads: int | None = None, memory_limit: ByteSize | None = None, device: str = "cpu"
+        self,
+        federation: Federation,
+        seed: int,
+        threads: int | None = None,
+        memory_limit: ByteSize | None = None,
+        device: str = "cpu",
     ) -> None:
-        require(threads is None or 1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
-        require(memory_limit is None or memory_limit > 0, "memory_limit", "a number of bytes above 0", memory_limit)
+        require(
+            threads is None or 1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads
+        )
+        require(
+            memory_limit is None or memory_limit > 0,
+            "memory_limit",
+            "a number of bytes above 0",
+            memory_limit,
+        )
         self.federation, self.seed, self.device = federation, seed, device_named(device)
         self.threads = 1 if self.device.type == "cuda" else threads or torch.get_num_threads()
         self.memory_limit = memory_limit or free_memory(self.device) // 2
         buffers = buffers_of(federation.make_encoder(seed))
-        self._states = {client.id: initial_state(federation, client, seed, buffers) for client in federation.clients}
+        self._states = {
+            client.id: initial_state(federation, client, seed, buffers)
+            for client in federation.clients
+        }
         self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
         self._own = Workspace(federation, seed, self.device)
         self._with_own_head: set[str] = set()
@@ -147,7 +177,9 @@ class VectorizedEngine:
         self._make_plans(sent[0].training)
         self._own.follow()
         self._drop_changed()
-        store = _GradientStore([instruction.client for instruction in sent], sent[0].encoder, self.memory_limit // 2)
+        store = _GradientStore(
+            [instruction.client for instruction in sent], sent[0].encoder, self.memory_limit // 2
+        )
         before = Generators.now(self.device)
         done: dict[str, tuple[Report, ClientState]] = {}
         failed: list[Failed] = []
@@ -156,23 +188,43 @@ class VectorizedEngine:
                 failed.append(outcome)
             else:
                 done[outcome[0].client] = outcome
-        spoilt = {self._kind_of[failure.job.instructions[0].client]: failure.reason for failure in failed}
+        spoilt = {
+            self._kind_of[failure.job.instructions[0].client]: failure.reason for failure in failed
+        }
         spoilt |= self._changed()
         if Generators.now(self.device) != before:
             before.put_back(self.device)
-            spoilt |= {kind: "its code draws random numbers" for kind, plan in self._plans.items() if plan.watch is not None}
+            spoilt |= {
+                kind: "its code draws random numbers"
+                for kind, plan in self._plans.items()
+                if plan.watch is not None
+            }
         if spoilt:
             self._put_back(spoilt)
-            again = [Job([instruction]) for instruction in sent if self._kind_of[instruction.client] in spoilt]
+            again = [
+                Job([instruction])
+                for instruction in sent
+                if self._kind_of[instruction.client] in spoilt
+            ]
             self._do_without(spoilt)
-            done |= {outcome[0].client: outcome for outcome in self._trained(again, store, workers=1) if not isinstance(outcome, Failed)}
+            done |= {
+                outcome[0].client: outcome
+                for outcome in self._trained(again, store, workers=1)
+                if not isinstance(outcome, Failed)
+            }
             self._say(spoilt)
         self._states |= {client: state for client, (_, state) in done.items()}
         return [done[instruction.client][0] for instruction in sent]
 
-    def evaluate(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH) -> dict[str, Evaluation]:
+    def evaluate(
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
+    ) -> dict[str, Evaluation]:
         """Test every client that has test data."""
-        clients = [self._client(client.id) for client in self.federation.clients if client.test_data is not None]
+        clients = [
+            self._client(client.id)
+            for client in self.federation.clients
+            if client.test_data is not None
+        ]
         self._own.follow()
         self._drop_changed()
         small: dict[object, list[Client]] = {}
@@ -187,29 +239,45 @@ class VectorizedEngine:
             else:
                 at_once.append([client])
         at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
-        test, before = partial(self._test, encoder, buffers, batch_size), Generators.now(self.device)
+        test, before = (
+            partial(self._test, encoder, buffers, batch_size),
+            Generators.now(self.device),
+        )
         evaluations: dict[str, Evaluation] = {}
         for some, done in zip(at_once, self._each(test, self.threads, 1, at_once), strict=True):
             evaluations |= done
             in_turn += [] if done else some
-        if Generators.now(self.device) != before:  # a metric does, for one: each gets a seed then, one after another
+        if (
+            Generators.now(self.device) != before
+        ):  # a metric does, for one: each gets a seed then, one after another
             before.put_back(self.device)
             self._tests_draw, in_turn = True, clients
         with kernel_threads(1):
             for client in in_turn:
                 head = self._head_alone(client)
                 load_model(self._own.encoder, head, self._states[client.id], encoder, buffers)
-                evaluations[client.id] = evaluate_client(client, self._own.encoder, head, self.seed, batch_size)
+                evaluations[client.id] = evaluate_client(
+                    client, self._own.encoder, head, self.seed, batch_size
+                )
         return {client.id: evaluations[client.id] for client in clients}
 
     def _tests_alone(self, client: Client) -> bool:
         """Whether no other client may be tested beside a client: a data set, or a model that draws random numbers, may not bear it."""
         plan = self._plan_of.get(client.id)
-        return self._tests_draw or plan is None or plan.way == "alone" or not isinstance(client.test_data, tuple)
+        return (
+            self._tests_draw
+            or plan is None
+            or plan.way == "alone"
+            or not isinstance(client.test_data, tuple)
+        )
 
     def _head_alone(self, client: Client) -> nn.Module:
         """The head that a client has in a model without shortcuts."""
-        return self._own.own_head(client) if client.id in self._with_own_head else self._own.head(client)
+        return (
+            self._own.own_head(client)
+            if client.id in self._with_own_head
+            else self._own.head(client)
+        )
 
     def _drop_changed(self) -> None:
         """Do without shortcuts for those whose Python values have changed between rounds."""
@@ -219,8 +287,16 @@ class VectorizedEngine:
 
     def _changed(self) -> dict[Kind, str]:
         """By kind of client, what of its Python has another value than when it was planned."""
-        places = {kind: plan.watch.changed() for kind, plan in self._plans.items() if plan.watch is not None}
-        return {kind: f"{place} has another value than when training began" for kind, place in places.items() if place is not None}
+        places = {
+            kind: plan.watch.changed()
+            for kind, plan in self._plans.items()
+            if plan.watch is not None
+        }
+        return {
+            kind: f"{place} has another value than when training began"
+            for kind, place in places.items()
+            if place is not None
+        }
 
     def _put_back(self, kinds: Iterable[Kind]) -> None:
         """Set what calls of their code have changed in Python back to what it was."""
@@ -238,18 +314,29 @@ class VectorizedEngine:
         for kind, reason in reasons.items():
             first, *others = self._clients_of(kind)
             whom = f"client '{first}'" + (f" and {len(others)} like it" if others else "")
-            warn(f"{whom}: {reason}: from now on trained without shortcuts, which takes longer and gives the numbers of the code as it is")
+            warn(
+                f"{whom}: {reason}: from now on trained without shortcuts, which takes longer and gives the numbers of the code as it is"
+            )
 
     def _clients_of(self, kind: Kind) -> list[str]:
         return [client for client, own in self._kind_of.items() if own == kind]
 
-    def _round(self, sent: Sequence[Instruction], store: "_GradientStore") -> Iterator[tuple[Report, ClientState] | Failed]:
+    def _round(
+        self, sent: Sequence[Instruction], store: "_GradientStore"
+    ) -> Iterator[tuple[Report, ClientState] | Failed]:
         """What comes of the instructions, those who train alone first."""
         jobs = self._jobs(sent)
-        in_turn, at_once = [job for job in jobs if self._waits(job)], [job for job in jobs if not self._waits(job)]
-        last = len(at_once) - len(at_once) % self.threads  # the last ones are fewer than there are threads
+        in_turn, at_once = (
+            [job for job in jobs if self._waits(job)],
+            [job for job in jobs if not self._waits(job)],
+        )
+        last = (
+            len(at_once) - len(at_once) % self.threads
+        )  # the last ones are fewer than there are threads
         yield from self._trained(in_turn, store, workers=1)
-        for some in (at_once[:last], at_once[last:]) if self._kernels(at_once[last:]) > 1 else (at_once,):
+        for some in (
+            (at_once[:last], at_once[last:]) if self._kernels(at_once[last:]) > 1 else (at_once,)
+        ):
             yield from self._trained(some, store, self.threads, self._kernels(some))
 
     def _jobs(self, instructions: Sequence[Instruction]) -> list[Job]:
@@ -258,18 +345,32 @@ class VectorizedEngine:
         alike: dict[Kind, list[Instruction]] = {}
         for instruction in instructions:
             if self._plan_of[instruction.client].way == "stacked":
-                alike.setdefault((id(instruction.encoder), *self._kind_of[instruction.client]), []).append(instruction)
+                alike.setdefault(
+                    (id(instruction.encoder), *self._kind_of[instruction.client]), []
+                ).append(instruction)
         jobs, stacked = [], set[str]()
         for some in alike.values():
-            client, num_bytes = self._client(some[0].client), max(self._plan_of[instruction.client].num_bytes for instruction in some)
-            most = min(self.memory_limit // (2 * self.threads * num_bytes), CACHE_BYTES // some[0].encoder.nbytes)
+            client, num_bytes = (
+                self._client(some[0].client),
+                max(self._plan_of[instruction.client].num_bytes for instruction in some),
+            )
+            most = min(
+                self.memory_limit // (2 * self.threads * num_bytes),
+                CACHE_BYTES // some[0].encoder.nbytes,
+            )
             if len(some) < FEWEST_STACKED or most < 2:
                 continue
             taken, widths = iter(some), stack_widths(len(some), most, self.threads)
-            jobs += [Job(list(islice(taken, width)), stack=self._stack(client, training, width)) for width in widths]
+            jobs += [
+                Job(list(islice(taken, width)), stack=self._stack(client, training, width))
+                for width in widths
+            ]
             stacked |= {instruction.client for instruction in some}
         single = [instruction for instruction in instructions if instruction.client not in stacked]
-        jobs += [Job([instruction], self._programs(self._client(instruction.client), training)) for instruction in single]
+        jobs += [
+            Job([instruction], self._programs(self._client(instruction.client), training))
+            for instruction in single
+        ]
         return self._with_trials(jobs)
 
     def _with_trials(self, jobs: list[Job]) -> list[Job]:
@@ -280,11 +381,15 @@ class VectorizedEngine:
             if job.stack is not None or job.programs != WITHOUT_PROGRAMS or of_kind.encode_once:
                 by_kind.setdefault(self._kind_of[job.instructions[0].client], []).append(place)
         instruction = jobs[0].instructions[0]
-        rng = quick_generator(instruction.training.seed, instruction.round, "", f"trials {instruction.step}")
+        rng = quick_generator(
+            instruction.training.seed, instruction.round, "", f"trials {instruction.step}"
+        )
         for places in by_kind.values():
             if rng.random() < TRIED:
                 place = places[int(rng.integers(len(places)))]
-                jobs[place] = jobs[place]._replace(tried=int(rng.integers(2**31)) if rng.random() < 0.5 else 0)
+                jobs[place] = jobs[place]._replace(
+                    tried=int(rng.integers(2**31)) if rng.random() < 0.5 else 0
+                )
         return jobs
 
     def _programs(self, client: Client, training: TrainConfig) -> Programs:
@@ -295,15 +400,25 @@ class VectorizedEngine:
         if kind not in self._programs_of:
             with self._workspace() as workspace, kernel_threads(1):
                 self._programs_of[kind] = programs_for(client, workspace, training)
-                found = [name for name, phase in self._programs_of[kind]._asdict().items() if phase is not None]
-                log.info("%s, and clients like it: programs of the steps on %s", client.id, " and ".join(found) or "nothing")
+                found = [
+                    name
+                    for name, phase in self._programs_of[kind]._asdict().items()
+                    if phase is not None
+                ]
+                log.info(
+                    "%s, and clients like it: programs of the steps on %s",
+                    client.id,
+                    " and ".join(found) or "nothing",
+                )
         return self._programs_of[kind]
 
     def _stack(self, client: Client, training: TrainConfig, width: int) -> Stack:
         key = (*self._kind_of[client.id], width)
         if key not in self._stacks:
             with self._workspace() as workspace, kernel_threads(1):
-                self._stacks[key] = stack_of(client, workspace, batch_of(client, training, self.device), width)
+                self._stacks[key] = stack_of(
+                    client, workspace, batch_of(client, training, self.device), width
+                )
         return self._stacks[key]
 
     def _make_plans(self, training: TrainConfig) -> None:
@@ -311,16 +426,25 @@ class VectorizedEngine:
         if self._planned_for == (training.batch_size, training.method):
             return
         clients = sorted(self.federation.clients, key=lambda client: client.id)
-        with_tensors = next((client for client in clients if isinstance(client.train_data, tuple)), None)  # data sets are not read twice
+        with_tensors = next(
+            (client for client in clients if isinstance(client.train_data, tuple)), None
+        )  # data sets are not read twice
         with kernel_threads(1):
             if with_tensors is not None:
                 inputs, _ = batch_of(with_tensors, training, self.device)
                 self._arranged = can_be_arranged(self.federation, self.seed, self.device, inputs)
-            self._workspaces, self._plans, self._programs_of, self._stacks = SimpleQueue(), {}, {}, {}
+            self._workspaces, self._plans, self._programs_of, self._stacks = (
+                SimpleQueue(),
+                {},
+                {},
+                {},
+            )
             self._kind_of = {client.id: self._kind(client, training) for client in clients}
             self._plan_of = {client.id: self._plan(client, training) for client in clients}
             for client in clients:
-                if self._plan_of[client.id].way == "alone" or holds_more_than_its_state(self._own.head(client)):
+                if self._plan_of[client.id].way == "alone" or holds_more_than_its_state(
+                    self._own.head(client)
+                ):
                     self._with_own_head.add(client.id)
                     self._own.own_head(client)
         self._planned_for = training.batch_size, training.method
@@ -334,29 +458,46 @@ class VectorizedEngine:
         key = self._kind_of[client.id]
         if key not in self._plans:
             self._plans[key] = plan = plan_for(client, self._own, training)
-            once = "encoded once for all head steps" if plan.encode_once else "encoded in every head step"
-            log.info("%s, and clients like it: %s, %s: %s", client.id, self._said(plan), once, plan.why)
+            once = (
+                "encoded once for all head steps"
+                if plan.encode_once
+                else "encoded in every head step"
+            )
+            log.info(
+                "%s, and clients like it: %s, %s: %s", client.id, self._said(plan), once, plan.why
+            )
         return self._plans[key]
 
     def _kind(self, client: Client, training: TrainConfig) -> Kind:
         """What clients have in common that are trained in the same way."""
         data = client.train_data
         shapes = [(part.shape[1:], part.dtype) for part in data] if isinstance(data, tuple) else []
-        return (self.federation.head_kind(client, self.seed), *shapes, min(training.batch_size, size(data)), size(data) > EVALUATION_BATCH)
+        return (
+            self.federation.head_kind(client, self.seed),
+            *shapes,
+            min(training.batch_size, size(data)),
+            size(data) > EVALUATION_BATCH,
+        )
 
     def _said(self, plan: Plan) -> str:
         if plan.way == "stacked":
             return f"stacked where {FEWEST_STACKED} or more are alike"
-        return "one at a time" if plan.way == "looped" else "one at a time, while no other is trained"
+        return (
+            "one at a time" if plan.way == "looped" else "one at a time, while no other is trained"
+        )
 
     def _waits(self, job: Job) -> bool:
         """Whether a job is not to be done while others are."""
         plan = self._plan_of[job.instructions[0].client]
-        return plan.way == "alone" or (job.stack is None and job.programs.encoder is None and plan.flops < THREADED_FLOPS)
+        return plan.way == "alone" or (
+            job.stack is None and job.programs.encoder is None and plan.flops < THREADED_FLOPS
+        )
 
     def _kernels(self, jobs: Sequence[Job]) -> int:
         """Threads of a kernel: one, unless there are cores without a client and kernels large enough to share."""
-        if not jobs or any(self._plan_of[job.instructions[0].client].flops < LARGE_FLOPS for job in jobs):
+        if not jobs or any(
+            self._plan_of[job.instructions[0].client].flops < LARGE_FLOPS for job in jobs
+        ):
             return 1
         return max(1, self.threads // len(jobs))
 
@@ -366,7 +507,9 @@ class VectorizedEngine:
         """What comes of these jobs. What of a stack's work is Python for the most part is done here, and not by threads that would wait."""
         members = [self._members(job) for job in jobs]
 
-        def train(job: Job, some: Sequence[Member], order: tuple[Tensor, Tensor] | None) -> Trained | tuple[Report, ClientState] | Failed:
+        def train(
+            job: Job, some: Sequence[Member], order: tuple[Tensor, Tensor] | None
+        ) -> Trained | tuple[Report, ClientState] | Failed:
             if self._plan_of[job.instructions[0].client].way == "alone":
                 return self._trained_alone(job)
             try:
@@ -377,10 +520,20 @@ class VectorizedEngine:
             except Exception as error:  # noqa: BLE001  # a shortcut, or the user's own code, which then raises it again without any
                 cause = error.__cause__ if isinstance(error, ClientError) else error
                 wrong = isinstance(cause, WrongProgram)
-                return Failed(job, f"{cause}, perhaps since some rounds ago" if wrong else described(cause or error))
+                return Failed(
+                    job,
+                    f"{cause}, perhaps since some rounds ago"
+                    if wrong
+                    else described(cause or error),
+                )
 
-        orders = [stacked_order(some, job.stack.width) if job.stack is not None else None for some, job in zip(members, jobs, strict=True)]
-        for some, done in zip(members, self._each(train, workers, kernels, jobs, members, orders), strict=True):
+        orders = [
+            stacked_order(some, job.stack.width) if job.stack is not None else None
+            for some, job in zip(members, jobs, strict=True)
+        ]
+        for some, done in zip(
+            members, self._each(train, workers, kernels, jobs, members, orders), strict=True
+        ):
             if isinstance(done, Failed):
                 yield done
                 continue
@@ -391,15 +544,25 @@ class VectorizedEngine:
         """The clients of a stack."""
         if job.stack is None:
             return []
-        pairs = [(self._client(instruction.client), instruction) for instruction in job.instructions]
-        return [Member(client, tensors(client.train_data), self._states[client.id], sent) for client, sent in pairs]
+        pairs = [
+            (self._client(instruction.client), instruction) for instruction in job.instructions
+        ]
+        return [
+            Member(client, tensors(client.train_data), self._states[client.id], sent)
+            for client, sent in pairs
+        ]
 
     def _trained_single(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
         """One client, with what shortcuts there are."""
-        client, plan = self._client(job.instructions[0].client), self._plan_of[job.instructions[0].client]
+        client, plan = (
+            self._client(job.instructions[0].client),
+            self._plan_of[job.instructions[0].client],
+        )
         plain = PlainSteps(partial(encoded_once, tried=job.tried) if plan.encode_once else encoded)
         steps = ProgramSteps(job.programs, workspace.norm_layer, plain, job.tried)
-        return self._updated(job.instructions[0], workspace, workspace.head(client), steps, random_model=False)
+        return self._updated(
+            job.instructions[0], workspace, workspace.head(client), steps, random_model=False
+        )
 
     def _trained_alone(self, job: Job) -> tuple[Report, ClientState]:
         """One client as the reference trains it, while no other is trained."""
@@ -408,11 +571,24 @@ class VectorizedEngine:
         return self._updated(instruction, self._own, head, PlainSteps(), random_model=True)
 
     def _updated(
-        self, instruction: Instruction, workspace: Workspace, head: nn.Module, steps: Steps, *, random_model: bool
+        self,
+        instruction: Instruction,
+        workspace: Workspace,
+        head: nn.Module,
+        steps: Steps,
+        *,
+        random_model: bool,
     ) -> tuple[Report, ClientState]:
         client, state = self._client(instruction.client), self._states[instruction.client]
         report, after = local_update(
-            client, workspace.encoder, head, workspace.norm_layer, state, instruction, steps=steps, random_model=random_model
+            client,
+            workspace.encoder,
+            head,
+            workspace.norm_layer,
+            state,
+            instruction,
+            steps=steps,
+            random_model=random_model,
         )
         _ = report.length  # the server will ask for it, and has one thread
         return report, after
@@ -422,7 +598,13 @@ class VectorizedEngine:
         small = isinstance(data, tuple) and size(data) <= min(EVALUATION_BATCH, batch_size)
         return small and plan is not None and plan.way == "stacked" and not self._tests_draw
 
-    def _test(self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int, clients: Sequence[Client]) -> dict[str, Evaluation]:
+    def _test(
+        self,
+        encoder: Tensor,
+        buffers: Mapping[str, Tensor],
+        batch_size: int,
+        clients: Sequence[Client],
+    ) -> dict[str, Evaluation]:
         """The evaluations of clients that can be tested beside others; none where that raises, and they have to be tested alone."""
         try:
             with self._workspace() as workspace:
@@ -433,7 +615,9 @@ class VectorizedEngine:
                     head = workspace.head(client)
                     load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
                     if client.test_data is not None:
-                        evaluations[client.id] = evaluate(client.task, workspace.encoder, head, client.test_data, batch_size)
+                        evaluations[client.id] = evaluate(
+                            client.task, workspace.encoder, head, client.test_data, batch_size
+                        )
                 return evaluations
         except Exception:  # noqa: BLE001  # the user's own code, which then raises it again with the client's name
             return {}
@@ -449,13 +633,21 @@ class VectorizedEngine:
         self._workspaces.put(workspace)
 
     @staticmethod
-    def _each(work: Callable[..., Done], workers: int, kernels: int, tasks: Sequence[object], *more: Iterable[object]) -> Iterator[Done]:
+    def _each(
+        work: Callable[..., Done],
+        workers: int,
+        kernels: int,
+        tasks: Sequence[object],
+        *more: Iterable[object],
+    ) -> Iterator[Done]:
         """What the work makes of each task and what goes with it, in their order, as soon as it is there."""
         with kernel_threads(kernels):
             if min(workers, len(tasks)) <= 1:
                 yield from map(work, tasks, *more)
             else:
-                with ThreadPoolExecutor(min(workers, len(tasks)), thread_name_prefix="fedgradnorm") as pool:
+                with ThreadPoolExecutor(
+                    min(workers, len(tasks)), thread_name_prefix="fedgradnorm"
+                ) as pool:
                     yield from pool.map(work, tasks, *more)
 
 
@@ -472,9 +664,17 @@ class _GradientStore:
         self.rows: dict[str, Tensor] = {}
         if len(clients) * encoder.nbytes > limit:
             with tempfile.NamedTemporaryFile(prefix="fedgradnorm-") as file:
-                allocate = getattr(os, "posix_fallocate", lambda number, start, length: os.truncate(number, start + length))
-                allocate(file.fileno(), 0, len(clients) * encoder.nbytes)  # a full disk is an error here, and not later
-                mapped = torch.from_file(file.name, shared=True, size=len(clients) * len(encoder), dtype=encoder.dtype)
+                allocate = getattr(
+                    os,
+                    "posix_fallocate",
+                    lambda number, start, length: os.truncate(number, start + length),
+                )
+                allocate(
+                    file.fileno(), 0, len(clients) * encoder.nbytes
+                )  # a full disk is an error here, and not later
+                mapped = torch.from_file(
+                    file.name, shared=True, size=len(clients) * len(encoder), dtype=encoder.dtype
+                )
             self.rows = dict(zip(clients, mapped.view(len(clients), -1).unbind(), strict=True))
 
     def keep(self, report: Report, state: ClientState) -> tuple[Report, ClientState]:

@@ -44,24 +44,86 @@ TRUSTED = frozenset({"torch", "numpy", "fedgradnorm", *sys.stdlib_module_names})
 """Packages whose functions read nothing that changes but what they are given."""
 
 NOT_TRUSTED = frozenset(
-    {"time", "datetime", "secrets", "uuid", "pathlib", "io", "socket", "subprocess", "tempfile", "contextvars", "ctypes", "multiprocessing"}
+    {
+        "time",
+        "datetime",
+        "secrets",
+        "uuid",
+        "pathlib",
+        "io",
+        "socket",
+        "subprocess",
+        "tempfile",
+        "contextvars",
+        "ctypes",
+        "multiprocessing",
+    }
 )
 """Of these, what reads the clock, files, or the world."""
 
-READS_FREELY = frozenset({"open", "read_text", "read_bytes", "eval", "exec", "compile", "input", "__import__"})
+READS_FREELY = frozenset(
+    {"open", "read_text", "read_bytes", "eval", "exec", "compile", "input", "__import__"}
+)
 """Functions that may read whatever there is."""
 
 NOT_CALLED = frozenset(
-    {"__init__", "__new__", "__init_subclass__", "__set_name__", "__class_getitem__", "__repr__", "__str__", "__format__", "__del__"}
-    | {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__dir__", "__sizeof__"}
+    {
+        "__init__",
+        "__new__",
+        "__init_subclass__",
+        "__set_name__",
+        "__class_getitem__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__del__",
+    }
+    | {
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__copy__",
+        "__deepcopy__",
+        "__dir__",
+        "__sizeof__",
+    }
 )
 """Special methods that no step calls by itself. The others may be called without being named."""
 
 NEVER_CHANGING = (
-    *(types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
-    *(types.ClassMethodDescriptorType, types.GenericAlias, types.UnionType, type(NotImplemented), types.CodeType),
-    *(np.ufunc, np.dtype, torch.finfo, torch.iinfo, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch.jit.ScriptFunction),
-    *(re.Pattern, enum.Enum, decimal.Decimal, fractions.Fraction, dt.date, dt.time, dt.timedelta, pathlib.PurePath),
+    *(
+        types.MethodDescriptorType,
+        types.WrapperDescriptorType,
+        types.GetSetDescriptorType,
+        types.MemberDescriptorType,
+    ),
+    *(
+        types.ClassMethodDescriptorType,
+        types.GenericAlias,
+        types.UnionType,
+        type(NotImplemented),
+        types.CodeType,
+    ),
+    *(
+        np.ufunc,
+        np.dtype,
+        torch.finfo,
+        torch.iinfo,
+        torch._ops.OpOverload,
+        torch._ops.OpOverloadPacket,
+        torch.jit.ScriptFunction,
+    ),
+    *(
+        re.Pattern,
+        enum.Enum,
+        decimal.Decimal,
+        fractions.Fraction,
+        dt.date,
+        dt.time,
+        dt.timedelta,
+        pathlib.PurePath,
+    ),
     *(logging.Logger, logging.LoggerAdapter),
 )
 """Objects whose value never changes, or that no step reads anything of."""
@@ -73,7 +135,17 @@ STATE = frozenset({"_parameters", "_buffers"})
 """Where a module has its tensors."""
 
 OF_TORCH = (
-    frozenset(vars(nn.Module())) - STATE - {*("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")}
+    frozenset(vars(nn.Module()))
+    - STATE
+    - {
+        *(
+            "_modules",
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    }
 )
 """The attributes of every module that training itself changes, or that no forward pass reads."""
 
@@ -177,7 +249,11 @@ def _state_of(generator: Any) -> Any:
         return generator.getstate()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    return generator.get_state().numpy().tobytes() if isinstance(generator, torch.Generator) else generator.get_state()
+    return (
+        generator.get_state().numpy().tobytes()
+        if isinstance(generator, torch.Generator)
+        else generator.get_state()
+    )
 
 
 def _set_state(generator: Any, state: Any) -> None:
@@ -197,7 +273,9 @@ class _Walk:
     def __init__(self, models: Iterable[nn.Module], functions: Iterable[object]) -> None:
         models = list(models)
         self._parts = {id(part) for model in models for part in model.modules()}
-        self._waiting: list[tuple[str, object]] = [(_name_of(root), root) for root in (*models, *functions)]
+        self._waiting: list[tuple[str, object]] = [
+            (_name_of(root), root) for root in (*models, *functions)
+        ]
         self._reached: set[int] = set()
         self._kept: list[object] = []  # so that no address is used twice
         self._names = {"forward", "__call__"}
@@ -219,8 +297,12 @@ class _Walk:
 
     def _find_called(self) -> bool:
         """Let the methods wait whose names some function has: they may be called."""
-        self._waiting += [(name, method) for name, method in self._methods if method.__name__ in self._names]
-        self._methods = [(name, method) for name, method in self._methods if method.__name__ not in self._names]
+        self._waiting += [
+            (name, method) for name, method in self._methods if method.__name__ in self._names
+        ]
+        self._methods = [
+            (name, method) for name, method in self._methods if method.__name__ not in self._names
+        ]
         return bool(self._waiting)
 
     def _visit(self, name: str, value: Any) -> Iterator[_Place]:
@@ -233,11 +315,18 @@ class _Walk:
         if isinstance(value, GENERATORS):
             yield _Place(name, lambda: value, partial(_set_state, value), _state_of)
         elif isinstance(value, Tensor):
-            yield _Place(name, lambda: value, partial(_copy_into, value), lambda held: held.detach().clone())
+            yield _Place(
+                name, lambda: value, partial(_copy_into, value), lambda held: held.detach().clone()
+            )
         elif isinstance(value, np.ndarray):
             if value.dtype.hasobject or value.nbytes > HASHED_BYTES:
                 raise CannotTell(f"{name} is a large array, or one of objects")
-            yield _Place(name, lambda: value, partial(np.copyto, value) if value.flags.writeable else None, np.copy)
+            yield _Place(
+                name,
+                lambda: value,
+                partial(np.copyto, value) if value.flags.writeable else None,
+                np.copy,
+            )
         elif isinstance(value, np.generic):
             yield _Place(name, lambda: value)
         elif isinstance(value, nn.Module):
@@ -259,11 +348,15 @@ class _Walk:
             raise CannotTell(f"{name} is an iterator")
         elif isinstance(value, types.BuiltinFunctionType):
             self._visit_builtin(name, value)
-        elif isinstance(value, threading.local) or (type(value).__module__ in NOT_TRUSTED and not isinstance(value, NEVER_CHANGING)):
+        elif isinstance(value, threading.local) or (
+            type(value).__module__ in NOT_TRUSTED and not isinstance(value, NEVER_CHANGING)
+        ):
             raise CannotTell(f"{name} is of the type {type(value).__name__}")
         elif not isinstance(value, NEVER_CHANGING) and type(value).__module__ != "typing":
             if not _has_attributes(value):
-                raise CannotTell(f"{name} is of the type {type(value).__name__}, whose value cannot be seen")
+                raise CannotTell(
+                    f"{name} is of the type {type(value).__name__}, whose value cannot be seen"
+                )
             yield from self._visit_object(value)
 
     def _visit_builtin(self, name: str, value: Any) -> None:
@@ -281,7 +374,9 @@ class _Walk:
 
     def _visit_object(self, value: object) -> Iterator[_Place]:
         attributes = _got(value, "__dict__")
-        yield from self._visit_attributes(value, {} if attributes is None else attributes, frozenset())
+        yield from self._visit_attributes(
+            value, {} if attributes is None else attributes, frozenset()
+        )
         slots = {key: getattr(value, key) for key in slots_of(type(value)) if hasattr(value, key)}
         if slots:
 
@@ -296,11 +391,17 @@ class _Walk:
             self._wait(_name_of(value), slots.values())
         yield from self._visit_class(type(value))
 
-    def _visit_attributes(self, owner: object, attributes: dict[str, Any], hidden: frozenset[str]) -> Iterator[_Place]:
+    def _visit_attributes(
+        self, owner: object, attributes: dict[str, Any], hidden: frozenset[str]
+    ) -> Iterator[_Place]:
         def read() -> dict[str, Any]:
             return {key: value for key, value in attributes.items() if key not in hidden}
 
-        yield _Place(f"an attribute of {_name_of(owner)}", read, lambda copy: _refill(attributes, read(), copy))
+        yield _Place(
+            f"an attribute of {_name_of(owner)}",
+            read,
+            lambda copy: _refill(attributes, read(), copy),
+        )
         for key, value in read().items():
             self._waiting.append((f"{_name_of(owner)}.{key}", value))
 
@@ -313,9 +414,17 @@ class _Walk:
             if _is_trusted(base.__module__) or (base is not kind and id(base) in self._reached):
                 continue
             self._reached.add(id(base))
-            yield _Place(f"an attribute of {base.__name__}", partial(_read_class, base), partial(_write_class, base))
+            yield _Place(
+                f"an attribute of {base.__name__}",
+                partial(_read_class, base),
+                partial(_write_class, base),
+            )
             for key, value in vars(base).items():
-                if isinstance(value, types.FunctionType) and key.startswith("__") and key not in NOT_CALLED:
+                if (
+                    isinstance(value, types.FunctionType)
+                    and key.startswith("__")
+                    and key not in NOT_CALLED
+                ):
                     self._waiting.append((f"{base.__name__}.{key}", value))
                 elif isinstance(value, types.FunctionType):
                     self._methods.append((f"{base.__name__}.{key}", value))
@@ -332,10 +441,17 @@ class _Walk:
         name, names = function.__qualname__, set(_names_of(function.__code__))
         if function.__closure__:
             cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-            yield _Place(f"a variable of {name}", partial(_read_cells, cells), partial(_write_cells, cells))
+            yield _Place(
+                f"a variable of {name}", partial(_read_cells, cells), partial(_write_cells, cells)
+            )
             self._wait(name, _read_cells(cells).values())
-        yield _Place(f"what {name} is", partial(_read_function, function), partial(_write_function, function))
-        self._wait(name, (*(function.__defaults__ or ()), function.__kwdefaults__, *vars(function).values()))
+        yield _Place(
+            f"what {name} is", partial(_read_function, function), partial(_write_function, function)
+        )
+        self._wait(
+            name,
+            (*(function.__defaults__ or ()), function.__kwdefaults__, *vars(function).values()),
+        )
         for imported in _imports_of(function.__code__):
             if imported not in sys.modules and not _is_trusted(imported):
                 raise CannotTell(f"{name} imports {imported}")
@@ -369,7 +485,9 @@ class _Walk:
 
 
 def _name_of(value: object) -> str:
-    return value.__qualname__ if isinstance(value, types.FunctionType | type) else type(value).__name__
+    return (
+        value.__qualname__ if isinstance(value, types.FunctionType | type) else type(value).__name__
+    )
 
 
 def _is_trusted(module: object) -> bool:
@@ -429,11 +547,17 @@ def _names_in(name: str, namespace: dict[str, Any], names: set[str]) -> _Place:
 
 def _has_attributes(value: object) -> bool:
     """Whether what an object holds is in attributes that can be read."""
-    return _got(value, "__dict__") is not None or any("__slots__" in vars(base) for base in type(value).__mro__)
+    return _got(value, "__dict__") is not None or any(
+        "__slots__" in vars(base) for base in type(value).__mro__
+    )
 
 
 def _read_class(kind: type) -> dict[str, Any]:
-    return {key: value for key, value in vars(kind).items() if not key.startswith("__") or isinstance(value, types.FunctionType)}
+    return {
+        key: value
+        for key, value in vars(kind).items()
+        if not key.startswith("__") or isinstance(value, types.FunctionType)
+    }
 
 
 def _write_class(kind: type, copy: Mapping[str, Any]) -> None:

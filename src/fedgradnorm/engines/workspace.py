@@ -9,7 +9,15 @@ from fedgradnorm.modules import follow
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
 
-__all__ = ["Workspace", "arrange", "can_be_arranged", "holds_more_than_its_state", "pool_first", "same", "views"]
+__all__ = [
+    "Workspace",
+    "arrange",
+    "can_be_arranged",
+    "holds_more_than_its_state",
+    "pool_first",
+    "same",
+    "views",
+]
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
 """How far apart two ways may be to count as the same: far above rounding, far below any real difference."""
@@ -25,7 +33,9 @@ class Workspace:
         arranged: whether the encoder is to be arranged for speed, see `arrange`.
     """
 
-    def __init__(self, federation: Federation, seed: int, device: torch.device, arranged: bool = False) -> None:
+    def __init__(
+        self, federation: Federation, seed: int, device: torch.device, arranged: bool = False
+    ) -> None:
         self.federation, self.seed, self.device = federation, seed, device
         self.encoder = federation.make_encoder(seed).to(device)
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
@@ -61,7 +71,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def holds_more_than_its_state(module: nn.Module) -> bool:
     """Whether a module has tensors that a state dict leaves out: then another client's may be different."""
-    tensors = any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    tensors = any(
+        isinstance(value, Tensor) for part in module.modules() for value in vars(part).values()
+    )
     return tensors or bool(dict(module.named_buffers()).keys() - module.state_dict().keys())
 
 
@@ -80,11 +92,16 @@ def channels_last(weight: Tensor) -> Tensor:
     """
     _, inputs, height, width = weight.shape
     return torch.empty_strided(
-        weight.shape, (inputs * height * width, 1, inputs * width, inputs), dtype=weight.dtype, device=weight.device
+        weight.shape,
+        (inputs * height * width, 1, inputs * width, inputs),
+        dtype=weight.dtype,
+        device=weight.device,
     ).copy_(weight)
 
 
-def can_be_arranged(federation: Federation, seed: int, device: torch.device, inputs: Tensor) -> bool:
+def can_be_arranged(
+    federation: Federation, seed: int, device: torch.device, inputs: Tensor
+) -> bool:
     """Whether an arranged encoder has the features and the gradients of an untouched one, on this batch."""
     outcomes = []
     for arranged in (False, True):
@@ -97,9 +114,16 @@ def can_be_arranged(federation: Federation, seed: int, device: torch.device, inp
                     watch.put_back()
                     return False
                 generator = torch.Generator().manual_seed(0)
-                direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
+                direction = torch.randn(
+                    features.shape, generator=generator, dtype=torch.float64
+                ).to(features)
                 parameters = [parameter for _, parameter in trainable(encoder)]
-                gradients = torch.autograd.grad((features * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
+                gradients = torch.autograd.grad(
+                    (features * direction).sum(),
+                    parameters,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
                 outcomes.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
         except Exception:  # noqa: BLE001  # whatever the user's own code does not bear
             return False
@@ -119,7 +143,10 @@ def views(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     """The parameters as views into flat vectors of shape ``(P,)`` or ``(clients, P)``, by name."""
     parameters = trainable(module)
     parts = flat.split([parameter.numel() for _, parameter in parameters], dim=-1)
-    return {name: part.view(*flat.shape[:-1], *parameter.shape) for (name, parameter), part in zip(parameters, parts, strict=True)}
+    return {
+        name: part.view(*flat.shape[:-1], *parameter.shape)
+        for (name, parameter), part in zip(parameters, parts, strict=True)
+    }
 
 
 def pool_first(module: nn.Module) -> None:
@@ -128,5 +155,9 @@ def pool_first(module: nn.Module) -> None:
         if type(sequence) is nn.Sequential:
             for place in range(len(sequence) - 1):
                 activation, pool = sequence[place], sequence[place + 1]
-                if type(activation) is nn.ReLU and type(pool) is nn.MaxPool2d and not pool.return_indices:
+                if (
+                    type(activation) is nn.ReLU
+                    and type(pool) is nn.MaxPool2d
+                    and not pool.return_indices
+                ):
                     sequence[place], sequence[place + 1] = pool, activation

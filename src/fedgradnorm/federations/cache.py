@@ -19,7 +19,9 @@ __all__ = ["cache_folder", "cached_arrays", "file_hash"]
 def cache_folder() -> Path:
     """``$FEDGRADNORM_CACHE``, or ``fedgradnorm`` in the user's cache folder."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("FEDGRADNORM_CACHE") or Path(user_cache) / "fedgradnorm").expanduser()
+    return Path(
+        os.environ.get("FEDGRADNORM_CACHE") or Path(user_cache) / "fedgradnorm"
+    ).expanduser()
 
 
 def file_hash(path: Path) -> str:
@@ -28,7 +30,9 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached_arrays(name: str, key: Mapping[str, Any], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def cached_arrays(
+    name: str, key: Mapping[str, Any], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """What ``make()`` gives, read back from the cache where it was made before.
 
     Args:
@@ -41,7 +45,9 @@ def cached_arrays(name: str, key: Mapping[str, Any], make: Callable[[], dict[str
     with suppress(SafetensorError, OSError):
         return load_file(path)
     arrays = {label: np.ascontiguousarray(array) for label, array in make().items()}
-    with suppress(OSError):  # without a cache folder that can be written, they are made anew every time
+    with suppress(
+        OSError
+    ):  # without a cache folder that can be written, they are made anew every time
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="writing-") as folder:
             aside = Path(folder) / path.name

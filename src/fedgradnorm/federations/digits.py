@@ -34,7 +34,12 @@ TASKS = {
     "parity": classification("parity", 2),
     "loop": classification("loop", 2),
     "large": classification("large", 2),
-    "mass": Task("mass", partial(linear_head, out_features=1), _tenth_of_squared_error, (MEAN_ABSOLUTE_ERROR,)),
+    "mass": Task(
+        "mass",
+        partial(linear_head, out_features=1),
+        _tenth_of_squared_error,
+        (MEAN_ABSOLUTE_ERROR,),
+    ),
 }
 
 
@@ -45,7 +50,12 @@ def _pool() -> tuple[Tensor, dict[str, Tensor]]:
     images = torch.tensor(digits.data, dtype=torch.float32) / BRIGHTEST
     labels = torch.tensor(digits.target, dtype=torch.int64)
     mass = images.sum(dim=1, keepdim=True)
-    targets = {"class": labels, "parity": labels % 2, "loop": HAS_LOOP[labels].long(), "large": (labels >= 5).long()}
+    targets = {
+        "class": labels,
+        "parity": labels % 2,
+        "loop": HAS_LOOP[labels].long(),
+        "large": (labels >= 5).long(),
+    }
     targets["mass"] = (mass - mass.mean()) / mass.std()
     return (images - images.mean()) / images.std(), targets
 
@@ -75,15 +85,24 @@ def make(
     Raises:
         ConfigError: an unknown task, or a value out of range.
     """
-    require(0.01 <= test_fraction <= 0.9, "test_fraction", "a number from 0.01 to 0.9", test_fraction)
+    require(
+        0.01 <= test_fraction <= 0.9, "test_fraction", "a number from 0.01 to 0.9", test_fraction
+    )
     images, targets = _pool()
-    train, test = train_test_split(np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"])
+    train, test = train_test_split(
+        np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"]
+    )
     clients = client_ids_of(tasks, clients_per_task, TASKS)
     parts = partition(len(train), clients, sizes, alpha, seed)
     known = with_loss_scale(TASKS, loss_scale)
     return Federation(
         [
-            Client(id, known[task], (images[train[parts[id]]], targets[task][train[parts[id]]]), (images[test], targets[task][test]))
+            Client(
+                id,
+                known[task],
+                (images[train[parts[id]]], targets[task][train[parts[id]]]),
+                (images[test], targets[task][test]),
+            )
             for id, task in clients.items()
         ],
         encoder=partial(mlp, input_shape=(64,), hidden=(64, 32), he_init=False),

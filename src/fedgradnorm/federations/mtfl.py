@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from fedgradnorm.errors import DataError
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.federations.mtfl_images import NUM_CLASSES, NUM_COORDINATES, Crop, face_arrays, read_faces
+from fedgradnorm.federations.mtfl_images import (
+    NUM_CLASSES,
+    NUM_COORDINATES,
+    Crop,
+    face_arrays,
+    read_faces,
+)
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn
@@ -72,7 +78,9 @@ class LandmarkHead(nn.Module):
     def __init__(self, in_features: int, margin: float) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, NUM_COORDINATES)
-        self.register_buffer("mean_face", 0.5 + torch.tensor(MEAN_FACE).flatten() / (1 + 2 * margin))
+        self.register_buffer(
+            "mean_face", 0.5 + torch.tensor(MEAN_FACE).flatten() / (1 + 2 * margin)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of shape ``(batch, in_features)`` to landmarks of shape ``(batch, 10)``, in crop sides."""
@@ -87,8 +95,16 @@ def landmark_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def tasks_for(margin: float) -> dict[str, Task]:
     """The five tasks by name, for crops with this margin."""
-    landmarks = Task("landmarks", partial(LandmarkHead, margin=margin), landmark_loss, (LANDMARK_ERROR, FAILURE_RATE))
-    return {"landmarks": landmarks, **{name: classification(name, count) for name, count in NUM_CLASSES.items()}}
+    landmarks = Task(
+        "landmarks",
+        partial(LandmarkHead, margin=margin),
+        landmark_loss,
+        (LANDMARK_ERROR, FAILURE_RATE),
+    )
+    return {
+        "landmarks": landmarks,
+        **{name: classification(name, count) for name, count in NUM_CLASSES.items()},
+    }
 
 
 Part = tuple[Tensor, dict[str, Tensor]]
@@ -110,17 +126,23 @@ def standardised(images: np.ndarray) -> Tensor:
 def _located(path: str | None) -> Path:
     location = path or os.environ.get(VARIABLE)
     if not location:
-        raise DataError(f"path: expected MTFL.zip or its unpacked folder, as federation.path=... or in ${VARIABLE}; found neither")
+        raise DataError(
+            f"path: expected MTFL.zip or its unpacked folder, as federation.path=... or in ${VARIABLE}; found neither"
+        )
     return Path(location).expanduser().absolute()
 
 
-def _parts(path: str | None, crop: Crop, deal: Callable[[int], dict[str, np.ndarray]]) -> dict[str, Part]:
+def _parts(
+    path: str | None, crop: Crop, deal: Callable[[int], dict[str, np.ndarray]]
+) -> dict[str, Part]:
     """The training part of each client by its id, and the test part under ``""``."""
     archive = _located(path)
     faces = read_faces(archive)
     dealt = deal(len(faces["train"]))
     arrays = face_arrays(archive, faces, crop)
-    chosen = {"": ("test", np.arange(len(faces["test"])))} | {client: ("train", part) for client, part in dealt.items()}
+    chosen = {"": ("test", np.arange(len(faces["test"])))} | {
+        client: ("train", part) for client, part in dealt.items()
+    }
     parts = {}
     for client, (split, rows) in chosen.items():
         labels = torch.from_numpy(arrays[f"{split}_labels"][rows]).long()
@@ -177,11 +199,23 @@ def make(
     crop = Crop(image_size, colour, margin, jitter)
     known = with_loss_scale(tasks_for(margin), loss_scale)
     clients = client_ids_of(tasks, clients_per_task, known)
-    parts = cache(partial(_parts, path, crop, partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed)))
+    parts = cache(
+        partial(
+            _parts,
+            path,
+            crop,
+            partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed),
+        )
+    )
     shape = (3 if colour else 1, image_size, image_size)
     return Federation(
         [
-            Client(client, known[task], partial(_data, parts, client, task), partial(_data, parts, "", task))
+            Client(
+                client,
+                known[task],
+                partial(_data, parts, client, task),
+                partial(_data, parts, "", task),
+            )
             for client, task in clients.items()
         ],
         encoder=partial(cnn, input_shape=shape, batch_norm=True),

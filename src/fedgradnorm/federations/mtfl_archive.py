@@ -52,7 +52,9 @@ class ZipArchive:
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
         self._archive = archive
-        self._entries = {inside(info.filename, f"{path}: entry"): info for info in archive.infolist()}
+        self._entries = {
+            inside(info.filename, f"{path}: entry"): info for info in archive.infolist()
+        }
         self._root = _root_of(self._entries, path)
 
     def read(self, name: str, where: str) -> bytes:
@@ -78,7 +80,10 @@ class FolderArchive:
     def __init__(self, path: Path) -> None:
         folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
         names = {
-            (folder / file).relative_to(path).as_posix() for folder in folders for file in ANNOTATIONS.values() if (folder / file).is_file()
+            (folder / file).relative_to(path).as_posix()
+            for folder in folders
+            for file in ANNOTATIONS.values()
+            if (folder / file).is_file()
         }
         self.path = path
         self._limit = path.resolve()
@@ -89,11 +94,15 @@ class FolderArchive:
         try:
             file = (self._root / name).resolve(strict=True)
             if not (file.is_relative_to(self._limit) and file.is_file()):
-                raise DataError(f"{where}: {name!r}: expected a file inside the folder, found none, or a link that leads out of it")
+                raise DataError(
+                    f"{where}: {name!r}: expected a file inside the folder, found none, or a link that leads out of it"
+                )
             _check_bytes(file.stat().st_size, name, where)
             return file.read_bytes()
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{where}: cannot read the file {name!r}: {getattr(error, 'strerror', None) or error}") from error
+            raise DataError(
+                f"{where}: cannot read the file {name!r}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def fingerprint(self, images: Iterable[tuple[str, str]]) -> str:
         """A hash of the annotation files and of the images' names, sizes and times: to hash the images would mean to read them all."""
@@ -104,7 +113,9 @@ class FolderArchive:
             try:
                 found = (self._root / name).stat()
             except OSError as error:
-                raise DataError(f"{where}: cannot read the file {name!r}: {error.strerror}") from error
+                raise DataError(
+                    f"{where}: cannot read the file {name!r}: {error.strerror}"
+                ) from error
             digest.update(f"\0{name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
         return digest.hexdigest()
 
@@ -118,25 +129,41 @@ def _check_bytes(size: int, name: str, where: str) -> None:
 def inside(name: str, where: str) -> str:
     """The path with ``/`` alone. Raises DataError for one that is absolute, leads upwards, or names nothing."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    if not parts or ".." in parts or "\0" in name or name[:1] in ("/", "\\") or PureWindowsPath(name).drive:
-        raise DataError(f"{where} {name[:80]!r}: expected a path inside the data set, relative and without '..'")
+    if (
+        not parts
+        or ".." in parts
+        or "\0" in name
+        or name[:1] in ("/", "\\")
+        or PureWindowsPath(name).drive
+    ):
+        raise DataError(
+            f"{where} {name[:80]!r}: expected a path inside the data set, relative and without '..'"
+        )
     return "/".join(parts)
 
 
 def _root_of(names: Iterable[str], path: Path) -> str:
     """Where the annotation files lie: ``""``, or the one top folder with its ``/``."""
     found = {
-        file: {name.removesuffix(file) for name in names if name in (file, f"{name.partition('/')[0]}/{file}")}
+        file: {
+            name.removesuffix(file)
+            for name in names
+            if name in (file, f"{name.partition('/')[0]}/{file}")
+        }
         for file in ANNOTATIONS.values()
     }
     for file, roots in found.items():
         if not roots:
-            raise DataError(f"{path}: expected a file {file!r} in it or in its top folder, found none")
+            raise DataError(
+                f"{path}: expected a file {file!r} in it or in its top folder, found none"
+            )
     both = sorted(set.intersection(*found.values()))
     if "" in both:
         return ""
     if len(both) != 1:
-        raise DataError(f"{path}: expected {' and '.join(found)} together in one folder, found {both or 'them apart'}")
+        raise DataError(
+            f"{path}: expected {' and '.join(found)} together in one folder, found {both or 'them apart'}"
+        )
     return both[0]
 
 
@@ -145,11 +172,19 @@ def opened(path: Path) -> Iterator[Archive]:
     """The zip or the folder, open for reading. Raises DataError where it is missing or is neither."""
     with ExitStack() as stack:
         try:
-            archive: Archive = FolderArchive(path) if path.is_dir() else ZipArchive(path, stack.enter_context(zipfile.ZipFile(path)))
+            archive: Archive = (
+                FolderArchive(path)
+                if path.is_dir()
+                else ZipArchive(path, stack.enter_context(zipfile.ZipFile(path)))
+            )
         except DataError:
             raise
         except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file or folder; expected MTFL.zip or its unpacked folder") from error
+            raise DataError(
+                f"{path}: no such file or folder; expected MTFL.zip or its unpacked folder"
+            ) from error
         except DAMAGED as error:
-            raise DataError(f"{path}: expected MTFL.zip or its unpacked folder, but it cannot be read as such: {error}") from error
+            raise DataError(
+                f"{path}: expected MTFL.zip or its unpacked folder, but it cannot be read as such: {error}"
+            ) from error
         yield archive

@@ -16,7 +16,15 @@ from fedgradnorm.federations.cache import cached_arrays
 from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, DAMAGED, Archive, inside, opened
 from fedgradnorm.randomness import generator
 
-__all__ = ["NUM_CLASSES", "NUM_COORDINATES", "Crop", "Face", "face_arrays", "face_square", "read_faces"]
+__all__ = [
+    "NUM_CLASSES",
+    "NUM_COORDINATES",
+    "Crop",
+    "Face",
+    "face_arrays",
+    "face_square",
+    "read_faces",
+]
 
 NUM_CLASSES = {"gender": 2, "smile": 2, "glasses": 2, "pose": 5}
 NUM_COORDINATES = 10
@@ -76,7 +84,9 @@ class Crop:
                 raise ConfigError(f"{name}: expected a number from 0 to 2, found {value}")
         needed = ((0.5 + self.jitter) * 2 * (1 + self.jitter) - 1) / 2
         if self.margin < needed - 1e-9:
-            raise ConfigError(f"margin: a jitter of {self.jitter} needs at least {needed:.3f} to keep the face inside, found {self.margin}")
+            raise ConfigError(
+                f"margin: a jitter of {self.jitter} needs at least {needed:.3f} to keep the face inside, found {self.margin}"
+            )
 
 
 def read_faces(path: Path) -> dict[str, list[Face]]:
@@ -99,9 +109,15 @@ def read_faces(path: Path) -> dict[str, list[Face]]:
             try:
                 text = archive.read(name, str(path)).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}: {name}: expected text, found other bytes: {error}") from error
+                raise DataError(
+                    f"{path}: {name}: expected text, found other bytes: {error}"
+                ) from error
             lines = enumerate(text.splitlines(), start=1)
-            faces[split] = [_face(line.split(), f"{path}: {name} line {number}") for number, line in lines if line.strip()]
+            faces[split] = [
+                _face(line.split(), f"{path}: {name} line {number}")
+                for number, line in lines
+                if line.strip()
+            ]
             if not faces[split]:
                 raise DataError(f"{path}: {name}: expected one line a face, found none")
     return faces
@@ -110,17 +126,25 @@ def read_faces(path: Path) -> dict[str, list[Face]]:
 def _face(fields: Sequence[str], where: str) -> Face:
     expected = 1 + NUM_COORDINATES + len(NUM_CLASSES)
     if len(fields) != expected:
-        raise DataError(f"{where}: expected {expected} fields (path, x1..x5, y1..y5, {', '.join(NUM_CLASSES)}), found {len(fields)}")
+        raise DataError(
+            f"{where}: expected {expected} fields (path, x1..x5, y1..y5, {', '.join(NUM_CLASSES)}), found {len(fields)}"
+        )
     numbers = [_number(field, where) for field in fields[1:]]
     landmarks = np.array(numbers[:NUM_COORDINATES]).reshape(2, 5).T
     span = float(np.ptp(landmarks, axis=0).max())
     eyes = math.dist(landmarks[0], landmarks[1])
     if min(span, eyes) < 1:
-        raise DataError(f"{where}: expected eyes at least one pixel apart, found {eyes:g} (all landmarks span {span:g} pixels)")
+        raise DataError(
+            f"{where}: expected eyes at least one pixel apart, found {eyes:g} (all landmarks span {span:g} pixels)"
+        )
     labels = []
-    for (name, num_classes), label in zip(NUM_CLASSES.items(), numbers[NUM_COORDINATES:], strict=True):
+    for (name, num_classes), label in zip(
+        NUM_CLASSES.items(), numbers[NUM_COORDINATES:], strict=True
+    ):
         if label not in range(1, num_classes + 1):
-            raise DataError(f"{where}: {name}: expected a whole number from 1 to {num_classes}, found {label:g}")
+            raise DataError(
+                f"{where}: {name}: expected a whole number from 1 to {num_classes}, found {label:g}"
+            )
         labels.append(int(label) - 1)
     return Face(inside(fields[0], f"{where}: path"), landmarks, tuple(labels), where)
 
@@ -148,7 +172,9 @@ def face_square(face: Face, crop: Crop) -> tuple[np.ndarray, float]:
     return centre - side / 2, side
 
 
-def face_arrays(path: Path, faces: Mapping[str, Sequence[Face]], crop: Crop) -> dict[str, np.ndarray]:
+def face_arrays(
+    path: Path, faces: Mapping[str, Sequence[Face]], crop: Crop
+) -> dict[str, np.ndarray]:
     """Crops, landmarks and labels of both splits; the images are decoded once and then come from the cache.
 
     Args:
@@ -165,53 +191,88 @@ def face_arrays(path: Path, faces: Mapping[str, Sequence[Face]], crop: Crop) -> 
     """
     with opened(path) as archive:
         everyone = [face for split in ANNOTATIONS for face in faces[split]]
-        key = {"version": CACHE_VERSION, "files": archive.fingerprint((face.image, face.where) for face in everyone), **asdict(crop)}
+        key = {
+            "version": CACHE_VERSION,
+            "files": archive.fingerprint((face.image, face.where) for face in everyone),
+            **asdict(crop),
+        }
         return cached_arrays("mtfl", key, lambda: _decoded(archive, faces, crop))
 
 
-def _decoded(archive: Archive, faces: Mapping[str, Sequence[Face]], crop: Crop) -> dict[str, np.ndarray]:
+def _decoded(
+    archive: Archive, faces: Mapping[str, Sequence[Face]], crop: Crop
+) -> dict[str, np.ndarray]:
     pillow = _pillow()
     arrays = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pillow.DecompressionBombWarning)
         for split in ANNOTATIONS:
-            pairs = [_cropped(pillow, archive.read(face.image, face.where), face, crop) for face in faces[split]]
+            pairs = [
+                _cropped(pillow, archive.read(face.image, face.where), face, crop)
+                for face in faces[split]
+            ]
             arrays[f"{split}_images"] = np.stack([image for image, _ in pairs])
             arrays[f"{split}_landmarks"] = np.stack([landmarks for _, landmarks in pairs])
-            arrays[f"{split}_labels"] = np.array([face.labels for face in faces[split]], dtype=np.uint8)
+            arrays[f"{split}_labels"] = np.array(
+                [face.labels for face in faces[split]], dtype=np.uint8
+            )
     return arrays
 
 
-def _cropped(pillow: ModuleType, content: bytes, face: Face, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+def _cropped(
+    pillow: ModuleType, content: bytes, face: Face, crop: Crop
+) -> tuple[np.ndarray, np.ndarray]:
     pixels = _pixels(pillow, content, face, crop.colour)
     height, width = pixels.shape[:2]
     size = np.array([width, height])
     corner, side = face_square(face, crop)
-    if np.any(face.landmarks < -size / 2) or np.any(face.landmarks > size * 3 / 2) or side**2 > MAX_PIXELS:
-        raise DataError(f"{face.where}: the landmarks lie far outside the image {face.image!r} of {width} x {height} pixels")
+    if (
+        np.any(face.landmarks < -size / 2)
+        or np.any(face.landmarks > size * 3 / 2)
+        or side**2 > MAX_PIXELS
+    ):
+        raise DataError(
+            f"{face.where}: the landmarks lie far outside the image {face.image!r} of {width} x {height} pixels"
+        )
     start, end = np.floor(corner).astype(int), np.ceil(corner + side).astype(int)
     # An index past an edge is moved back to it, which repeats the edge's pixels.
-    columns, rows = (np.clip(np.arange(start[axis], end[axis]), 0, size[axis] - 1) for axis in (0, 1))
+    columns, rows = (
+        np.clip(np.arange(start[axis], end[axis]), 0, size[axis] - 1) for axis in (0, 1)
+    )
     left, top = corner - start
     patch = pillow.fromarray(pixels[np.ix_(rows, columns)])
-    shrunk = patch.resize((crop.image_size, crop.image_size), pillow.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    shrunk = patch.resize(
+        (crop.image_size, crop.image_size),
+        pillow.Resampling.BILINEAR,
+        box=(left, top, left + side, top + side),
+    )
     image = np.asarray(shrunk).reshape(crop.image_size, crop.image_size, -1).transpose(2, 0, 1)
     return image, ((face.landmarks - corner) / side).T.reshape(-1).astype(np.float32)
 
 
 def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.ndarray:
     """The image as uint8, ``(height, width)`` or ``(height, width, 3)``; its size is checked before it is decoded."""
-    damaged = (*DAMAGED, SyntaxError, LookupError, pillow.DecompressionBombError, pillow.DecompressionBombWarning)
+    damaged = (
+        *DAMAGED,
+        SyntaxError,
+        LookupError,
+        pillow.DecompressionBombError,
+        pillow.DecompressionBombWarning,
+    )
     try:
         with pillow.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DataError(f"{face.where}: {face.image!r} has {width} x {height} pixels, expected at most {MAX_PIXELS}")
+                raise DataError(
+                    f"{face.where}: {face.image!r} has {width} x {height} pixels, expected at most {MAX_PIXELS}"
+                )
             return np.asarray(_in_eight_bits(pillow, image, face).convert("RGB" if colour else "L"))
     except DataError:
         raise
     except damaged as error:
-        raise DataError(f"{face.where}: {face.image!r} is no image that Pillow can read: {error}") from error
+        raise DataError(
+            f"{face.where}: {face.image!r} is no image that Pillow can read: {error}"
+        ) from error
 
 
 def _in_eight_bits(pillow: ModuleType, image: Any, face: Face) -> Any:
@@ -224,7 +285,9 @@ def _in_eight_bits(pillow: ModuleType, image: Any, face: Face) -> Any:
         return image
     pixels = np.asarray(image)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > MOST_OF_16_BITS:
-        raise DataError(f"{face.where}: {face.image!r} has pixels of mode {image.mode!r}, expected 8 or 16 bits a channel")
+        raise DataError(
+            f"{face.where}: {face.image!r} has pixels of mode {image.mode!r}, expected 8 or 16 bits a channel"
+        )
     if 0 < pixels.max() <= MOST_OF_12_BITS:
         raise DataError(
             f"{face.where}: {face.image!r} has 16 bits a channel, but its largest value is {pixels.max()}, which would be nearly black: "

@@ -10,7 +10,9 @@ from fedgradnorm.randomness import generator
 __all__ = ["client_ids_of", "partition"]
 
 
-def client_ids_of(tasks: Sequence[str], clients_per_task: int, known: Collection[str]) -> dict[str, str]:
+def client_ids_of(
+    tasks: Sequence[str], clients_per_task: int, known: Collection[str]
+) -> dict[str, str]:
     """Client ids to task names: the task's own name for one client a task, else ``name-0``, ``name-1``, ...
 
     Raises ConfigError for no task, a task that is not in ``known`` or is named twice, or fewer than one client a task.
@@ -26,7 +28,9 @@ def client_ids_of(tasks: Sequence[str], clients_per_task: int, known: Collection
         if task not in known:
             raise ConfigError(f"tasks: there is no task '{task}'; {nearest(task, known)}")
     if len(set(tasks)) < len(tasks):
-        raise ConfigError(f"tasks: a task is named twice in {list(tasks)}; for several clients use clients_per_task")
+        raise ConfigError(
+            f"tasks: a task is named twice in {list(tasks)}; for several clients use clients_per_task"
+        )
     if clients_per_task < 1:
         raise ConfigError(f"clients_per_task: expected at least 1, found {clients_per_task}")
     if clients_per_task == 1:
@@ -35,7 +39,11 @@ def client_ids_of(tasks: Sequence[str], clients_per_task: int, known: Collection
 
 
 def partition(
-    num_examples: int, clients: Mapping[str, str], sizes: str | Mapping[str, int | float], alpha: float, seed: int
+    num_examples: int,
+    clients: Mapping[str, str],
+    sizes: str | Mapping[str, int | float],
+    alpha: float,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Disjoint random parts of ``range(num_examples)``, one a client; they do not depend on the order of the clients.
 
@@ -53,7 +61,9 @@ def partition(
     """
     ids = sorted(clients)
     if num_examples < len(ids):
-        raise ConfigError(f"sizes: {num_examples} examples cannot give each of {len(ids)} clients one")
+        raise ConfigError(
+            f"sizes: {num_examples} examples cannot give each of {len(ids)} clients one"
+        )
     rng = generator(seed, 0, "", "partition")
     order = rng.permutation(num_examples)
     if isinstance(sizes, Mapping):
@@ -65,14 +75,25 @@ def partition(
             raise ConfigError(f"alpha: expected a number above 0, found {alpha}")
         shares = np.cumsum(rng.dirichlet(np.full(len(ids), alpha)))[:-1]
         spare = num_examples - len(ids)
-        counts = [int(count) + 1 for count in np.diff(np.rint(shares * spare), prepend=0, append=spare)]
+        counts = [
+            int(count) + 1 for count in np.diff(np.rint(shares * spare), prepend=0, append=spare)
+        ]
     else:
-        raise ConfigError(f"sizes: expected 'equal', 'dirichlet' or a table of numbers, found '{sizes}'")
+        raise ConfigError(
+            f"sizes: expected 'equal', 'dirichlet' or a table of numbers, found '{sizes}'"
+        )
     bounds = np.cumsum([0, *counts])
-    return {id: order[start:end] for id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)}
+    return {
+        id: order[start:end] for id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)
+    }
 
 
-def _explicit(sizes: Mapping[str, int | float], clients: Mapping[str, str], ids: Sequence[str], num_examples: int) -> list[int]:
+def _explicit(
+    sizes: Mapping[str, int | float],
+    clients: Mapping[str, str],
+    ids: Sequence[str],
+    num_examples: int,
+) -> list[int]:
     known, equal = set(clients) | set(clients.values()), num_examples // len(ids)
     asked = {}
     for name, count in sizes.items():
@@ -81,9 +102,13 @@ def _explicit(sizes: Mapping[str, int | float], clients: Mapping[str, str], ids:
         if count <= 0:
             raise ConfigError(f"sizes.{name}: expected at least 1 example, found {count}")
         if count > 1 and count != int(count):
-            raise ConfigError(f"sizes.{name}: expected a whole number of examples, or a share below 1, found {count}")
+            raise ConfigError(
+                f"sizes.{name}: expected a whole number of examples, or a share below 1, found {count}"
+            )
         asked[name] = int(count) if count >= 1 else max(1, round(count * equal))
     counts = [asked.get(id, asked.get(clients[id], equal)) for id in ids]
     if sum(counts) > num_examples:
-        raise ConfigError(f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}")
+        raise ConfigError(
+            f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}"
+        )
     return counts

@@ -17,7 +17,13 @@ from fedgradnorm.federations.cache import cached_arrays, file_hash
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 from fedgradnorm.federations.radcom_channel import snapshots as generate
-from fedgradnorm.federations.radcom_hdf5 import Snapshots, existing_file, read_arrays, read_hdf5, write_hdf5
+from fedgradnorm.federations.radcom_hdf5 import (
+    Snapshots,
+    existing_file,
+    read_arrays,
+    read_hdf5,
+    write_hdf5,
+)
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import mlp
 from fedgradnorm.randomness import generator
@@ -80,7 +86,10 @@ def make(
         ConfigError: an unknown task, or a value out of range.
         DataError: on first use, no file at ``path``, or one that is not of the format.
     """
-    clients, known = client_ids_of(tasks, clients_per_task, TASKS), with_loss_scale(TASKS, loss_scale)
+    clients, known = (
+        client_ids_of(tasks, clients_per_task, TASKS),
+        with_loss_scale(TASKS, loss_scale),
+    )
     _check_range(test_fraction, snapshots, snr_min, snr_max)
     snrs = range(snr_min, snr_max + 1, SNR_STEP)
     threshold = anomaly_threshold if "anomaly" in tasks else None
@@ -91,13 +100,28 @@ def make(
         count = GENERATED_SNAPSHOTS if snapshots is None else snapshots
         pool = partial(_generated, seed, tuple(snrs), count)
         num_examples = len(PAIRS) * len(snrs) * count
-        deal(num_examples - _test_size(num_examples, test_fraction))  # so that wrong sizes are told now, not on first use
+        deal(
+            num_examples - _test_size(num_examples, test_fraction)
+        )  # so that wrong sizes are told now, not on first use
     else:
-        pool = partial(_from_file, Path(path).expanduser(), snr_min, snr_max, snapshots, threshold, _least_snapshots(test_fraction))
+        pool = partial(
+            _from_file,
+            Path(path).expanduser(),
+            snr_min,
+            snr_max,
+            snapshots,
+            threshold,
+            _least_snapshots(test_fraction),
+        )
     parts = cache(partial(_parts, pool, deal, anomaly_threshold, test_fraction))
     return Federation(
         [
-            Client(client, known[task], partial(_data, parts, client, task), partial(_data, parts, "", task))
+            Client(
+                client,
+                known[task],
+                partial(_data, parts, client, task),
+                partial(_data, parts, "", task),
+            )
             for client, task in clients.items()
         ],
         encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False),
@@ -107,19 +131,25 @@ def make(
 
 def _check_range(test_fraction: float, snapshots: int | None, snr_min: int, snr_max: int) -> None:
     if not 0 < test_fraction < 1:
-        raise ConfigError(f"test_fraction: expected a number between 0 and 1, found {test_fraction}")
+        raise ConfigError(
+            f"test_fraction: expected a number between 0 and 1, found {test_fraction}"
+        )
     least = _least_snapshots(test_fraction)
     if snapshots is not None and snapshots < least:
         raise ConfigError(
             f"snapshots: expected at least {least} of each pair and SNR with test_fraction {test_fraction}, found {snapshots}"
         )
     if not -200 <= snr_min <= snr_max <= 200:
-        raise ConfigError(f"snr_min, snr_max: expected -200 <= snr_min <= snr_max <= 200, found {snr_min} and {snr_max}")
+        raise ConfigError(
+            f"snr_min, snr_max: expected -200 <= snr_min <= snr_max <= 200, found {snr_min} and {snr_max}"
+        )
 
 
 def _check_threshold(threshold: float | None, lowest: int, highest: int) -> None:
     if threshold is not None and not lowest < threshold <= highest:
-        raise ConfigError(f"anomaly_threshold: expected SNRs on both sides of it, found {threshold} for SNRs from {lowest} to {highest} dB")
+        raise ConfigError(
+            f"anomaly_threshold: expected SNRs on both sides of it, found {threshold} for SNRs from {lowest} to {highest} dB"
+        )
 
 
 def _least_snapshots(test_fraction: float) -> int:
@@ -134,7 +164,13 @@ def _test_size(num_examples: int, test_fraction: float) -> int:
 @lru_cache(maxsize=2)
 def _generated(seed: int, snrs: tuple[int, ...], count: int) -> _Pool:
     parts = [
-        generate(modulation, signal, snr, count, generator(seed, 0, "", f"radcom {modulation} {signal} {snr}"))
+        generate(
+            modulation,
+            signal,
+            snr,
+            count,
+            generator(seed, 0, "", f"radcom {modulation} {signal} {snr}"),
+        )
         for modulation, signal in PAIRS
         for snr in snrs
     ]
@@ -142,16 +178,30 @@ def _generated(seed: int, snrs: tuple[int, ...], count: int) -> _Pool:
     return _Pool(np.concatenate(parts), pair, np.tile(np.repeat(snrs, count), len(PAIRS)))
 
 
-def _from_file(path: Path, snr_min: int, snr_max: int, most: int | None, threshold: float | None, least: int) -> _Pool:
+def _from_file(
+    path: Path, snr_min: int, snr_max: int, most: int | None, threshold: float | None, least: int
+) -> _Pool:
     """The file's snapshots from ``snr_min`` to ``snr_max`` dB: at least ``least`` of each pair at each SNR, the first ``most`` at most."""
-    pool = _Pool(**cached_arrays("radcom", {"file": file_hash(existing_file(path)), "version": 1}, partial(read_arrays, path)))
-    _, first, group, counts = np.unique(_groups(pool), return_index=True, return_inverse=True, return_counts=True)
+    pool = _Pool(
+        **cached_arrays(
+            "radcom",
+            {"file": file_hash(existing_file(path)), "version": 1},
+            partial(read_arrays, path),
+        )
+    )
+    _, first, group, counts = np.unique(
+        _groups(pool), return_index=True, return_inverse=True, return_counts=True
+    )
     keep = (pool.snr >= snr_min) & (pool.snr <= snr_max)
     if not keep.any():
-        raise DataError(f"{path}: no snapshot at {snr_min} to {snr_max} dB, found {pool.snr.min()} to {pool.snr.max()} dB")
+        raise DataError(
+            f"{path}: no snapshot at {snr_min} to {snr_max} dB, found {pool.snr.min()} to {pool.snr.max()} dB"
+        )
     fewest = int(counts[group[keep]].min())
     if fewest < least:
-        raise DataError(f"{path}: {fewest} snapshots of a pair at an SNR, expected at least {least} for this test_fraction")
+        raise DataError(
+            f"{path}: {fewest} snapshots of a pair at an SNR, expected at least {least} for this test_fraction"
+        )
     if most is not None:
         keep &= np.arange(len(group)) - first[group] < most
     pool = _Pool(pool.data[keep], pool.pair[keep], pool.snr[keep])
@@ -167,7 +217,10 @@ def _groups(pool: _Pool) -> np.ndarray:
 
 
 def _parts(
-    pool: Callable[[], _Pool], deal: Callable[[int], dict[str, np.ndarray]], threshold: float, test_fraction: float
+    pool: Callable[[], _Pool],
+    deal: Callable[[int], dict[str, np.ndarray]],
+    threshold: float,
+    test_fraction: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The training part of each client by its id, and the test part under ``""``.
 
@@ -175,16 +228,29 @@ def _parts(
     """
     everything = pool()
     rows = np.arange(len(everything.data))
-    train, test = train_test_split(rows, test_size=_test_size(len(rows), test_fraction), random_state=0, stratify=_groups(everything))
+    train, test = train_test_split(
+        rows,
+        test_size=_test_size(len(rows), test_fraction),
+        random_state=0,
+        stratify=_groups(everything),
+    )
     labels = np.stack([everything.pair, everything.snr < threshold], axis=1)
     chosen = {"": test} | {client: train[part] for client, part in deal(len(train)).items()}
-    return {client: (torch.from_numpy(everything.data[part]), torch.from_numpy(labels[part])) for client, part in chosen.items()}
+    return {
+        client: (torch.from_numpy(everything.data[part]), torch.from_numpy(labels[part]))
+        for client, part in chosen.items()
+    }
 
 
-def _data(parts: Callable[[], dict[str, tuple[Tensor, Tensor]]], client: str, task: str) -> tuple[Tensor, Tensor]:
+def _data(
+    parts: Callable[[], dict[str, tuple[Tensor, Tensor]]], client: str, task: str
+) -> tuple[Tensor, Tensor]:
     inputs, labels = parts()[client]
     pair, anomaly = labels.unbind(dim=1)
     if task == "anomaly":
         return inputs, anomaly.contiguous()
-    classes = [MODULATIONS.index(modulation) if task == "modulation" else SIGNALS.index(signal) for modulation, signal in PAIRS]
+    classes = [
+        MODULATIONS.index(modulation) if task == "modulation" else SIGNALS.index(signal)
+        for modulation, signal in PAIRS
+    ]
     return inputs, torch.tensor(classes)[pair]

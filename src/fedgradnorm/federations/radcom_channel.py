@@ -45,7 +45,9 @@ FMCW_DEVIATIONS = (0.05, 0.15)  # cycles a sample
 Waveform = Callable[[int, int, np.random.Generator], np.ndarray]
 
 
-def snapshots(modulation: str, signal: str, snr: float, count: int, rng: np.random.Generator) -> np.ndarray:
+def snapshots(
+    modulation: str, signal: str, snr: float, count: int, rng: np.random.Generator
+) -> np.ndarray:
     """Independent snapshots of one waveform at one signal-to-noise ratio.
 
     Args:
@@ -66,7 +68,9 @@ def snapshots(modulation: str, signal: str, snr: float, count: int, rng: np.rand
     """
     if (modulation, signal) not in WAVEFORMS:
         known = [" / ".join(pair) for pair in WAVEFORMS]
-        raise ConfigError(f"there is no waveform '{modulation} / {signal}'; {nearest(f'{modulation} / {signal}', known)}")
+        raise ConfigError(
+            f"there is no waveform '{modulation} / {signal}'; {nearest(f'{modulation} / {signal}', known)}"
+        )
     if count < 1:
         raise ConfigError(f"count: expected at least 1 snapshot, found {count}")
     # The multipath filter looks back by its taps, and the resampling ahead by one sample.
@@ -96,27 +100,45 @@ def _num_streams(count: int) -> int:
 
 def _filtered(values: np.ndarray, repeats: int, num_taps: int, cutoff: float) -> np.ndarray:
     """Each value held for some samples, low-passed below ``cutoff`` of Nyquist, as transmissions of shape ``(s, STREAM)``."""
-    smooth: np.ndarray = sp.oaconvolve(np.repeat(values, repeats), sp.firwin(num_taps, cutoff), mode="valid")
+    smooth: np.ndarray = sp.oaconvolve(
+        np.repeat(values, repeats), sp.firwin(num_taps, cutoff), mode="valid"
+    )
     return smooth[: len(smooth) // STREAM * STREAM].reshape(-1, STREAM)
 
 
-def _symbols(count: int, length: int, rng: np.random.Generator, levels: tuple[float, ...], symbol_length: int) -> np.ndarray:
+def _symbols(
+    count: int, length: int, rng: np.random.Generator, levels: tuple[float, ...], symbol_length: int
+) -> np.ndarray:
     """Random levels, each held for ``symbol_length`` samples; the filter passes up to half the symbol rate."""
     num_symbols = (_num_streams(count) * STREAM + SYMBOL_FILTER_TAPS) // symbol_length + 1
-    streams = _filtered(rng.choice(levels, num_symbols), symbol_length, SYMBOL_FILTER_TAPS, 1 / symbol_length)
+    streams = _filtered(
+        rng.choice(levels, num_symbols), symbol_length, SYMBOL_FILTER_TAPS, 1 / symbol_length
+    )
     return _windows(streams, count, length, rng)
 
 
-def _amplitude_modulation(count: int, length: int, rng: np.random.Generator, single_sideband: bool) -> np.ndarray:
+def _amplitude_modulation(
+    count: int, length: int, rng: np.random.Generator, single_sideband: bool
+) -> np.ndarray:
     """Low-pass noise as the message: around a carrier in both sidebands, or in the upper one without a carrier."""
     noise = rng.standard_normal(_num_streams(count) * STREAM + NOISE_FILTER_TAPS - 1)
     message = _filtered(noise, 1, NOISE_FILTER_TAPS, NOISE_BANDWIDTH)
     message /= np.abs(message).max(axis=1, keepdims=True)
-    return _windows(sp.hilbert(message) if single_sideband else 1 + MODULATION_DEPTH * message, count, length, rng)
+    return _windows(
+        sp.hilbert(message) if single_sideband else 1 + MODULATION_DEPTH * message,
+        count,
+        length,
+        rng,
+    )
 
 
 def _pulses(
-    count: int, length: int, rng: np.random.Generator, widths: tuple[int, int], intervals: tuple[int, int], stagger: float = 0.0
+    count: int,
+    length: int,
+    rng: np.random.Generator,
+    widths: tuple[int, int],
+    intervals: tuple[int, int],
+    stagger: float = 0.0,
 ) -> np.ndarray:
     """Pulses, each of its own width, interval to the next, carrier offset and phase; ranges are of samples, without their ends."""
     total = _num_streams(count) * STREAM
@@ -133,7 +155,10 @@ def _pulses(
 
 def _frequency_sweep(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """A triangular sweep of the frequency between plus and minus the deviation; period and deviation differ by snapshot."""
-    period, deviation = rng.uniform(*FMCW_PERIODS, (count, 1)), rng.uniform(*FMCW_DEVIATIONS, (count, 1))
+    period, deviation = (
+        rng.uniform(*FMCW_PERIODS, (count, 1)),
+        rng.uniform(*FMCW_DEVIATIONS, (count, 1)),
+    )
     place = (np.arange(length) / period + rng.random((count, 1))) % 1
     cycles = np.cumsum(deviation * (4 * np.abs(place - 0.5) - 1), axis=1) + rng.random((count, 1))
     return _phasor(cycles)
@@ -143,7 +168,9 @@ WAVEFORMS: Mapping[tuple[str, str], Waveform] = MappingProxyType(
     {
         ("pulsed", "Airborne-detection"): partial(_pulses, widths=(5, 15), intervals=(30, 50)),
         ("pulsed", "Airborne-range"): partial(_pulses, widths=(20, 40), intervals=(80, 120)),
-        ("pulsed", "Air-Ground-MTI"): partial(_pulses, widths=(10, 20), intervals=(50, 70), stagger=0.3),
+        ("pulsed", "Air-Ground-MTI"): partial(
+            _pulses, widths=(10, 20), intervals=(50, 70), stagger=0.3
+        ),
         ("pulsed", "Ground mapping"): partial(_pulses, widths=(2, 6), intervals=(20, 30)),
         ("fmcw", "Radar-Altimeter"): _frequency_sweep,
         ("bpsk", "Satcom"): partial(_symbols, levels=(-1.0, 1.0), symbol_length=8),
@@ -162,7 +189,9 @@ SIGNALS = tuple(dict.fromkeys(signal for _, signal in PAIRS))
 def _random_walk(limit: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Offsets in Hz: a walk that is clipped at plus and minus ``limit``, started from its stationary (uniform) distribution."""
     start = rng.uniform(-limit, limit, (shape[0], 1))
-    walk: np.ndarray = np.clip(start + np.cumsum(rng.normal(0, WALK_STD, shape), axis=1), -limit, limit)
+    walk: np.ndarray = np.clip(
+        start + np.cumsum(rng.normal(0, WALK_STD, shape), axis=1), -limit, limit
+    )
     return walk
 
 
@@ -171,13 +200,19 @@ def _rate_offset(sent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     The clocks drift apart by at most 0.0008 samples in a snapshot, so linear interpolation is exact enough.
     """
-    drift = np.cumsum(_random_walk(MAX_RATE_OFFSET, (len(sent), sent.shape[1] - 1), rng), axis=1) / SAMPLE_RATE
+    drift = (
+        np.cumsum(_random_walk(MAX_RATE_OFFSET, (len(sent), sent.shape[1] - 1), rng), axis=1)
+        / SAMPLE_RATE
+    )
     received: np.ndarray = sent[:, :-1] + drift * np.diff(sent, axis=1)
     return received
 
 
 def _carrier_offset(sent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    cycles = np.cumsum(_random_walk(MAX_CARRIER_OFFSET, (len(sent), sent.shape[1]), rng), axis=1) / SAMPLE_RATE
+    cycles = (
+        np.cumsum(_random_walk(MAX_CARRIER_OFFSET, (len(sent), sent.shape[1]), rng), axis=1)
+        / SAMPLE_RATE
+    )
     received: np.ndarray = sent * _phasor(cycles)
     return received
 
@@ -188,7 +223,9 @@ def _fading(count: int, rng: np.random.Generator) -> np.ndarray:
     A gain is held for the whole snapshot: a Doppler shift of at most 2 Hz turns it by at most 0.0002 rad in 12.8 µs.
     """
     phases = rng.uniform(-np.pi, np.pi, (2, count, len(DELAYS), NUM_SINUSOIDS))
-    gains: np.ndarray = (np.cos(phases[0]).sum(axis=-1) + 1j * np.sin(phases[1]).sum(axis=-1)) / np.sqrt(NUM_SINUSOIDS)
+    gains: np.ndarray = (
+        np.cos(phases[0]).sum(axis=-1) + 1j * np.sin(phases[1]).sum(axis=-1)
+    ) / np.sqrt(NUM_SINUSOIDS)
     line_of_sight = np.exp(1j * rng.uniform(-np.pi, np.pi, count))
     gains[:, 0] = (gains[:, 0] + np.sqrt(RICIAN_K) * line_of_sight) / np.sqrt(RICIAN_K + 1)
     return gains

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgradnorm.errors import DataError, nearest
-from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS, WAVEFORMS
+from fedgradnorm.federations.radcom_channel import (
+    MODULATIONS,
+    NUM_VALUES,
+    PAIRS,
+    SIGNALS,
+    WAVEFORMS,
+)
 
 __all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5"]
 
@@ -35,7 +41,9 @@ def existing_file(path: str | Path) -> Path:
     """The path of a file that is there. Raises DataError where there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise DataError(f"path: there is no file '{file}', expected an HDF5 file in the format of RadComDynamic")
+        raise DataError(
+            f"path: there is no file '{file}', expected an HDF5 file in the format of RadComDynamic"
+        )
     return file
 
 
@@ -51,7 +59,12 @@ def read_hdf5(path: str | Path) -> Snapshots:
     """
     arrays = read_arrays(existing_file(path))
     names = [PAIRS[index] for index in arrays["pair"]]
-    return Snapshots(arrays["data"], [modulation for modulation, _ in names], [signal for _, signal in names], arrays["snr"])
+    return Snapshots(
+        arrays["data"],
+        [modulation for modulation, _ in names],
+        [signal for _, signal in names],
+        arrays["snr"],
+    )
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -72,12 +85,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             ) from error
         if isinstance(error, PermissionError):
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        raise DataError(f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}") from error
+        raise DataError(
+            f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}"
+        ) from error
     if not values:
         raise DataError(f"{path}: expected a data set for each snapshot, found none")
     for one, other in pairwise(ordered):
         if keys[one] == keys[other]:
-            raise DataError(f"{path}: the keys {one!r} and {other!r} are of one snapshot, expected different ones")
+            raise DataError(
+                f"{path}: the keys {one!r} and {other!r} are of one snapshot, expected different ones"
+            )
     pair, snr, _ = zip(*(keys[key] for key in ordered), strict=True)
     return {"data": np.stack(values), "pair": np.array(pair), "snr": np.array(snr)}
 
@@ -120,19 +137,27 @@ def write_hdf5(
 
 
 def _check_to_write(
-    path: Path, data: np.ndarray, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray
+    path: Path,
+    data: np.ndarray,
+    modulation: Sequence[str],
+    signal: Sequence[str],
+    snr: Sequence[int] | np.ndarray,
 ) -> None:
     lengths = {len(data), len(modulation), len(signal), len(snr)}
     if np.shape(data)[1:] != (NUM_VALUES,) or len(lengths) != 1 or lengths == {0}:
         found = f"{np.shape(data)} with {len(modulation)}, {len(signal)} and {len(snr)} labels"
-        raise DataError(f"{path}: expected data of shape (n, {NUM_VALUES}) with n labels of each kind, found {found}")
+        raise DataError(
+            f"{path}: expected data of shape (n, {NUM_VALUES}) with n labels of each kind, found {found}"
+        )
     if not (np.abs(data) <= np.finfo(np.float32).max).all():
         raise DataError(f"{path}: expected finite float32 numbers to write")
     if not np.array_equal(snr, np.rint(snr)):
         raise DataError(f"{path}: expected SNRs in whole dB to write")
 
 
-def _keys(path: Path, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray) -> list[str]:
+def _keys(
+    path: Path, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray
+) -> list[str]:
     keys: list[str] = []
     numbers: Counter[tuple[str, str, int]] = Counter()
     for label in zip(map(str, modulation), map(str, signal), map(int, snr), strict=True):
@@ -155,14 +180,25 @@ def _parse_key(path: Path, key: str) -> tuple[int, int, int]:
     parts = KEY.fullmatch(key)
     if parts is None:
         raise DataError(f"{path}: key {key[:200]!r}, expected {KEY_FORM}")
-    modulation, signal, snr, number = parts["modulation"], parts["signal"], int(parts["snr"]), int(parts["number"])
+    modulation, signal, snr, number = (
+        parts["modulation"],
+        parts["signal"],
+        int(parts["snr"]),
+        int(parts["number"]),
+    )
     for kind, name, known in (("modulation", modulation, MODULATIONS), ("signal", signal, SIGNALS)):
         if name not in known:
-            raise DataError(f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}")
+            raise DataError(
+                f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}"
+            )
     if (modulation, signal) not in WAVEFORMS:
-        raise DataError(f"{path}: key {key!r}, expected a pair of RadComDynamic: {', '.join(' / '.join(pair) for pair in PAIRS)}")
+        raise DataError(
+            f"{path}: key {key!r}, expected a pair of RadComDynamic: {', '.join(' / '.join(pair) for pair in PAIRS)}"
+        )
     if not -200 <= snr <= 200 or number < 0:
-        raise DataError(f"{path}: key {key!r}, expected an SNR from -200 to 200 dB and a number from 0")
+        raise DataError(
+            f"{path}: key {key!r}, expected an SNR from -200 to 200 dB and a number from 0"
+        )
     return PAIRS.index((modulation, signal)), snr, number
 
 
@@ -170,9 +206,13 @@ def _read_snapshot(h5py: Any, path: Path, file: Any, key: str) -> np.ndarray:
     # A soft or external link, or external storage, could make this read some other file.
     item = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
     if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
-        raise DataError(f"{path}: key {key!r}, expected a plain data set of shape ({NUM_VALUES}, 1)")
+        raise DataError(
+            f"{path}: key {key!r}, expected a plain data set of shape ({NUM_VALUES}, 1)"
+        )
     if item.shape != (NUM_VALUES, 1) or item.dtype.kind != "f":
-        raise DataError(f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), found {item.dtype} of shape {item.shape}")
+        raise DataError(
+            f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), found {item.dtype} of shape {item.shape}"
+        )
     with np.errstate(over="ignore"):  # what overflows is refused below
         values: np.ndarray = item[:, 0].astype(np.float32)
     if not np.isfinite(values).all():

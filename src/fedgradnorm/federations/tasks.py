@@ -18,7 +18,12 @@ __all__ = ["classification", "with_loss_scale"]
 
 def classification(name: str, num_classes: int) -> Task:
     """A task with a linear head, cross-entropy, accuracy and balanced accuracy."""
-    return Task(name, partial(linear_head, out_features=num_classes), functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
+    return Task(
+        name,
+        partial(linear_head, out_features=num_classes),
+        functional.cross_entropy,
+        (ACCURACY, BALANCED_ACCURACY),
+    )
 
 
 def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) -> dict[str, Task]:
@@ -35,16 +40,26 @@ def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) 
     """
     for name, factor in loss_scale.items():
         if name not in tasks:
-            raise ConfigError(f"loss_scale.{name}: there is no task '{name}'; {nearest(name, tasks)}")
+            raise ConfigError(
+                f"loss_scale.{name}: there is no task '{name}'; {nearest(name, tasks)}"
+            )
         if not (0 < factor < math.inf):
-            raise ConfigError(f"loss_scale.{name}: expected a finite number above 0, found {factor}")
+            raise ConfigError(
+                f"loss_scale.{name}: expected a finite number above 0, found {factor}"
+            )
     return {
-        name: replace(task, loss=partial(_scaled, task.loss, loss_scale[name]), loss_floor=loss_scale[name] * task.loss_floor)
+        name: replace(
+            task,
+            loss=partial(_scaled, task.loss, loss_scale[name]),
+            loss_floor=loss_scale[name] * task.loss_floor,
+        )
         if name in loss_scale
         else task
         for name, task in tasks.items()
     }
 
 
-def _scaled(loss: Callable[[Tensor, Tensor], Tensor], factor: float, outputs: Tensor, targets: Tensor) -> Tensor:
+def _scaled(
+    loss: Callable[[Tensor, Tensor], Tensor], factor: float, outputs: Tensor, targets: Tensor
+) -> Tensor:
     return factor * loss(outputs, targets)

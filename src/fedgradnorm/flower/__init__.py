@@ -15,4 +15,12 @@ from fedgradnorm.flower.mod import FedGradNormMod
 from fedgradnorm.flower.server import server_app
 from fedgradnorm.flower.strategy import FedGradNorm
 
-__all__ = ["FedGradNorm", "FedGradNormMod", "FlowerLocalEngine", "GridEngine", "LocalGrid", "client_app", "server_app"]
+__all__ = [
+    "FedGradNorm",
+    "FedGradNormMod",
+    "FlowerLocalEngine",
+    "GridEngine",
+    "LocalGrid",
+    "client_app",
+    "server_app",
+]

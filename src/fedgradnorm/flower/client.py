@@ -12,7 +12,14 @@ from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.config import TrainConfig, load_config, parse_override
 from fedgradnorm.data import size
-from fedgradnorm.errors import ConfigError, FederationError, FedGradNormError, MessageError, described, require
+from fedgradnorm.errors import (
+    ConfigError,
+    FederationError,
+    FedGradNormError,
+    MessageError,
+    described,
+    require,
+)
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
 from fedgradnorm.flower.messages import (
     VERSIONS,
@@ -51,7 +58,13 @@ WRONG_CLIENT = "came to client"
 """What a client says to a message for another one, by which the server knows it."""
 SHARED, LOCAL = ("federation", "model"), ("federation",)
 """The tables of the settings that server and clients have in common, and those in which a client may differ."""
-CLIENT_KEY, STATE_DIR, SETTINGS, THREADS, LOST = "client-key", "state-dir", "settings", "threads", "lost-state"
+CLIENT_KEY, STATE_DIR, SETTINGS, THREADS, LOST = (
+    "client-key",
+    "state-dir",
+    "settings",
+    "threads",
+    "lost-state",
+)
 
 
 class Node:
@@ -92,19 +105,40 @@ class Node:
         if control.kind == "hello":
             client, tests = self.client, self.client.test is not None
             return greeting_reply(
-                Greeting(client=client.id, task=client.task.name, num_examples=_known_examples(client), tests=tests, **VERSIONS), message
+                Greeting(
+                    client=client.id,
+                    task=client.task.name,
+                    num_examples=_known_examples(client),
+                    tests=tests,
+                    **VERSIONS,
+                ),
+                message,
             )
         if control.client != self.client.id:
-            raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'")
-        return self._train(message, control) if control.kind == "train" else self._evaluate(message, control)
+            raise MessageError(
+                f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'"
+            )
+        return (
+            self._train(message, control)
+            if control.kind == "train"
+            else self._evaluate(message, control)
+        )
 
     def _train(self, message: Message, control: Control) -> Message:
-        instruction, states = read_instruction(message, control, self.layout), self.states(control.experiment)
+        instruction, states = (
+            read_instruction(message, control, self.layout),
+            self.states(control.experiment),
+        )
         self._check(instruction.buffers)
         begun = self._begun(states, control)
-        report, after = local_update(self.client, self.encoder, self.head, self.norm_layer, begun.state, instruction)
+        report, after = local_update(
+            self.client, self.encoder, self.head, self.norm_layer, begun.state, instruction
+        )
         data = data_record(self.client.id, self.client.train_data) if self.watch_data else None
-        told, before = aside(begun), states.data(begun.round) if data is not None and begun.round else None
+        told, before = (
+            aside(begun),
+            states.data(begun.round) if data is not None and begun.round else None,
+        )
         if data is not None and before is not None and not same_data(before, data):
             told |= {"data_since": begun.round, "data_before": before["examples"]}
         states.save(after, kept(control, begun), data)
@@ -119,16 +153,26 @@ class Node:
         begun = self._begun(self.states(control.experiment), control)
         load_model(self.encoder, self.head, begun.state, vector, buffers)
         training = training_of(control) if control.training else TrainConfig()
-        evaluation = evaluate_client(self.client, self.encoder, self.head, self.seed, training.eval_batch_size)
-        return evaluation_reply(self.client.id, self.client.task.name, control.round, evaluation, message, aside(begun))
+        evaluation = evaluate_client(
+            self.client, self.encoder, self.head, self.seed, training.eval_batch_size
+        )
+        return evaluation_reply(
+            self.client.id, self.client.task.name, control.round, evaluation, message, aside(begun)
+        )
 
     def _begun(self, states: States, control: Control) -> Beginning:
-        return begin(states, control.base, self.lost_state, lambda: self.initial, control.initial_loss)
+        return begin(
+            states, control.base, self.lost_state, lambda: self.initial, control.initial_loss
+        )
 
     def _check(self, buffers: Mapping[str, Tensor]) -> None:
         expected = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
-        if {name: value.shape for name, value in buffers.items()} != {name: value.shape for name, value in expected.items()}:
-            raise MessageError(f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}")
+        if {name: value.shape for name, value in buffers.items()} != {
+            name: value.shape for name, value in expected.items()
+        }:
+            raise MessageError(
+                f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}"
+            )
 
 
 def aside(begun: Beginning) -> dict[str, int]:
@@ -143,7 +187,11 @@ def kept(control: Control, begun: Beginning) -> set[int]:
 
 def _known_examples(client: Client) -> int:
     """How many training examples a client has; 0 where they would have to be loaded, which may take longer than a greeting waits."""
-    loaded = "train_data" in client.__dict__ or isinstance(client.train, tuple) or not callable(client.train)
+    loaded = (
+        "train_data" in client.__dict__
+        or isinstance(client.train, tuple)
+        or not callable(client.train)
+    )
     return size(client.train_data) if loaded else 0
 
 
@@ -169,7 +217,9 @@ def client_app(config: str | Path) -> ClientApp:
     def handle(message: Message, context: Context) -> Message:
         threads = context.node_config.get(THREADS)
         if threads is not None and (type(threads) is not int or threads < 1):
-            raise ConfigError(f"node config: {THREADS}: expected a whole number from 1, found {threads!r}")
+            raise ConfigError(
+                f"node config: {THREADS}: expected a whole number from 1, found {threads!r}"
+            )
         lost = lost_state(context)
         with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
             control = control_of(message)
@@ -184,7 +234,14 @@ def client_app(config: str | Path) -> ClientApp:
             client = federation.client(client_key(context, federation.client_ids))
             folder = state_dir(context)
             seed = settings.train.seed
-            node = Node(federation, client, seed, lambda experiment: StateFiles(folder, experiment, client.id), lost, watch_data=True)
+            node = Node(
+                federation,
+                client,
+                seed,
+                lambda experiment: StateFiles(folder, experiment, client.id),
+                lost,
+                watch_data=True,
+            )
             return node.answer(message)
 
     app.train()(handle)
@@ -203,7 +260,10 @@ def private_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None:
             if not isinstance(cause, FedGradNormError):
-                left_out = left_out.replace(described(cause), f"{type(cause).__name__}: what it says is in the log of the node")
+                left_out = left_out.replace(
+                    described(cause),
+                    f"{type(cause).__name__}: what it says is in the log of the node",
+                )
             cause = cause.__cause__
         if left_out == said and isinstance(error, FedGradNormError):
             raise
@@ -220,15 +280,24 @@ def client_key(context: Context, known: list[str] | None = None) -> str:
     node = context.node_config
     if CLIENT_KEY in node:
         key = str(node[CLIENT_KEY])
-        require(CLIENT_ID.fullmatch(key) is not None, f"node config: {CLIENT_KEY}", "letters, digits, '.', '_', '-'", key)
+        require(
+            CLIENT_ID.fullmatch(key) is not None,
+            f"node config: {CLIENT_KEY}",
+            "letters, digits, '.', '_', '-'",
+            key,
+        )
         return key
     partition = node.get("partition-id")
     if type(partition) is not int:
-        raise ConfigError(f"node config: expected a '{CLIENT_KEY}', found {sorted(node)}: --node-config 'client-key=\"...\"'")
+        raise ConfigError(
+            f"node config: expected a '{CLIENT_KEY}', found {sorted(node)}: --node-config 'client-key=\"...\"'"
+        )
     if known is None:
         return f"client-{partition}"
     if not 0 <= partition < len(known):
-        raise FederationError(f"node config: partition-id: expected 0 to {len(known) - 1}, found {partition}")
+        raise FederationError(
+            f"node config: partition-id: expected 0 to {len(known) - 1}, found {partition}"
+        )
     return known[partition]
 
 
@@ -248,7 +317,9 @@ def lost_state(context: Context) -> LostState:
     found = context.node_config.get(LOST, "refuse")
     known = next((name for name in LOST_STATE if name == found), None)
     if known is None:
-        raise ConfigError(f"node config: {LOST}: expected {', '.join(LOST_STATE[:-1])} or {LOST_STATE[-1]}, found {found!r:.100}")
+        raise ConfigError(
+            f"node config: {LOST}: expected {', '.join(LOST_STATE[:-1])} or {LOST_STATE[-1]}, found {found!r:.100}"
+        )
     return known
 
 
@@ -257,7 +328,9 @@ def words_on(tables: Collection[str], words: str, source: str) -> list[str]:
     for word in words.split():
         if table_of(word) not in tables:
             expected = " or ".join(f"{table}.KEY=VALUE" for table in tables)
-            raise ConfigError(f"{source}: {SETTINGS}: expected words like {expected}, found '{word}': all else is the server's")
+            raise ConfigError(
+                f"{source}: {SETTINGS}: expected words like {expected}, found '{word}': all else is the server's"
+            )
     return words.split()
 
 

@@ -62,7 +62,16 @@ CODES = {
     8: "its app crashed or was killed",
 }
 """Flower's error codes in words."""
-CODE_KINDS: dict[int, Kind] = {1: "error", 2: "error", EXPIRED: "late", 4: "late", 5: "gone", 6: "error", 7: "error", 8: "crashed"}
+CODE_KINDS: dict[int, Kind] = {
+    1: "error",
+    2: "error",
+    EXPIRED: "late",
+    4: "late",
+    5: "gone",
+    6: "error",
+    7: "error",
+    8: "crashed",
+}
 """Flower's error codes by the kind of failure that they are; others are of no kind of their own."""
 
 
@@ -97,10 +106,25 @@ class Limits:
 
     def __post_init__(self) -> None:
         require(self.min_nodes >= 1, "min_nodes", "a number of at least 1", self.min_nodes)
-        require(0 <= self.node_timeout <= LONGEST, "node_timeout", f"seconds, from 0 to {LONGEST:g}", self.node_timeout)
+        require(
+            0 <= self.node_timeout <= LONGEST,
+            "node_timeout",
+            f"seconds, from 0 to {LONGEST:g}",
+            self.node_timeout,
+        )
         for name in ("round_timeout", "greeting_timeout"):
-            require(0 < getattr(self, name) <= LONGEST, name, f"seconds, more than 0 and at most {LONGEST:g}", getattr(self, name))
-        require(0 < self.min_replies <= 1, "min_replies", "a share, more than 0 and at most 1", self.min_replies)
+            require(
+                0 < getattr(self, name) <= LONGEST,
+                name,
+                f"seconds, more than 0 and at most {LONGEST:g}",
+                getattr(self, name),
+            )
+        require(
+            0 < self.min_replies <= 1,
+            "min_replies",
+            "a share, more than 0 and at most 1",
+            self.min_replies,
+        )
         require(self.max_rest >= 0, "max_rest", "a number of rounds, at least 0", self.max_rest)
 
 
@@ -144,13 +168,21 @@ class GridEngine:
         federated: bool = True,
         settings: str = "",
     ) -> None:
-        self.grid, self.roster, self.layout, self.limits, self.keep = grid, roster, layout, limits, keep
+        self.grid, self.roster, self.layout, self.limits, self.keep = (
+            grid,
+            roster,
+            layout,
+            limits,
+            keep,
+        )
         self.federated, self.settings = federated, settings
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
         self.failures: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
-        self.watcher = Watcher(roster, max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout))
+        self.watcher = Watcher(
+            roster, max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout)
+        )
         self._nodes: dict[str, int] = {}
         self._strangers: dict[int, str] = {}
         self._online: set[int] = set()
@@ -160,7 +192,11 @@ class GridEngine:
         self._claims: dict[int, str] = {}
         self._late: set[int] = set()
         self._sent: Mapping[str, Tensor] = {}
-        self._rests, self._test_rests, self._tests = Rests(limits.max_rest), Rests(limits.max_rest), 0
+        self._rests, self._test_rests, self._tests = (
+            Rests(limits.max_rest),
+            Rests(limits.max_rest),
+            0,
+        )
         self._states: dict[str, ClientState] = {}
         self._bases: dict[str, list[int]] = {}
         self._round, self._attempt, self._training = 0, 0, ""
@@ -188,7 +224,10 @@ class GridEngine:
         Raises:
             StoppedError: there are too few after ``node_timeout`` seconds.
         """
-        least, end = self.limits.min_nodes if least is None else least, time.monotonic() + self.limits.node_timeout
+        least, end = (
+            self.limits.min_nodes if least is None else least,
+            time.monotonic() + self.limits.node_timeout,
+        )
         while True:
             self._greet()
             found = len(self._nodes if among is None else self._nodes.keys() & among)
@@ -197,7 +236,10 @@ class GridEngine:
             self.watcher.waits()
             if time.monotonic() >= end:
                 whom = "clients" if among is None else f"of the clients {', '.join(sorted(among))}"
-                refused = "".join(f"; node {node} stays out: {why}" for node, why in sorted(self._strangers.items()))
+                refused = "".join(
+                    f"; node {node} stays out: {why}"
+                    for node, why in sorted(self._strangers.items())
+                )
                 raise StoppedError(
                     f"{found} {whom} are connected after {self.limits.node_timeout:g} s, expected at least {least}; "
                     f"connected: {', '.join(self.clients) or 'none'}{refused}"
@@ -207,8 +249,13 @@ class GridEngine:
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train. Who is not connected, fails or is late has no report, and a reason in ``failures``."""
         self.wait()
-        if instructions and instructions[0].attempt:  # there were too few before, and at once there would be again
-            self.wait(min(instructions[0].training.min_clients, len(instructions)), {one.client for one in instructions})
+        if (
+            instructions and instructions[0].attempt
+        ):  # there were too few before, and at once there would be again
+            self.wait(
+                min(instructions[0].training.min_clients, len(instructions)),
+                {one.client for one in instructions},
+            )
         messages = self.messages_for(instructions)
         least = instructions[0].training.min_clients if instructions else 1
         came = self._send(messages, enough=self._enough(len(messages), least))
@@ -216,7 +263,11 @@ class GridEngine:
 
     def _enough(self, asked: int, least: int = 1) -> int | None:
         """How many answers are enough for the others to have no more than as long again."""
-        return None if self.limits.min_replies == 1 else max(math.ceil(self.limits.min_replies * asked - 1e-9), least)
+        return (
+            None
+            if self.limits.min_replies == 1
+            else max(math.ceil(self.limits.min_replies * asked - 1e-9), least)
+        )
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
@@ -238,11 +289,17 @@ class GridEngine:
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
             begin = {"base": state.round, "keep": keep, "initial_loss": self._initial_loss(id)}
-            control = self._control("train", client=id, round=instruction.round, attempt=instruction.attempt, **begin)
-            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)})
+            control = self._control(
+                "train", client=id, round=instruction.round, attempt=instruction.attempt, **begin
+            )
+            content = RecordDict(
+                {ARRAYS: arrays, CONTROL: control, CONFIG: self._config("train", instruction.round)}
+            )
             if instruction.buffers:
                 content[BUFFERS] = arrays_of(instruction.buffers)
-            self.messages[id] = self._message(content, "train", self._nodes[id], str(instruction.round))
+            self.messages[id] = self._message(
+                content, "train", self._nodes[id], str(instruction.round)
+            )
         if instructions:
             self.watcher.round_begins(instructions[0].round, instructions[0].attempt)
         return self.messages
@@ -264,9 +321,14 @@ class GridEngine:
         for id, reply in sound.items():
             try:
                 report = read_report(reply, self.layout, self._sent)
-                answered, asked = (report.client, report.task, report.round), (id, self.roster.client(id).task.name, self._round)
+                answered, asked = (
+                    (report.client, report.task, report.round),
+                    (id, self.roster.client(id).task.name, self._round),
+                )
                 if answered != asked:
-                    raise MessageError("it answered as client '{}' with task '{}' for round {}".format(*answered))
+                    raise MessageError(
+                        "it answered as client '{}' with task '{}' for round {}".format(*answered)
+                    )
                 self._heed(id, reply_of(reply), report.num_examples)
             except MessageError as error:
                 self.failures[id] = Failure(one_line(error), "refused-report")
@@ -303,15 +365,25 @@ class GridEngine:
             if id in self._untested or id in resting or node in self._late:
                 continue
             base = self._states.get(id, ClientState({})).round
-            control = self._control("evaluate", client=id, round=self._round, base=base, initial_loss=self._initial_loss(id))
-            content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)})
+            control = self._control(
+                "evaluate",
+                client=id,
+                round=self._round,
+                base=base,
+                initial_loss=self._initial_loss(id),
+            )
+            content = RecordDict(
+                {ARRAYS: arrays, CONTROL: control, CONFIG: self._config("evaluate", self._round)}
+            )
             if buffers:
                 content[BUFFERS] = arrays_of(buffers)
             self.messages[id] = self._message(content, "evaluate", node, str(self._round))
         self.watcher.tests()
         return self.messages
 
-    def evaluations(self, replies: Iterable[Message], came: Exchange | None = None) -> dict[str, Evaluation]:
+    def evaluations(
+        self, replies: Iterable[Message], came: Exchange | None = None
+    ) -> dict[str, Evaluation]:
         """The evaluations in the replies to the last ``tests_for``."""
         evaluations, failures = {}, dict(self.failures)
         for id, reply in self._sound(self.messages, replies, came=came).items():
@@ -321,7 +393,9 @@ class GridEngine:
                 if who != id:
                     raise MessageError(f"it answered as client '{who}'")
                 if main is not None and main.name not in evaluation.metrics:
-                    raise MessageError(f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}")
+                    raise MessageError(
+                        f"metrics: expected '{main.name}', found {sorted(evaluation.metrics)}"
+                    )
                 self._heed(id, reply_of(reply), None)
                 evaluations[id] = evaluation
             except MessageError as error:
@@ -337,7 +411,13 @@ class GridEngine:
             failure = self.failures.get(id)
             kind = failure.kind if isinstance(failure, Failure) else None
             if kind == "late" and (rest := rests.was_late(id, number)):
-                log.warning("client %s was late in %d %s in a row: it rests for %d", id, rests.times[id], what, rest)
+                log.warning(
+                    "client %s was late in %d %s in a row: it rests for %d",
+                    id,
+                    rests.times[id],
+                    what,
+                    rest,
+                )
             elif kind in (None, *ANSWERED):
                 rests.answered(id)
 
@@ -347,26 +427,44 @@ class GridEngine:
     def _initial_loss(self, client: str) -> float | None:
         """A client's F(0); None before it has one, and for a client of a version that would refuse a message with it."""
         state = self._states.get(client)
-        return None if state is None or state.round == 0 or not self._versions.get(client) else state.initial_loss
+        return (
+            None
+            if state is None or state.round == 0 or not self._versions.get(client)
+            else state.initial_loss
+        )
 
     def _heed(self, client: str, reply: Reply, examples: int | None) -> None:
         """Note what a client says of the state that it began with, and of its data; ``examples`` is None where it was tested.
 
         Raises MessageError for what cannot be.
         """
-        base, did = self._states.get(client, ClientState({})).round, "was tested" if examples is None else "trained"
-        for name, round, last in (("began", reply.began, base - 1), ("data_since", reply.data_since, base)):
+        base, did = (
+            self._states.get(client, ClientState({})).round,
+            "was tested" if examples is None else "trained",
+        )
+        for name, round, last in (
+            ("began", reply.began, base - 1),
+            ("data_since", reply.data_since, base),
+        ):
             if round is not None and round > last:
                 raise MessageError(f"{name}: expected a round before {last + 1}, found {round}")
         if reply.began is not None:
             first = self._initial_loss(client)
-            fresh = "a fresh head" + (", its F(0) measured anew" if first is None else f" and its F(0) of {first:.4g}")
+            fresh = "a fresh head" + (
+                ", its F(0) measured anew" if first is None else f" and its F(0) of {first:.4g}"
+            )
             start = f"that of round {reply.began}" if reply.began else fresh
             self._note(client, f"its state of round {base} is lost: it {did} with {start}")
         if reply.data_since is not None and examples is not None:
-            many = f"{examples} examples, before {reply.data_before}" if examples != reply.data_before else f"{examples} other examples"
+            many = (
+                f"{examples} examples, before {reply.data_before}"
+                if examples != reply.data_before
+                else f"{examples} other examples"
+            )
             text = f"its training data changed after round {reply.data_since}: {many}"
-            if text != self._changed.get(client):  # where its report was dropped, it says the same in the next round
+            if text != self._changed.get(
+                client
+            ):  # where its report was dropped, it says the same in the next round
                 self._changed[client] = text
                 self._note(client, text)
 
@@ -376,9 +474,13 @@ class GridEngine:
         self._versions[client] = greeting.version
         if greeting.version != own:
             version = greeting.version or "of an older version that does not say which"
-            texts.append(f"it runs fedgradnorm {version}, this server {own}: expected one version on every machine")
+            texts.append(
+                f"it runs fedgradnorm {version}, this server {own}: expected one version on every machine"
+            )
         if greeting.torch_version not in ("", VERSIONS["torch_version"]):
-            what = f"it runs torch {greeting.torch_version}, this server {VERSIONS['torch_version']}"
+            what = (
+                f"it runs torch {greeting.torch_version}, this server {VERSIONS['torch_version']}"
+            )
             texts.append(f"{what}: its figures may differ by more than rounding")
         if texts != self._other_versions.get(client, []):
             self._other_versions[client] = texts
@@ -401,7 +503,9 @@ class GridEngine:
         online = node_ids(self.grid, max(self.limits.node_timeout, SHORTEST))
         if self._online - online:  # who stood in the way of another may be gone
             self._ask_at = {node: at for node, at in self._ask_at.items() if self._silent[node]}
-            self._silent = Counter({node: times for node, times in self._silent.items() if node in online})
+            self._silent = Counter(
+                {node: times for node, times in self._silent.items() if node in online}
+            )
         self._online = online
         self._nodes = {client: node for client, node in self._nodes.items() if node in online}
         self._strangers = {node: why for node, why in self._strangers.items() if node in online}
@@ -412,7 +516,13 @@ class GridEngine:
         new = sorted(node for node in online - known if now >= self._ask_at.get(node, -math.inf))
         if not new:
             return
-        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: self._control("hello"), CONFIG: self._config("train", 0)})
+        content = RecordDict(
+            {
+                ARRAYS: arrays_of({}),
+                CONTROL: self._control("hello"),
+                CONFIG: self._config("train", 0),
+            }
+        )
         timeout = min(self.limits.round_timeout, self.limits.greeting_timeout)
         asked = {str(node): self._message(content, "train", node, "hello", timeout) for node in new}
         came = self._send(asked, timeout)
@@ -429,14 +539,22 @@ class GridEngine:
             except MessageError as error:
                 self._claims.pop(node, None)
                 self._refuse(node, one_line(error))
-            self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(0, self._silent[node] - 1)
+            self._ask_at[node] = time.monotonic() + self.limits.ask_again * 2 ** max(
+                0, self._silent[node] - 1
+            )
         self._claims |= {node: greeting.client for node, greeting in greetings.items()}
-        claims = Counter(self._claims.values())  # one that says nothing this time has not given up its claim
+        claims = Counter(
+            self._claims.values()
+        )  # one that says nothing this time has not given up its claim
         for node, greeting in greetings.items():
             if greeting.client in self._nodes:
-                why: str | None = f"client key '{greeting.client}' belongs to a node that is connected"
+                why: str | None = (
+                    f"client key '{greeting.client}' belongs to a node that is connected"
+                )
             elif claims[greeting.client] > 1:
-                why = f"client key '{greeting.client}' is claimed by {claims[greeting.client]} nodes"
+                why = (
+                    f"client key '{greeting.client}' is claimed by {claims[greeting.client]} nodes"
+                )
             else:
                 why = self.roster.admit(greeting)
             if why is not None:
@@ -473,11 +591,22 @@ class GridEngine:
         """Why nobody stands for a client, if a node that was refused says so."""
         return next((why for why in self._strangers.values() if f"'{client}'" in why), None)
 
-    def _send(self, messages: Mapping[str, Message], timeout: float | None = None, enough: int | None = None) -> Exchange:
-        return exchange(self.grid, list(messages.values()), timeout or self.limits.round_timeout, enough)
+    def _send(
+        self,
+        messages: Mapping[str, Message],
+        timeout: float | None = None,
+        enough: int | None = None,
+    ) -> Exchange:
+        return exchange(
+            self.grid, list(messages.values()), timeout or self.limits.round_timeout, enough
+        )
 
     def _sound(
-        self, messages: Mapping[str, Message], replies: Iterable[Message], whom: str = "client", came: Exchange | None = None
+        self,
+        messages: Mapping[str, Message],
+        replies: Iterable[Message],
+        whom: str = "client",
+        came: Exchange | None = None,
     ) -> dict[str, Message]:
         if came is not None and came.early:
             waited = "no answer within twice the time of enough others"
@@ -485,7 +614,9 @@ class GridEngine:
         else:
             waited = f"no answer within {came.seconds if came else self.limits.round_timeout:g} s"
         unfetched = {} if came is None else came.failed
-        asked = {message.metadata.message_id or name: name for name, message in messages.items()}  # without an id it was not sent
+        asked = {
+            message.metadata.message_id or name: name for name, message in messages.items()
+        }  # without an id it was not sent
         sound: dict[str, Message] = {}
         for reply in replies:
             id = reply.metadata.reply_to_message_id
@@ -493,7 +624,9 @@ class GridEngine:
                 log.warning("a reply to no message of this round is left alone")
             elif reply.has_error() and not (reply.error.code == EXPIRED and id in unfetched):
                 name, said = asked.pop(id), one_line(reply.error.reason or "")
-                words = CODES.get(reply.error.code, f"error code {reply.error.code}") + (f": {said}" if said else "")
+                words = CODES.get(reply.error.code, f"error code {reply.error.code}") + (
+                    f": {said}" if said else ""
+                )
                 self.failures[name] = Failure(words, CODE_KINDS.get(reply.error.code, "other"))
                 log.warning("%s %s: %s", whom, name, self.failures[name])
                 if reply.error.code == EXPIRED:
@@ -507,10 +640,13 @@ class GridEngine:
         for id, name in asked.items():
             if not messages[name].metadata.message_id:
                 self.failures[name] = Failure(
-                    f"its message could not be sent: {one_line(unfetched.get('', 'no reason is known'))}", "other"
+                    f"its message could not be sent: {one_line(unfetched.get('', 'no reason is known'))}",
+                    "other",
                 )
             elif id in unfetched:
-                self.failures[name] = Failure(f"its reply could not be fetched: {one_line(unfetched[id])}", "other")
+                self.failures[name] = Failure(
+                    f"its reply could not be fetched: {one_line(unfetched[id])}", "other"
+                )
             else:
                 self._late.add(messages[name].metadata.dst_node_id)
                 self.failures[name] = Failure(waited, "late")
@@ -518,13 +654,21 @@ class GridEngine:
         return sound
 
     def _control(self, kind: str, **fields: Any) -> ConfigRecord:
-        control = Control(kind=kind, experiment=self.experiment, training=self._training, settings=self.settings, **fields)
+        control = Control(
+            kind=kind,
+            experiment=self.experiment,
+            training=self._training,
+            settings=self.settings,
+            **fields,
+        )
         return control.record()
 
     def _config(self, kind: str, round: int) -> ConfigRecord:
         return ConfigRecord({**self.config.get(kind, {}), "server-round": round})
 
-    def _message(self, content: RecordDict, kind: str, node: int, group: str, ttl: float | None = None) -> Message:
+    def _message(
+        self, content: RecordDict, kind: str, node: int, group: str, ttl: float | None = None
+    ) -> Message:
         ttl = ttl or self.limits.round_timeout
         if isinstance(self.grid, LocalGrid):
             return self.grid.create_message(content, kind, node, group, ttl)

@@ -46,7 +46,9 @@ class Exchange:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def exchange(grid: Grid, messages: Sequence[Message], timeout: float, enough: int | None = None) -> Exchange:
+def exchange(
+    grid: Grid, messages: Sequence[Message], timeout: float, enough: int | None = None
+) -> Exchange:
     """Send messages, and wait for the replies.
 
     Args:
@@ -76,8 +78,15 @@ def exchange(grid: Grid, messages: Sequence[Message], timeout: float, enough: in
                 wait = min(timeout, 2 * max(post.seconds(), post.poll))
     failed = dict(list(post.failed.items()))  # threads may still add to it
     if failed:
-        log.warning("the SuperLink failed in %d of %d exchanges, the last: %s", len(failed), len(messages), list(failed.values())[-1])
-    return Exchange(replies, wait if pending else post.seconds(), bool(pending) and wait < timeout, failed)
+        log.warning(
+            "the SuperLink failed in %d of %d exchanges, the last: %s",
+            len(failed),
+            len(messages),
+            list(failed.values())[-1],
+        )
+    return Exchange(
+        replies, wait if pending else post.seconds(), bool(pending) and wait < timeout, failed
+    )
 
 
 def node_ids(grid: Grid, timeout: float) -> set[int]:
@@ -111,7 +120,9 @@ def node_ids(grid: Grid, timeout: float) -> set[int]:
         return _raised(found.get(timeout=timeout + AGAIN))  # type: ignore[no-any-return]
     except Empty:
         why = f": {errors[-1]}" if errors else ""
-        raise StoppedError(f"the SuperLink has not said within {timeout:g} s which nodes are connected{why}") from None
+        raise StoppedError(
+            f"the SuperLink has not said within {timeout:g} s which nodes are connected{why}"
+        ) from None
 
 
 _NOTHING: Any = object()
@@ -145,7 +156,9 @@ class _Post:
                 ids = list(self.grid.push_messages(self.messages)) or [""] * len(self.messages)
                 break
             except Exception as error:  # noqa: BLE001  # such as a SuperLink's database that is busy
-                self.failed |= dict.fromkeys((message.metadata.message_id for message in self.messages), described(error))
+                self.failed |= dict.fromkeys(
+                    (message.metadata.message_id for message in self.messages), described(error)
+                )
             if time.monotonic() >= self.end:
                 return
             time.sleep(AGAIN)
@@ -157,7 +170,9 @@ class _Post:
                 self._came.put(None)  # it could not be sent
 
     def _fetch(self, id: str) -> None:
-        while time.monotonic() < self.end:  # a reply that nobody waits for is fetched as well, for the SuperLink keeps it until then
+        while (
+            time.monotonic() < self.end
+        ):  # a reply that nobody waits for is fetched as well, for the SuperLink keeps it until then
             try:
                 for reply in self.grid.pull_messages([id]):
                     self._came.put(reply)

@@ -44,7 +44,11 @@ SERVICE = '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], 
 
 
 def write_deployment(
-    folder: Path, config: Path | None = None, overrides: Sequence[str] = (), hosts: Sequence[str] = ("127.0.0.1",), port: int = 8000
+    folder: Path,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    hosts: Sequence[str] = ("127.0.0.1",),
+    port: int = 8000,
 ) -> list[str]:
     """Write a deployment's folder: the Flower app, scripts for keys and for starting everything, services.
 
@@ -70,11 +74,18 @@ def write_deployment(
     """
     require(bool(hosts), "--host", "a name or an address", hosts)
     for host in hosts:
-        require(NAME.fullmatch(host) is not None or _is_address(host), "--host", "a name or an address, without a port", host)
+        require(
+            NAME.fullmatch(host) is not None or _is_address(host),
+            "--host",
+            "a name or an address, without a port",
+            host,
+        )
     require(0 < port < 2**16, "--port", "a number from 1 to 65535", port)
     settings = _screening(resolve_config(load_config(config, overrides)))
     if any(settings.faults.model_dump().values()):
-        raise ConfigError("faults: on purpose they are for the simulation alone: remove the table [faults]")
+        raise ConfigError(
+            "faults: on purpose they are for the simulation alone: remove the table [faults]"
+        )
     roster = roster_of(build_federation(settings))
     run_folder(settings)
     check_deployable(settings, roster)
@@ -83,7 +94,9 @@ def write_deployment(
     aside = folder.with_name(f".{folder.name}.writing")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} exists and is not empty: expected a new folder, for nothing is overwritten")
+            raise RunError(
+                f"{folder} exists and is not empty: expected a new folder, for nothing is overwritten"
+            )
         if aside.exists():
             shutil.rmtree(aside)
         for path, content in _contents(folder, settings, clients, hosts, port):
@@ -95,15 +108,23 @@ def write_deployment(
         aside.replace(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"deployment folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"deployment folder {folder}: cannot be written: {error.strerror or error}"
+        ) from error
     return clients
 
 
-def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int) -> Iterator[tuple[Path, str]]:
+def _contents(
+    folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int
+) -> Iterator[tuple[Path, str]]:
     """Every file's path in the folder, and its text."""
     name = re.sub(r"[^a-z0-9]+", "-", settings.federation.name.lower()).strip("-")
     bind = _bind(hosts[0])
-    local, run_dir, superlink_port = _is_loopback(bind), settings.run.dir or f"runs/{name}", str(_superlink_port(port, len(clients)))
+    local, run_dir, superlink_port = (
+        _is_loopback(bind),
+        settings.run.dir or f"runs/{name}",
+        str(_superlink_port(port, len(clients))),
+    )
     values = {
         "name": f"fedgradnorm-{name}"[:LONGEST_NAME].rstrip("-"),
         "version": __version__,
@@ -122,13 +143,22 @@ def _contents(folder: Path, settings: RunConfig, clients: Sequence[str], hosts: 
         "services": "\n".join(SERVICE.format(client=client) for client in clients),
     }
     with as_file(files("fedgradnorm.flower") / "templates") as templates:
-        for template in sorted(path for path in templates.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        for template in sorted(
+            path for path in templates.rglob("*") if path.is_file() and path.suffix != ".pyc"
+        ):
             path, text = template.relative_to(templates), template.read_text(encoding="utf-8")
-            path = path.with_name(path.name.replace("dot-", ".", 1)) if path.name.startswith("dot-") else path
+            path = (
+                path.with_name(path.name.replace("dot-", ".", 1))
+                if path.name.startswith("dot-")
+                else path
+            )
             if CLIENT in path.parts:
                 for place, client in enumerate(clients):
                     own = {"client": client, "node_port": str(FIRST_NODE_PORT + place)}
-                    yield Path(*(client if part == CLIENT else part for part in path.parts)), _filled(text, {**values, **own})
+                    yield (
+                        Path(*(client if part == CLIENT else part for part in path.parts)),
+                        _filled(text, {**values, **own}),
+                    )
             else:
                 yield path, _filled(text, values)
     yield Path("app/fedgradnorm_app/federation.toml"), HEADER + _toml(settings)
@@ -142,12 +172,19 @@ def _screening(settings: RunConfig) -> RunConfig:
     """The settings, with a limit for the length of gradients where the user has named none."""
     if "max_update_ratio" in settings.train.model_fields_set:
         return settings
-    return settings.model_copy(update={"train": settings.train.model_copy(update={"max_update_ratio": MAX_UPDATE_RATIO})})
+    return settings.model_copy(
+        update={"train": settings.train.model_copy(update={"max_update_ratio": MAX_UPDATE_RATIO})}
+    )
 
 
 def _toml(settings: RunConfig) -> str:
     """The settings less what is not the deployment's: the engine, faults, and what a run writes."""
-    exclude: dict[str, bool | set[str]] = {"engine": True, "faults": True, "versions": True, "run": {"dir", "experiment"}}
+    exclude: dict[str, bool | set[str]] = {
+        "engine": True,
+        "faults": True,
+        "versions": True,
+        "run": {"dir", "experiment"},
+    }
     text = tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
     return text.replace("\nmax_update_ratio = ", f"\n{WHAT_RATIO}max_update_ratio = ", 1)
 

@@ -23,11 +23,17 @@ class LocalGrid(Grid):
         contexts: by node id, what the app is called with; by default a context with ``partition-id``.
     """
 
-    def __init__(self, nodes: Mapping[int, Callable[[Message, Context], Message]], contexts: Mapping[int, Context] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Mapping[int, Callable[[Message, Context], Message]],
+        contexts: Mapping[int, Context] | None = None,
+    ) -> None:
         self.nodes = dict(nodes)
         self.contexts = dict(contexts or {})
         for place, node in enumerate(self.nodes):
-            self.contexts.setdefault(node, Context(1, node, {"partition-id": place}, RecordDict(), {}))
+            self.contexts.setdefault(
+                node, Context(1, node, {"partition-id": place}, RecordDict(), {})
+            )
         self._run: Any = None
         self._numbers = itertools.count(1)
         self._replies: dict[str, Message] = {}
@@ -41,9 +47,26 @@ class LocalGrid(Grid):
         """Run information."""
         return self._run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
         """A message to a node; it needs no Flower process."""
-        metadata = Metadata(1, "", SERVER_NODE, dst_node_id, "", group_id, time.time(), ttl or DEFAULT_TTL, message_type)
+        metadata = Metadata(
+            1,
+            "",
+            SERVER_NODE,
+            dst_node_id,
+            "",
+            group_id,
+            time.time(),
+            ttl or DEFAULT_TTL,
+            message_type,
+        )
         make: Any = Message  # as Flower itself does in its own process
         message: Message = make(content=content, metadata=metadata)
         return message
@@ -66,7 +89,9 @@ class LocalGrid(Grid):
         """The replies to these messages, each once."""
         return [self._replies.pop(id) for id in message_ids if id in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:  # noqa: ARG002
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:  # noqa: ARG002
         """The replies to these messages."""
         return self.pull_messages(self.push_messages(messages))
 
@@ -77,7 +102,9 @@ class LocalGrid(Grid):
         try:
             reply = self.nodes[node](message, self.contexts[node])
             if not isinstance(reply, Message):
-                raise TypeError(f"expected the app to answer with a Message, found {type(reply).__name__}")
+                raise TypeError(
+                    f"expected the app to answer with a Message, found {type(reply).__name__}"
+                )
         except Exception as error:  # noqa: BLE001  # as a SuperNode does
             reason = "".join(traceback.format_exception_only(error)).strip()
             return Message(Error(RAISED, reason), reply_to=message)

@@ -64,7 +64,10 @@ HEADER = 4096
 ROUNDING = 1.01
 """What a norm in half precision may be larger by than it is."""
 VERSION = r"^[A-Za-z0-9.+!_-]{0,50}$"
-VERSIONS: dict[str, Any] = {"version": __version__, "torch_version": ".".join(torch.__version__.split(".")[:2])}
+VERSIONS: dict[str, Any] = {
+    "version": __version__,
+    "torch_version": ".".join(torch.__version__.split(".")[:2]),
+}
 """What this process runs."""
 
 
@@ -98,7 +101,13 @@ class Control(BaseModel):
 
     def record(self) -> ConfigRecord:
         """As a record, without what is None."""
-        return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in self if value is not None})
+        return ConfigRecord(
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in self
+                if value is not None
+            }
+        )
 
 
 class Greeting(BaseModel):
@@ -169,12 +178,19 @@ class Layout:
     def of(cls, encoder: nn.Module) -> "Layout":
         """The layout of an encoder."""
         parameters = trainable(encoder)
-        return cls({name: tuple(parameter.shape) for name, parameter in parameters}, parameters[0][1].dtype)
+        return cls(
+            {name: tuple(parameter.shape) for name, parameter in parameters}, parameters[0][1].dtype
+        )
 
     def arrays(self, vector: Tensor) -> ArrayRecord:
         """A flat vector as arrays by name."""
         parts = vector.split([torch.Size(shape).numel() for shape in self.shapes.values()])
-        return arrays_of({name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)})
+        return arrays_of(
+            {
+                name: part.view(shape)
+                for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            }
+        )
 
     def vector(self, record: ArrayRecord) -> Tensor:
         """The flat vector of arrays.
@@ -184,24 +200,37 @@ class Layout:
         """
         if record.keys() != self.shapes.keys():
             odd = sorted(record.keys() ^ self.shapes.keys())[0]
-            raise MessageError(f"arrays: expected those of the encoder, found {len(record)}; '{odd}' is in one alone")
+            raise MessageError(
+                f"arrays: expected those of the encoder, found {len(record)}; '{odd}' is in one alone"
+            )
         for name, shape in self.shapes.items():
-            _check_size(f"array '{name}'", len(record[name].data), math.prod(shape) * self.dtype.itemsize)
+            _check_size(
+                f"array '{name}'", len(record[name].data), math.prod(shape) * self.dtype.itemsize
+            )
         tensors = tensors_of(record)
         for name, shape in self.shapes.items():
             found = tensors[name]
             if tuple(found.shape) != shape or found.dtype != self.dtype:
-                raise MessageError(f"array '{name}': expected {self.dtype} of {shape}, found {found.dtype} of {tuple(found.shape)}")
+                raise MessageError(
+                    f"array '{name}': expected {self.dtype} of {shape}, found {found.dtype} of {tuple(found.shape)}"
+                )
         return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as arrays. Raises FederationError for a type of numbers that NumPy does not have, such as bfloat16."""
     try:
-        return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+        return ArrayRecord(
+            {
+                name: Array(tensor.detach().cpu().contiguous().numpy())
+                for name, tensor in tensors.items()
+            }
+        )
     except TypeError as error:
         types = sorted({str(tensor.dtype) for tensor in tensors.values()})
-        raise FederationError(f"encoder: expected numbers of a type that a message can hold, such as float32, found {types}") from error
+        raise FederationError(
+            f"encoder: expected numbers of a type that a message can hold, such as float32, found {types}"
+        ) from error
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
@@ -234,7 +263,14 @@ def control_of(message: Message) -> Control:
 def read_instruction(message: Message, control: Control, layout: Layout) -> Instruction:
     """The instruction in a message to a client that runs a Federation. Raises MessageError."""
     records, training = message.content, training_of(control)
-    return Instruction(control.round, control.client, layout.vector(encoder_of(records)), buffers_in(records), training, control.attempt)
+    return Instruction(
+        control.round,
+        control.client,
+        layout.vector(encoder_of(records)),
+        buffers_in(records),
+        training,
+        control.attempt,
+    )
 
 
 def training_of(control: Control) -> TrainConfig:
@@ -262,7 +298,9 @@ def reply_of(reply: Message) -> Reply:
     return _checked(Reply, reply, CONTROL)
 
 
-def report_reply(report: Report, arrays: ArrayRecord, message: Message, aside: Mapping[str, int] | None = None) -> Message:
+def report_reply(
+    report: Report, arrays: ArrayRecord, message: Message, aside: Mapping[str, int] | None = None
+) -> Message:
     """A report as a reply, its gradient as these arrays; ``aside`` are ``began`` and the like of a `Reply`."""
     metrics: dict[str, Any] = {
         "loss": report.loss,
@@ -277,7 +315,14 @@ def report_reply(report: Report, arrays: ArrayRecord, message: Message, aside: M
         {
             ARRAYS: arrays,
             METRICS: MetricRecord(metrics),
-            CONTROL: ConfigRecord({"client": report.client, "task": report.task, "round": report.round, **(aside or {})}),
+            CONTROL: ConfigRecord(
+                {
+                    "client": report.client,
+                    "task": report.task,
+                    "round": report.round,
+                    **(aside or {}),
+                }
+            ),
         }
     )
     if report.buffers:
@@ -300,11 +345,15 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
     _check_records(reply, (ARRAYS, BUFFERS, METRICS, CONTROL))
     if sent is not None:
         for name, buffer in reply.content.array_records.get(BUFFERS, ArrayRecord()).items():
-            _check_size(f"buffer {name!r:.100}", len(buffer.data), sent[name].nbytes if name in sent else 0)
+            _check_size(
+                f"buffer {name!r:.100}", len(buffer.data), sent[name].nbytes if name in sent else 0
+            )
     numbers = {name: _number(metrics, name) for name in NUMBERS if name != EXAMPLES}
     for name in ("seconds", "head-seconds"):
         if not 0 <= numbers[name] <= LONGEST:
-            raise MessageError(f"metrics.{name}: expected seconds, from 0 to {LONGEST:g}, found {numbers[name]}")
+            raise MessageError(
+                f"metrics.{name}: expected seconds, from 0 to {LONGEST:g}, found {numbers[name]}"
+            )
     report = Report(
         client=who.client,
         task=who.task,
@@ -319,18 +368,33 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
         head_seconds=numbers["head-seconds"],
         loss_floor=numbers["loss-floor"],
     )
-    if report.grad_norm > report.length * ROUNDING:  # the norm layer is a part of the gradient: else weights could be moved by a word
-        raise MessageError(f"metrics.grad-norm: expected at most the length of the gradient, {report.length:g}, found {report.grad_norm:g}")
+    if (
+        report.grad_norm > report.length * ROUNDING
+    ):  # the norm layer is a part of the gradient: else weights could be moved by a word
+        raise MessageError(
+            f"metrics.grad-norm: expected at most the length of the gradient, {report.length:g}, found {report.grad_norm:g}"
+        )
     return report
 
 
 def evaluation_reply(
-    client: str, task: str, round: int, evaluation: Evaluation, message: Message, aside: Mapping[str, int] | None = None
+    client: str,
+    task: str,
+    round: int,
+    evaluation: Evaluation,
+    message: Message,
+    aside: Mapping[str, int] | None = None,
 ) -> Message:
     """An evaluation as a reply. Of an error of a metric only the type is told: what it says may quote data."""
     failed = {name: why.partition(":")[0] for name, why in evaluation.failed.items()}
     metrics_text = json.dumps(dict(evaluation.metrics))
-    control: dict[str, Any] = {"client": client, "task": task, "round": round, "metrics": metrics_text, "failed": json.dumps(failed)}
+    control: dict[str, Any] = {
+        "client": client,
+        "task": task,
+        "round": round,
+        "metrics": metrics_text,
+        "failed": json.dumps(failed),
+    }
     control |= aside or {}
     metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
     return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
@@ -340,11 +404,20 @@ def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """Whose evaluation it is, and the evaluation. Raises MessageError."""
     who, numbers = reply_of(reply), _metrics(reply, ("loss", EXAMPLES))
     _check_records(reply, (METRICS, CONTROL))
-    metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in _json(who.metrics, "metrics").items()}
+    metrics = {
+        name: _figure(f"metrics.{name!r:.100}", value)
+        for name, value in _json(who.metrics, "metrics").items()
+    }
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
-        raise MessageError(f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}")
-    failed = {name: one_line(why) for name, why in _json(who.failed, "failed").items() if name in metrics}
-    return who.client, Evaluation(_figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers), failed)
+        raise MessageError(
+            f"metrics: expected names of up to 200 printable characters, found {sorted(metrics)!r:.100}"
+        )
+    failed = {
+        name: one_line(why) for name, why in _json(who.failed, "failed").items() if name in metrics
+    }
+    return who.client, Evaluation(
+        _figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers), failed
+    )
 
 
 def one_line(text: object) -> str:
@@ -356,27 +429,39 @@ def _figure(name: str, value: Any) -> float:
     """A figure of a test; what is no finite number is a gap in a curve, as it is for clients in this process."""
     gap = isinstance(value, float) and not math.isfinite(value)
     if not gap and (not isinstance(value, int | float) or abs(value) > LARGEST):
-        raise MessageError(f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {value!r:.100}")
+        raise MessageError(
+            f"{name}: expected a number from {-LARGEST:g} to {LARGEST:g}, found {value!r:.100}"
+        )
     return float(value)
 
 
 def _checked(model: type[Checked], message: Message, record: str) -> Checked:
     found = message.content.config_records.get(record)
     if found is None:
-        raise MessageError(f"expected a record '{record}', found {sorted(message.content)}: both sides have to be FedGradNorm's")
+        raise MessageError(
+            f"expected a record '{record}', found {sorted(message.content)}: both sides have to be FedGradNorm's"
+        )
     try:
         return model.model_validate(dict(found))
     except ValidationError as error:
         first = error.errors()[0]
-        given = first["input"][:100] if isinstance(first["input"], str | bytes | list) else first["input"]  # it may be of any length
-        raise MessageError(f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {given!r:.100}") from error
+        given = (
+            first["input"][:100]
+            if isinstance(first["input"], str | bytes | list)
+            else first["input"]
+        )  # it may be of any length
+        raise MessageError(
+            f"{record}.{'.'.join(map(str, first['loc']))}: {first['msg']}, found {given!r:.100}"
+        ) from error
 
 
 def _check_records(reply: Message, known: Collection[str]) -> None:
     """Raise MessageError for a record that nobody reads: it may be of any size."""
     unknown = sorted(reply.content.keys() - known)
     if unknown:
-        raise MessageError(f"records: expected none but {', '.join(known)}, found {unknown[0]!r:.100}")
+        raise MessageError(
+            f"records: expected none but {', '.join(known)}, found {unknown[0]!r:.100}"
+        )
 
 
 def _check_size(what: str, found: int, expected: int) -> None:
@@ -390,14 +475,18 @@ def _metrics(reply: Message, known: Collection[str]) -> MetricRecord:
         raise MessageError(f"expected a record '{METRICS}', found {sorted(reply.content)}")
     unknown = sorted(found.keys() - known)
     if unknown:
-        raise MessageError(f"metrics: expected none but {', '.join(known)}, found {unknown[0]!r:.100}")
+        raise MessageError(
+            f"metrics: expected none but {', '.join(known)}, found {unknown[0]!r:.100}"
+        )
     return found
 
 
 def _number(record: MetricRecord, name: str) -> float:
     found = record.get(name)
     if isinstance(found, Sequence) or found is None:
-        raise MessageError(f"metrics.{name}: expected a number, found {type(found).__name__ if isinstance(found, list) else found!r}")
+        raise MessageError(
+            f"metrics.{name}: expected a number, found {type(found).__name__ if isinstance(found, list) else found!r}"
+        )
     return float(found)
 
 

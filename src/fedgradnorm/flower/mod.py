@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.evaluation import Evaluation
-from fedgradnorm.flower.client import WRONG_CLIENT, aside, client_key, kept, lost_state, private_errors, state_dir
+from fedgradnorm.flower.client import (
+    WRONG_CLIENT,
+    aside,
+    client_key,
+    kept,
+    lost_state,
+    private_errors,
+    state_dir,
+)
 from fedgradnorm.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -78,11 +86,21 @@ class FedGradNormMod:
         states: Callable[[Context, str, str], States] | None = None,
     ) -> None:
         self.model, self.head = model, (head,) if isinstance(head, str) else tuple(head)
-        self.task, self.norm_layer, self.loss, self.test_loss, self.metric = task, norm_layer, loss, test_loss, metric
+        self.task, self.norm_layer, self.loss, self.test_loss, self.metric = (
+            task,
+            norm_layer,
+            loss,
+            test_loss,
+            metric,
+        )
         self.higher_is_better, self.seed = higher_is_better, seed
-        self.states = states or (lambda context, experiment, client: StateFiles(state_dir(context), experiment, client))
+        self.states = states or (
+            lambda context, experiment, client: StateFiles(state_dir(context), experiment, client)
+        )
         if not self.head:
-            raise ConfigError("head: expected the names of the parameters that stay with the client, found none")
+            raise ConfigError(
+                "head: expected the names of the parameters that stay with the client, found none"
+            )
 
     def __call__(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         """Answer a message with the app's help."""
@@ -93,7 +111,13 @@ class FedGradNormMod:
         control, client, lost = control_of(message), client_key(context), lost_state(context)
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
-            greeting = Greeting(client=client, task=task, metric=self.metric, higher_is_better=self.higher_is_better, **VERSIONS)
+            greeting = Greeting(
+                client=client,
+                task=task,
+                metric=self.metric,
+                higher_is_better=self.higher_is_better,
+                **VERSIONS,
+            )
             return greeting_reply(greeting, message)
         if control.client != client:
             raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{client}'")
@@ -102,9 +126,20 @@ class FedGradNormMod:
             self.states(context, control.experiment, client),
             tensors_of(encoder_of(message.content)),
         )
-        begun = begin(states, control.base, lost, lambda: ClientState(self._first_head(client, context, sent.keys())), control.initial_loss)
+        begun = begin(
+            states,
+            control.base,
+            lost,
+            lambda: ClientState(self._first_head(client, context, sent.keys())),
+            control.initial_loss,
+        )
         state = begun.state
-        whole = RecordDict({ARRAYS: arrays_of({**sent, **state.head}), CONFIG: message.content.config_records.get(CONFIG, ConfigRecord())})
+        whole = RecordDict(
+            {
+                ARRAYS: arrays_of({**sent, **state.head}),
+                CONFIG: message.content.config_records.get(CONFIG, ConfigRecord()),
+            }
+        )
         message.content = whole
         reply = app(message, context)
         if reply.has_error():
@@ -114,7 +149,11 @@ class FedGradNormMod:
         if control.kind == "evaluate":
             if self.metric:
                 self._metric(metrics, self.metric, "metric")
-            evaluation = Evaluation(self._metric(metrics, self.test_loss, "test_loss"), metrics, int(metrics.get("num-examples", 0)))
+            evaluation = Evaluation(
+                self._metric(metrics, self.test_loss, "test_loss"),
+                metrics,
+                int(metrics.get("num-examples", 0)),
+            )
             return evaluation_reply(client, task, control.round, evaluation, message, aside(begun))
         came = self._arrays(reply, whole)
         loss = self._metric(metrics, self.loss, "loss")
@@ -123,7 +162,11 @@ class FedGradNormMod:
         layout = Layout.of(module_of(sent))
         flat = torch.cat([update[name].reshape(-1) for name in layout.shapes])
         norm = norm_over(flat, norm_layer_slices(module_of(sent), self.norm_layer)).item()
-        after = ClientState({name: came[name] for name in came.keys() - sent.keys()}, initial_loss, round=control.round)
+        after = ClientState(
+            {name: came[name] for name in came.keys() - sent.keys()},
+            initial_loss,
+            round=control.round,
+        )
         states.save(after, kept(control, begun))
         report = Report(
             client=client,
@@ -138,7 +181,9 @@ class FedGradNormMod:
         )
         return report_reply(report, layout.arrays(flat), message, aside(begun))
 
-    def _first_head(self, client: str, context: Context, sent: Collection[str]) -> dict[str, Tensor]:
+    def _first_head(
+        self, client: str, context: Context, sent: Collection[str]
+    ) -> dict[str, Tensor]:
         """What of the model's state the server did not send, as initialised."""
         with seeded(self.seed, 0, client, "head"):
             model = self._make(context)
@@ -147,15 +192,28 @@ class FedGradNormMod:
         for pattern in self.head:
             if not any(matches(name, [pattern]) for name in parameters):
                 layers = {name.rpartition(".")[0] for name in parameters} - {""}
-                raise ConfigError(f"head: '{pattern}' names no parameter of the model; {nearest(pattern, layers | parameters.keys())}")
+                raise ConfigError(
+                    f"head: '{pattern}' names no parameter of the model; {nearest(pattern, layers | parameters.keys())}"
+                )
         for name in sorted(sent):
             if matches(name, self.head) or name not in parameters:
-                what = "in the client's head" if matches(name, self.head) else "no parameter of its model"
+                what = (
+                    "in the client's head"
+                    if matches(name, self.head)
+                    else "no parameter of its model"
+                )
                 how = "both sides have to be told the same head"
                 if name in buffers:
-                    what, how = "a buffer of its model", f"buffers stay with the client: expected FedGradNorm(head=[..., '{name}'])"
+                    what, how = (
+                        "a buffer of its model",
+                        f"buffers stay with the client: expected FedGradNorm(head=[..., '{name}'])",
+                    )
                 raise MessageError(f"array '{name}': the server sent it, and it is {what}: {how}")
-        return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in sent}
+        return {
+            name: value.detach().clone()
+            for name, value in model.state_dict().items()
+            if name not in sent
+        }
 
     @staticmethod
     def _check_tied(model: nn.Module, sent: Collection[str]) -> None:
@@ -177,7 +235,10 @@ class FedGradNormMod:
         return self.model()  # type: ignore[call-arg]
 
     def _arrays(self, reply: Message, whole: RecordDict) -> dict[str, Tensor]:
-        came, expected = tensors_of(reply.content.array_records.get(ARRAYS, ArrayRecord())), tensors_of(whole.array_records[ARRAYS])
+        came, expected = (
+            tensors_of(reply.content.array_records.get(ARRAYS, ArrayRecord())),
+            tensors_of(whole.array_records[ARRAYS]),
+        )
         if came.keys() != expected.keys():
             raise MessageError(
                 f"the app's reply: expected the record '{ARRAYS}' with the {len(expected)} arrays that it was given, found {len(came)}"
@@ -191,5 +252,7 @@ class FedGradNormMod:
     @staticmethod
     def _metric(metrics: Mapping[str, float], name: str, option: str) -> float:
         if name not in metrics:
-            raise MessageError(f"the app's metrics: expected '{name}', found {sorted(metrics)}: FedGradNormMod({option}=...) names it")
+            raise MessageError(
+                f"the app's metrics: expected '{name}', found {sorted(metrics)}: FedGradNormMod({option}=...) names it"
+            )
         return float(metrics[name])

@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgradnorm.errors import FedGradNormError, RunError, printable
-from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, beside, read_status, why_gone
+from fedgradnorm.flower.status import (
+    ENDED,
+    STATES,
+    ClientStatus,
+    RunStatus,
+    beside,
+    read_status,
+    why_gone,
+)
 from fedgradnorm.history import STATUS, Run
 from fedgradnorm.records import Row
 
@@ -87,7 +95,9 @@ def look(folder: Path, run: str | None = None) -> Overview:
         gone = why_gone(status, found)
         if (found / "config.toml").is_file():
             opened = Run(found)
-            if opened.config.run.experiment == status.experiment:  # else the run in the folder is one that is to be replaced
+            if (
+                opened.config.run.experiment == status.experiment
+            ):  # else the run in the folder is one that is to be replaced
                 rows = opened.last_round()
                 last = rows[0]["round"] if rows else 0
                 if last < status.done:
@@ -97,9 +107,15 @@ def look(folder: Path, run: str | None = None) -> Overview:
     except (FedGradNormError, OSError) as error:
         faults.append(str(error))
     certificates = {}
-    for path in [] if server is None else [server / name for name in CERTIFICATES if (server / name).is_file()]:
+    for path in (
+        []
+        if server is None
+        else [server / name for name in CERTIFICATES if (server / name).is_file()]
+    ):
         try:
-            certificates[path.name] = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc.timestamp()
+            certificates[path.name] = x509.load_pem_x509_certificate(
+                path.read_bytes()
+            ).not_valid_after_utc.timestamp()
         except (OSError, ValueError) as error:
             faults.append(f"{path}: expected a certificate in PEM: {error}")
     return Overview(found, status, gone, rows, certificates, faults)
@@ -109,7 +125,9 @@ def _server_of(folder: Path) -> Path | None:
     """The server's folder: in a deployment's folder, that one itself, or above a run's."""
     real = folder.expanduser().absolute()
     places = [real / "server", real, *list(real.parents)[:2]]
-    return next((place for place in places if any((place / name).is_file() for name in SERVER_FILES)), None)
+    return next(
+        (place for place in places if any((place / name).is_file() for name in SERVER_FILES)), None
+    )
 
 
 def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
@@ -117,10 +135,14 @@ def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
     folder = folder.expanduser()
     if _has_run(folder):
         if run is not None:
-            raise RunError(f"--run: {folder} is a run's folder itself: expected a deployment's folder, or no --run")
+            raise RunError(
+                f"--run: {folder} is a run's folder itself: expected a deployment's folder, or no --run"
+            )
         return folder
     if server is None:
-        raise RunError(f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, its server/, or a run's folder")
+        raise RunError(
+            f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, its server/, or a run's folder"
+        )
     server = folder / "server" if (folder / "server").is_dir() else folder
     if run is not None:
         named = [place for place in (server / run, server / "runs" / run) if _has_run(place)]
@@ -135,7 +157,9 @@ def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
 
 def _runs_in(server: Path) -> Iterator[Path]:
     places = {server / "runs" / path.name for path in server.glob("runs/[!.]*")}
-    places |= {path.with_name(path.name[1 : -len(STATUS) - 1]) for path in server.glob(f"runs/.*.{STATUS}")}
+    places |= {
+        path.with_name(path.name[1 : -len(STATUS) - 1]) for path in server.glob(f"runs/.*.{STATUS}")
+    }
     try:
         app = tomllib.loads((server.parent / "app" / "pyproject.toml").read_text(encoding="utf-8"))
         places.add(server / str(app["tool"]["flwr"]["app"]["config"]["run-dir"]))
@@ -150,7 +174,11 @@ def _those_in(server: Path) -> str:
 
 
 def _files_of(run: Path) -> list[Path]:
-    return [path for path in (run / STATUS, beside(run), run / "config.toml", run / "metrics.jsonl") if path.is_file()]
+    return [
+        path
+        for path in (run / STATUS, beside(run), run / "config.toml", run / "metrics.jsonl")
+        if path.is_file()
+    ]
 
 
 def _has_run(folder: Path) -> bool:
@@ -171,7 +199,11 @@ def state_line(status: RunStatus, now: float) -> str:
         "completed": f"completed, {place}",
         "stopped": f"stopped after round {status.done} of {status.num_rounds}: {printable(status.reason or 'no reason is known')}",
     }[status.state]
-    last = "no round has ended" if status.round_ended is None else f"the last round ended {ago(status.round_ended, now)}"
+    last = (
+        "no round has ended"
+        if status.round_ended is None
+        else f"the last round ended {ago(status.round_ended, now)}"
+    )
     return f"{text}; {last}; started {ago(status.started, now)} ({_utc(status.started)})"
 
 
@@ -186,7 +218,12 @@ def clients_table(overview: Overview, now: float) -> Table:
         seen = "never" if client.last_seen is None else ago(client.last_seen, now)
         connected = _connected(client, now, over=overview.state in (*ENDED, GONE))
         drops = ", ".join(f"{kind} {count}" for kind, count in client.drops.items())
-        table.add_row(*(Text(printable(cell)) for cell in (id, client.task, connected, seen, loss, weight, drops)))
+        table.add_row(
+            *(
+                Text(printable(cell))
+                for cell in (id, client.task, connected, seen, loss, weight, drops)
+            )
+        )
     return table
 
 
@@ -195,7 +232,9 @@ def remarks(overview: Overview, now: float) -> list[str]:
     lines = []
     for id, client in _clients(overview).items():
         if client.last_drop is not None:
-            lines.append(f"{id}: dropped in round {client.last_drop.round}, {ago(client.last_drop.time, now)}: {client.last_drop.reason}")
+            lines.append(
+                f"{id}: dropped in round {client.last_drop.round}, {ago(client.last_drop.time, now)}: {client.last_drop.reason}"
+            )
         if client.resting_until is not None:
             lines.append(f"{id}: rests until round {client.resting_until}")
         lines += [f"{id}: {note}" for note in client.notes]
@@ -210,11 +249,18 @@ def warnings_on(overview: Overview, now: float) -> list[str]:
     """What somebody should look after, a line for each."""
     lines = list(overview.faults)
     if overview.gone:
-        lines.append(f"{overview.gone}: start the run again, with server/run.sh or its Flower app; it goes on from its checkpoint")
-    lines += [f"node {node} stays out: {why}" for node, why in ({} if overview.status is None else overview.status.strangers).items()]
+        lines.append(
+            f"{overview.gone}: start the run again, with server/run.sh or its Flower app; it goes on from its checkpoint"
+        )
+    lines += [
+        f"node {node} stays out: {why}"
+        for node, why in ({} if overview.status is None else overview.status.strangers).items()
+    ]
     for name, expires in overview.certificates.items():
         if expires <= now:
-            lines.append(f"{name} expired on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it")
+            lines.append(
+                f"{name} expired on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it"
+            )
         elif expires < now + WARN_DAYS * DAY:
             lines.append(
                 f"{name} expires in {duration(expires - now)}, on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it"
@@ -231,7 +277,8 @@ def facts(overview: Overview, now: float) -> dict[str, Any]:
         "status": None if overview.status is None else overview.status.model_dump(),
         "last_round": list(overview.rows),
         "certificates": {
-            name: {"expires": expires, "days": int((expires - now) // DAY)} for name, expires in overview.certificates.items()
+            name: {"expires": expires, "days": int((expires - now) // DAY)}
+            for name, expires in overview.certificates.items()
         },
         "warnings": warnings_on(overview, now),
     }

@@ -26,7 +26,9 @@ class Rests:
     def was_late(self, client: str, round: int) -> int:
         """Note that a client was late in a round. For how many rounds it rests now."""
         self.times[client] += 1
-        rest = min(2 ** min(self.times[client] - 2, 30), self.longest) if self.times[client] > 1 else 0
+        rest = (
+            min(2 ** min(self.times[client] - 2, 30), self.longest) if self.times[client] > 1 else 0
+        )
         self._until[client] = round + rest
         return rest
 

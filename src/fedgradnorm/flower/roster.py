@@ -25,7 +25,10 @@ class Roster(Members):
     """
 
     def __init__(
-        self, encoder: Callable[[], nn.Module], buffers: Literal["local", "averaged"] = "local", clients: Iterable[tuple[str, Task]] = ()
+        self,
+        encoder: Callable[[], nn.Module],
+        buffers: Literal["local", "averaged"] = "local",
+        clients: Iterable[tuple[str, Task]] = (),
     ) -> None:
         self.encoder, self.buffers = encoder, buffers
         self._clients = {id: Client(id, task, absent) for id, task in clients}
@@ -46,7 +49,9 @@ class Roster(Members):
         try:
             return self._clients[id]
         except KeyError:
-            raise FederationError(f"there is no client '{id}'; {nearest(id, self._clients)}") from None
+            raise FederationError(
+                f"there is no client '{id}'; {nearest(id, self._clients)}"
+            ) from None
 
     def num_examples(self, id: str) -> int:
         """How many training examples a client has said that it has; 0 before."""
@@ -77,7 +82,10 @@ class Roster(Members):
         if self.open:
             for other in self._clients.values():
                 metric = other.task.main_metric
-                same = metric is None or (metric.name, metric.higher_is_better) == (greeting.metric, greeting.higher_is_better)
+                same = metric is None or (metric.name, metric.higher_is_better) == (
+                    greeting.metric,
+                    greeting.higher_is_better,
+                )
                 if other.id != id and other.task.name == task and greeting.metric and not same:
                     return f"client '{id}' measures task '{task}' in another way than client '{other.id}'"
             self._expect(id, task, greeting.metric, greeting.higher_is_better)
@@ -88,8 +96,17 @@ class Roster(Members):
 def roster_of(federation: Federation) -> Roster:
     """The clients of a federation without their data. Raises FederationError for an encoder that no message can hold."""
     encoder = federation.make_encoder(seed=0)
-    arrays_of({**dict(trainable(encoder)), **(buffers_of(encoder) if federation.buffers == "averaged" else {})})
-    return Roster(federation.new_encoder, federation.buffers, [(client.id, client.task) for client in federation.clients])
+    arrays_of(
+        {
+            **dict(trainable(encoder)),
+            **(buffers_of(encoder) if federation.buffers == "averaged" else {}),
+        }
+    )
+    return Roster(
+        federation.new_encoder,
+        federation.buffers,
+        [(client.id, client.task) for client in federation.clients],
+    )
 
 
 def module_of(tensors: dict[str, Tensor]) -> nn.Module:

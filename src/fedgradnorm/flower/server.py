@@ -48,9 +48,13 @@ def server_app(config: str | Path) -> ServerApp:
         words = str(options.get("settings", "")).split()
         settings = resolve_config(load_config(Path(config), words))
         if "run-dir" in options:
-            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(options["run-dir"])})})
+            settings = settings.model_copy(
+                update={"run": settings.run.model_copy(update={"dir": str(options["run-dir"])})}
+            )
         if settings.run.dir is None:
-            raise ConfigError("run.dir: expected a folder for the run: set it in the file, or run-dir in the app's configuration")
+            raise ConfigError(
+                "run.dir: expected a folder for the run: set it in the file, or run-dir in the app's configuration"
+            )
         roster = roster_of(build_federation(settings))
         limits = Limits(
             min_nodes=_number(context, "min-nodes", 0) or 1,
@@ -62,7 +66,10 @@ def server_app(config: str | Path) -> ServerApp:
         shared = " ".join(word for word in words if table_of(word) in SHARED)
         layout = Layout.of(roster.make_encoder(settings.train.seed))
         engine = GridEngine(grid, roster, layout, limits, settings.run.keep, settings=shared)
-        weighting, start_round = registry.build("weighting", settings.weighting), _number(context, "start-round", 0) or None
+        weighting, start_round = (
+            registry.build("weighting", settings.weighting),
+            _number(context, "start-round", 0) or None,
+        )
         first = _number(context, "min-nodes", 0) or len(roster.clients)
         train_on_grid(settings, engine, weighting, start_round, min_nodes=first)
         log.info("run: %s", settings.run.dir)
@@ -80,5 +87,7 @@ def _number(context: Context, name: str, default: int) -> int:
 def _share(context: Context, name: str) -> float:
     value = context.run_config.get(name, 1.0)
     if isinstance(value, bool | str | bytes) or not 0 < value <= 1:
-        raise ConfigError(f"run config: {name}: expected a share, more than 0 and at most 1, found {value!r}")
+        raise ConfigError(
+            f"run config: {name}: expected a share, more than 0 and at most 1, found {value!r}"
+        )
     return float(value)

@@ -23,7 +23,16 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
 from fedgradnorm.records import DataRecord
 
-__all__ = ["LOST_STATE", "Beginning", "LostState", "LostStateError", "MemoryStates", "StateFiles", "States", "begin"]
+__all__ = [
+    "LOST_STATE",
+    "Beginning",
+    "LostState",
+    "LostStateError",
+    "MemoryStates",
+    "StateFiles",
+    "States",
+    "begin",
+]
 
 LostState = Literal["refuse", "newest", "fresh"]
 LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")
@@ -45,7 +54,9 @@ class States(Protocol):
         """The state after a round. Raises LostStateError where there is none, RunError where it cannot be reached."""
         ...
 
-    def save(self, state: ClientState, keep: Collection[int], data: DataRecord | None = None) -> None:
+    def save(
+        self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
+    ) -> None:
         """Keep a state under its round, and remove all earlier ones but those of the rounds to be kept; with 0 among these, none.
 
         With it goes what the data are known by that it was trained on.
@@ -77,7 +88,11 @@ class Beginning:
 
 
 def begin(
-    states: States, base: int, lost_state: LostState, initial: Callable[[], ClientState], initial_loss: float | None = None
+    states: States,
+    base: int,
+    lost_state: LostState,
+    initial: Callable[[], ClientState],
+    initial_loss: float | None = None,
 ) -> Beginning:
     """The state after round ``base``, or what stands in for it where it is lost.
 
@@ -127,14 +142,21 @@ class MemoryStates:
         try:
             return self.by_round[round]
         except KeyError:
-            raise LostStateError(f"no state of round {round} is kept, expected one of {self.rounds()}") from None
+            raise LostStateError(
+                f"no state of round {round} is kept, expected one of {self.rounds()}"
+            ) from None
 
-    def save(self, state: ClientState, keep: Collection[int], data: DataRecord | None = None) -> None:
+    def save(
+        self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
+    ) -> None:
         """Keep a state."""
         for round in superfluous(self.by_round, state.round, keep):
             del self.by_round[round]
         self.by_round[state.round] = state
-        self._data = {**{round: known for round, known in self._data.items() if round in self.by_round}, state.round: data}
+        self._data = {
+            **{round: known for round, known in self._data.items() if round in self.by_round},
+            state.round: data,
+        }
 
     def rounds(self) -> list[int]:
         """The rounds that there are states of."""
@@ -171,38 +193,73 @@ class StateFiles:
                 numbers = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             if numbers["client"] != self.client or numbers["round"] != round:
-                raise RunError(f"state {path}: it is that of client '{numbers['client']}' after round {numbers['round']}")
+                raise RunError(
+                    f"state {path}: it is that of client '{numbers['client']}' after round {numbers['round']}"
+                )
             encoder = tensors.pop(ENCODER, None)
             parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
             for name, tensor in tensors.items():
                 part, _, own = name.partition("/")
                 parts[part][own] = tensor
-            return ClientState(initial_loss=numbers["initial_loss"], round=round, encoder=encoder, **parts)  # type: ignore[arg-type]
+            return ClientState(
+                initial_loss=numbers["initial_loss"], round=round, encoder=encoder, **parts
+            )  # type: ignore[arg-type]
         except FileNotFoundError:
-            found = sorted(entry.name for entry in self.folder.glob("round-*")) if self.folder.is_dir() else []
+            found = (
+                sorted(entry.name for entry in self.folder.glob("round-*"))
+                if self.folder.is_dir()
+                else []
+            )
             raise LostStateError(
                 f"client '{self.client}' needs its state of round {round}, and there is no such file: restore it, or begin a new experiment"
                 f", or set LOST_STATE (lost-state): {path}; found {found or 'none'}"
             ) from None
         except OSError as error:
             raise RunError(f"state {path}: cannot be read: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise LostStateError(f"state {path}: cannot be read: {' '.join(repr(error).split())[:300]}") from error
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise LostStateError(
+                f"state {path}: cannot be read: {' '.join(repr(error).split())[:300]}"
+            ) from error
 
-    def save(self, state: ClientState, keep: Collection[int], data: DataRecord | None = None) -> None:
+    def save(
+        self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
+    ) -> None:
         """Keep a state. Raises RunError where it cannot be written; the others are as they were."""
-        tensors = {f"{part}/{name}": value.contiguous().clone() for part in PARTS for name, value in _part(state, part).items()}
+        tensors = {
+            f"{part}/{name}": value.contiguous().clone()
+            for part in PARTS
+            for name, value in _part(state, part).items()
+        }
         if state.encoder is not None:
             tensors[ENCODER] = state.encoder
-        numbers = {"client": self.client, "round": state.round, "initial_loss": state.initial_loss, "data": data}
+        numbers = {
+            "client": self.client,
+            "round": state.round,
+            "initial_loss": state.initial_loss,
+            "data": data,
+        }
         try:
             for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)}))
-            for path in [*map(self._path, superfluous(self.rounds(), state.round, keep)), *self.folder.glob(".*.writing")]:
+            write_atomically(
+                self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)})
+            )
+            for path in [
+                *map(self._path, superfluous(self.rounds(), state.round, keep)),
+                *self.folder.glob(".*.writing"),
+            ]:
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"state {self._path(state.round)}: cannot be written: {error.strerror or error}") from error
+            raise RunError(
+                f"state {self._path(state.round)}: cannot be written: {error.strerror or error}"
+            ) from error
 
     def rounds(self) -> list[int]:
         """The rounds that there are files of."""

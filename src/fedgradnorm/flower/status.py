@@ -55,7 +55,9 @@ ENDED: tuple[State, ...] = ("completed", "stopped")
 Time = Annotated[FiniteFloat, Field(ge=0, lt=2.5e11)]
 """Unix seconds, up to the year 9892: no calendar has later ones."""
 
-Kind = Literal["late", "gone", "not-connected", "resting", "error", "crashed", "refused-report", "other"]
+Kind = Literal[
+    "late", "gone", "not-connected", "resting", "error", "crashed", "refused-report", "other"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANSWERED: tuple[Kind, ...] = ("error", "crashed", "refused-report")
 """Kinds of failures with which a client's node has answered all the same."""
@@ -175,14 +177,22 @@ class Watcher:
             config: the run's settings.
             done: the rounds that are done.
         """
-        self._folder, self._status = folder, _new(str(config.run.experiment), config.train.num_rounds)
+        self._folder, self._status = (
+            folder,
+            _new(str(config.run.experiment), config.train.num_rounds),
+        )
         before = None if folder is None else _read_soundly(folder / STATUS)
         if before is not None and before.experiment == self._status.experiment:  # it is resumed
             clients = {
-                id: one.model_copy(update={"connected": False, "node": None, "resting_until": None}) for id, one in before.clients.items()
+                id: one.model_copy(update={"connected": False, "node": None, "resting_until": None})
+                for id, one in before.clients.items()
             }
             self._status = self._status.model_copy(
-                update={"clients": clients, "round_began": before.round_began, "round_ended": before.round_ended}
+                update={
+                    "clients": clients,
+                    "round_began": before.round_began,
+                    "round_ended": before.round_ended,
+                }
             )
         self._status.round = self._status.done = done
         for id in self.members.client_ids:
@@ -201,7 +211,12 @@ class Watcher:
         for id in [*nodes, *(id for id in self._status.clients if id not in nodes)]:
             client, node = self._client(id), str(nodes[id]) if id in nodes else None
             if client.node != node:
-                client.node, client.connected, client.since, changed = node, node is not None, now, True
+                client.node, client.connected, client.since, changed = (
+                    node,
+                    node is not None,
+                    now,
+                    True,
+                )
                 client.last_seen = client.last_seen if node is None else now
         outside = {str(node): str(why) for node, why in strangers.items()}
         if changed or outside != self._status.strangers:
@@ -249,7 +264,10 @@ class Watcher:
             if row["dropped"] is not None and row["client"] not in failures:
                 self._drop(row["client"], round, "refused-report", row["dropped"])
             client = self._client(row["client"])
-            client.notes = [*client.notes, *(f"round {round}: {note}" for note in row.get("notes", ()))][-MOST_NOTES:]
+            client.notes = [
+                *client.notes,
+                *(f"round {round}: {note}" for note in row.get("notes", ())),
+            ][-MOST_NOTES:]
         self._write()
 
     def rest(self, until: Mapping[str, int]) -> None:
@@ -286,14 +304,18 @@ class Watcher:
                 write_atomically(beside(self._folder), content)
         except OSError as error:  # a run goes on as long as its own files can be written
             if self._unwritten != str(error):
-                log.warning("%s: cannot be written: %s", self._folder / STATUS, error.strerror or error)
+                log.warning(
+                    "%s: cannot be written: %s", self._folder / STATUS, error.strerror or error
+                )
             self._unwritten = str(error)
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, SystemExit | KeyboardInterrupt):
         return "it was stopped from outside, by flwr stop or a signal"
-    return " ".join((str(error) if isinstance(error, FedGradNormError) else described(error)).split())[:1000]
+    return " ".join(
+        (str(error) if isinstance(error, FedGradNormError) else described(error)).split()
+    )[:1000]
 
 
 def beside(folder: Path) -> Path:
@@ -335,7 +357,13 @@ def why_gone(status: RunStatus, folder: Path) -> str | None:
 def _new(experiment: str, num_rounds: int) -> RunStatus:
     now = time.time()
     return RunStatus(
-        experiment=experiment, num_rounds=num_rounds, started=now, written=now, due=now, pid=os.getpid(), host=socket.gethostname()
+        experiment=experiment,
+        num_rounds=num_rounds,
+        started=now,
+        written=now,
+        due=now,
+        pid=os.getpid(),
+        host=socket.gethostname(),
     )
 
 
@@ -344,12 +372,16 @@ def _read(path: Path) -> RunStatus:
         values = json.loads(path.read_bytes())
         found = values.get("format") if isinstance(values, dict) else None
         if isinstance(found, int) and found != FORMAT:
-            raise RunError(f"{path}: expected format {FORMAT}, found {found}: another version of fedgradnorm has written it")
+            raise RunError(
+                f"{path}: expected format {FORMAT}, found {found}: another version of fedgradnorm has written it"
+            )
         return RunStatus.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise RunError(f"{path}: damaged: {where}: {first['msg']}, found {repr(first['input'])[:100]}") from error
+        raise RunError(
+            f"{path}: damaged: {where}: {first['msg']}, found {repr(first['input'])[:100]}"
+        ) from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,15 @@ from torch import Tensor
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.build import IN_PYTHON
-from fedgradnorm.config import AggregationConfig, EngineConfig, FederationConfig, RunConfig, RunSettings, TrainConfig, validated
+from fedgradnorm.config import (
+    AggregationConfig,
+    EngineConfig,
+    FederationConfig,
+    RunConfig,
+    RunSettings,
+    TrainConfig,
+    validated,
+)
 from fedgradnorm.errors import ConfigError, StoppedError, require
 from fedgradnorm.flower.engine import GridEngine, Limits
 from fedgradnorm.flower.messages import Layout, arrays_of, tensors_of
@@ -99,7 +107,11 @@ class FedGradNorm(Strategy):
         self._aggregation = registry.resolved("aggregation", AggregationConfig(name=aggregation))
         self.aggregation: Aggregation = registry.build("aggregation", self._aggregation)
         self.limits = Limits(
-            min_nodes=min_nodes, node_timeout=node_timeout, round_timeout=round_timeout, min_replies=min_replies, max_rest=max_rest
+            min_nodes=min_nodes,
+            node_timeout=node_timeout,
+            round_timeout=round_timeout,
+            min_replies=min_replies,
+            max_rest=max_rest,
         )
         self.run_dir = None if run_dir is None else str(run_dir)
         self._training: dict[str, Any] = {
@@ -157,7 +169,10 @@ class FedGradNorm(Strategy):
         """
         self.summary()
         engine = self._engine_for(grid, initial_arrays, timeout)
-        engine.config = {"train": train_config or ConfigRecord(), "evaluate": evaluate_config or ConfigRecord()}
+        engine.config = {
+            "train": train_config or ConfigRecord(),
+            "evaluate": evaluate_config or ConfigRecord(),
+        }
         result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
 
         def note_state(state: ServerState) -> None:
@@ -169,21 +184,36 @@ class FedGradNorm(Strategy):
         def note(rows: Sequence[Row]) -> None:
             nonlocal stop
             round = rows[0]["round"]
-            for metrics, names in ((result.train_metrics_clientapp, TRAINED), (result.evaluate_metrics_clientapp, TESTED)):
+            for metrics, names in (
+                (result.train_metrics_clientapp, TRAINED),
+                (result.evaluate_metrics_clientapp, TESTED),
+            ):
                 means = _means(rows, names)
                 if means:
                     metrics[round] = means
             stop = should_stop(result)
 
         try:
-            done = train_on_grid(self._settings(num_rounds), engine, self.weighting, start_round, note, lambda: stop, note_state)
-            result.arrays = engine.layout.arrays(done.state.encoder)  # where no round was left to do, none has been noted
+            done = train_on_grid(
+                self._settings(num_rounds),
+                engine,
+                self.weighting,
+                start_round,
+                note,
+                lambda: stop,
+                note_state,
+            )
+            result.arrays = engine.layout.arrays(
+                done.state.encoder
+            )  # where no round was left to do, none has been noted
         except StoppedError:
             if not stop:
                 raise
         return result
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
         if self._engine is None or self._engine.grid is not grid or server_round == 1:
             self._engine, self._state = self._engine_for(grid, arrays), None
@@ -195,10 +225,14 @@ class FedGradNorm(Strategy):
         if self._state is None:
             self._state = ServerState(0, encoder, {}, self.weighting.init(engine.clients))
         self._state = replace(self._state, round=server_round - 1, encoder=encoder)
-        self._instructions = instruct(self._state, engine.roster, self._settings(server_round).train)
+        self._instructions = instruct(
+            self._state, engine.roster, self._settings(server_round).train
+        )
         return list(engine.messages_for(self._instructions).values())
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next encoder, and the means of the clients' figures. None, None, and the round undone, where too few reports are sound."""
         engine, state = self._begun()
         training, before = self._settings(server_round).train, engine.client_states
@@ -207,20 +241,37 @@ class FedGradNorm(Strategy):
         if len(reports) < max(1, training.min_clients):
             engine.restore(before)
             return None, None
-        engine.restore({**engine.client_states, **{client: before[client] for client in dropped if client in before}})
-        self._state, record = conclude(state, self._instructions, reports, dropped, self.weighting, self.aggregation, training)
-        return engine.layout.arrays(self._state.encoder), _means(rows_of(engine.roster, self._state, record, {}), TRAINED)
+        engine.restore(
+            {
+                **engine.client_states,
+                **{client: before[client] for client in dropped if client in before},
+            }
+        )
+        self._state, record = conclude(
+            state, self._instructions, reports, dropped, self.weighting, self.aggregation, training
+        )
+        return engine.layout.arrays(self._state.encoder), _means(
+            rows_of(engine.roster, self._state, record, {}), TRAINED
+        )
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:  # noqa: ARG002
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:  # noqa: ARG002
         """The messages for testing."""
         engine, _ = self._begun()
         engine.config = {**engine.config, "evaluate": config}
-        return list(engine.tests_for(engine.layout.vector(arrays_of(self._shared(arrays))), {}).values())
+        return list(
+            engine.tests_for(engine.layout.vector(arrays_of(self._shared(arrays))), {}).values()
+        )
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:  # noqa: ARG002
         """The mean of the clients' test losses."""
         engine, _ = self._begun()
-        losses = [one.loss for one in engine.evaluations(replies).values() if math.isfinite(one.loss)]
+        losses = [
+            one.loss for one in engine.evaluations(replies).values() if math.isfinite(one.loss)
+        ]
         return MetricRecord({"test_loss": fmean(losses)}) if losses else None
 
     def _begun(self) -> tuple[GridEngine, ServerState]:
@@ -231,13 +282,24 @@ class FedGradNorm(Strategy):
     def _shared(self, arrays: ArrayRecord) -> dict[str, Tensor]:
         tensors = tensors_of(arrays)
         own = (*self.head, *STATISTICS)
-        shared = {name: value for name, value in tensors.items() if value.is_floating_point() and not matches(name, own)}
-        require(bool(shared), "head", f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}", self.head)
+        shared = {
+            name: value
+            for name, value in tensors.items()
+            if value.is_floating_point() and not matches(name, own)
+        }
+        require(
+            bool(shared),
+            "head",
+            f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}",
+            self.head,
+        )
         types = sorted({str(value.dtype) for value in shared.values()})
         require(len(types) == 1, "initial_arrays", "an encoder of one type of numbers", types)
         return shared
 
-    def _engine_for(self, grid: Grid, arrays: ArrayRecord, timeout: float | None = None) -> GridEngine:
+    def _engine_for(
+        self, grid: Grid, arrays: ArrayRecord, timeout: float | None = None
+    ) -> GridEngine:
         shared = self._shared(arrays)
         limits = self.limits if timeout is None else replace(self.limits, round_timeout=timeout)
         roster = Roster(lambda: module_of(shared))
@@ -246,7 +308,9 @@ class FedGradNorm(Strategy):
     def _settings(self, num_rounds: int) -> RunConfig:
         return RunConfig(
             federation=FederationConfig(name=IN_PYTHON),
-            train=validated(TrainConfig, {"num_rounds": num_rounds, **self._training}, prefix="strategy"),
+            train=validated(
+                TrainConfig, {"num_rounds": num_rounds, **self._training}, prefix="strategy"
+            ),
             weighting=self._weighting,
             aggregation=self._aggregation,
             engine=EngineConfig(name="flower"),

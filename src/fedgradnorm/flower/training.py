@@ -88,7 +88,9 @@ def train_on_grid(
     folder = run_folder(config)
     check_deployable(config, engine.roster)
     with nullcontext() if folder is None else alone_in(folder, LOCK_TIMEOUT):
-        done, checkpoint, goes_back = (0, None, False) if folder is None else _done(folder, start_round)
+        done, checkpoint, goes_back = (
+            (0, None, False) if folder is None else _done(folder, start_round)
+        )
         begins = done == 0 or start_round == 1
 
         def made(settings: RunConfig) -> Engine:
@@ -99,10 +101,22 @@ def train_on_grid(
 
         if folder is None or begins:
             # every round has a checkpoint, for clients keep only their last states
-            run = config.run.model_copy(update={"experiment": new_experiment(), "checkpoint_every": 1})
+            run = config.run.model_copy(
+                update={"experiment": new_experiment(), "checkpoint_every": 1}
+            )
             config = config.model_copy(update={"run": run})
             with engine.watcher.watching(folder, config):
-                return begin(config, engine.roster, weighting, made, folder is not None, note, should_stop, on_state=on_state, locked=True)
+                return begin(
+                    config,
+                    engine.roster,
+                    weighting,
+                    made,
+                    folder is not None,
+                    note,
+                    should_stop,
+                    on_state=on_state,
+                    locked=True,
+                )
         opened = Run(folder)
         _check_unchanged(opened, config)
         if checkpoint is not None:
@@ -111,7 +125,17 @@ def train_on_grid(
         rounds, back_to = config.train.num_rounds, done if goes_back else None
         with engine.watcher.watching(folder, config, done):
             return go_on(
-                opened, engine.roster, weighting, made, rounds, note, should_stop, log.info, on_state, locked=True, back_to=back_to
+                opened,
+                engine.roster,
+                weighting,
+                made,
+                rounds,
+                note,
+                should_stop,
+                log.info,
+                on_state,
+                locked=True,
+                back_to=back_to,
             )
 
 
@@ -123,8 +147,14 @@ def run_folder(config: RunConfig) -> Path | None:
         folder = Path(config.run.dir).expanduser()
         current = Path.cwd()
         own = folder.resolve() not in (current, *current.parents)
-    except (OSError, RuntimeError, ValueError) as error:  # a home of nobody, or what no path can hold
-        raise ConfigError(f"run.dir: expected a folder for the run, found {config.run.dir!r}; {error}") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a home of nobody, or what no path can hold
+        raise ConfigError(
+            f"run.dir: expected a folder for the run, found {config.run.dir!r}; {error}"
+        ) from error
     require(own, "run.dir", "a folder of its own for the run", config.run.dir)
     return folder
 
@@ -138,9 +168,17 @@ def check_deployable(config: RunConfig, roster: Roster) -> None:
 
 def round_line(rows: Sequence[Row], num_rounds: int) -> str:
     """A round as a line of a log."""
-    heard = [f"{row['client']} loss {row['loss']:.4g} p {row['weight']:.3f}" for row in rows if row["loss"] is not None]
+    heard = [
+        f"{row['client']} loss {row['loss']:.4g} p {row['weight']:.3f}"
+        for row in rows
+        if row["loss"] is not None
+    ]
     dropped = [f"{row['client']}: {row['dropped']}" for row in rows if row["dropped"] is not None]
-    parts = [f"round {rows[0]['round']}/{num_rounds}", *heard[:10], *([f"and {len(heard) - 10} more"] if len(heard) > 10 else [])]
+    parts = [
+        f"round {rows[0]['round']}/{num_rounds}",
+        *heard[:10],
+        *([f"and {len(heard) - 10} more"] if len(heard) > 10 else []),
+    ]
     return "  ".join(parts) + (f"  dropped: {'; '.join(dropped)}" if dropped else "")
 
 
@@ -156,11 +194,17 @@ def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None
         if start_round != 1:
             opened = Run(folder)
             if opened.config.run.experiment is None:
-                raise RunError(f"{folder}: its clients are not on other machines: `fedgradnorm resume` goes on with it; {ANEW}")
+                raise RunError(
+                    f"{folder}: its clients are not on other machines: `fedgradnorm resume` goes on with it; {ANEW}"
+                )
             if faults and not done:
-                raise RunError(f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: {ANEW}")
+                raise RunError(
+                    f"{next(iter(faults.values()))}; no sound checkpoint is left to go on from: {ANEW}"
+                )
             if not done and opened.has_results():
-                raise RunError(f"{folder}: there are results of a run, and no checkpoint is left to go on from: {ANEW}")
+                raise RunError(
+                    f"{folder}: there are results of a run, and no checkpoint is left to go on from: {ANEW}"
+                )
     if start_round not in (None, 1, done + 1):
         checkpoint = _checkpoint_before(folder, start_round, done)
         return checkpoint.server.round, checkpoint, True
@@ -176,14 +220,20 @@ def _checkpoint_before(folder: Path, start_round: int, done: int) -> Checkpoint:
     kept = sound_rounds(folder / CHECKPOINTS) if done else []
     starts = [str(round) for round in (1, *(round + 1 for round in kept if round))]
     expected = " or ".join([", ".join(starts[:-1]), starts[-1]] if starts[1:] else starts)
-    checkpoints = f", and there are checkpoints of round {', '.join(map(str, kept))}" if kept else ""
-    raise ConfigError(f"start_round: expected {expected}, as {done} rounds are done in {folder}{checkpoints}, found {start_round}")
+    checkpoints = (
+        f", and there are checkpoints of round {', '.join(map(str, kept))}" if kept else ""
+    )
+    raise ConfigError(
+        f"start_round: expected {expected}, as {done} rounds are done in {folder}{checkpoints}, found {start_round}"
+    )
 
 
 def _check_unchanged(opened: Run, config: RunConfig) -> None:
     changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
-        raise ConfigError(f"{opened.folder}: a run goes on with the settings that it began with ({ANEW}); changed: {changed}")
+        raise ConfigError(
+            f"{opened.folder}: a run goes on with the settings that it began with ({ANEW}); changed: {changed}"
+        )
 
 
 def _show_log() -> None:

@@ -25,24 +25,49 @@ def charts_of(group: Sequence[ComparisonRow], loaded: Sequence[Loaded]) -> list[
     first = group[0]
     scale = 100 if first.percent else 1
 
-    def lines(value: Callable[[Row], float | None], *, sparse: bool = False) -> list[dict[str, Any]]:
-        return [line for one in runs for line in _lines(one, first.task, value, thin=thin, sparse=sparse)]
+    def lines(
+        value: Callable[[Row], float | None], *, sparse: bool = False
+    ) -> list[dict[str, Any]]:
+        return [
+            line
+            for one in runs
+            for line in _lines(one, first.task, value, thin=thin, sparse=sparse)
+        ]
 
     def metric(row: Row) -> float | None:
         return None if row["metric"] is None else scale * row["metric"]
 
     rounds = max(one.summary["rounds"] for one in runs)
     guesses = sorted({scale * row.guess for row in group if row.guess is not None})
-    guess = [{"kind": "guess", "colour": GREY, "name": "constant guess", "x": [1, rounds], "y": [value, value]} for value in guesses]
+    guess = [
+        {
+            "kind": "guess",
+            "colour": GREY,
+            "name": "constant guess",
+            "x": [1, rounds],
+            "y": [value, value],
+        }
+        for value in guesses
+    ]
     targets = [_mean_line(one, first.task, lambda row: row["target"], "target") for one in runs]
     texts = [
         ("Training loss", "share of initial loss", lines(lambda row: row["inverse_training_rate"])),
         (f"Test {first.metric or 'metric'}", _unit(first), lines(metric, sparse=True) + guess),
         ("Weight", "p; 1 is equal", lines(lambda row: row["weight"])),
-        ("Weighted gradient norm", "p · norm; its target is dashed", targets + lines(_weighted_norm)),
+        (
+            "Weighted gradient norm",
+            "p · norm; its target is dashed",
+            targets + lines(_weighted_norm),
+        ),
     ]
     return [
-        {"title": title, "unit": unit, "rounds": rounds, "from_zero": number != 1, "lines": [line for line in drawn if _has_values(line)]}
+        {
+            "title": title,
+            "unit": unit,
+            "rounds": rounds,
+            "from_zero": number != 1,
+            "lines": [line for line in drawn if _has_values(line)],
+        }
         for number, (title, unit, drawn) in enumerate(texts)
     ]
 
@@ -60,7 +85,9 @@ def _has_values(line: Mapping[str, Any]) -> bool:
     return any(value is not None for value in line["y"])
 
 
-def _lines(one: Loaded, task: str, value: Callable[[Row], float | None], *, thin: bool, sparse: bool) -> list[dict[str, Any]]:
+def _lines(
+    one: Loaded, task: str, value: Callable[[Row], float | None], *, thin: bool, sparse: bool
+) -> list[dict[str, Any]]:
     """A line per client and their mean, or a band and the mean; ``sparse`` leaves rounds without a value out in place of a gap."""
     by_client: dict[str, list[tuple[int, float | None]]] = {}
     for row in one.rows:
@@ -74,19 +101,32 @@ def _lines(one: Loaded, task: str, value: Callable[[Row], float | None], *, thin
     return lines
 
 
-def _mean_line(one: Loaded, task: str, value: Callable[[Row], float | None], kind: str, *, sparse: bool = False) -> dict[str, Any]:
+def _mean_line(
+    one: Loaded, task: str, value: Callable[[Row], float | None], kind: str, *, sparse: bool = False
+) -> dict[str, Any]:
     by_round = _by_round(one.rows, task, value)
-    points = [(round, fmean(values) if values else None) for round, values in by_round.items() if values or not sparse]
+    points = [
+        (round, fmean(values) if values else None)
+        for round, values in by_round.items()
+        if values or not sparse
+    ]
     return _line(one, kind, points, {"target": "target"}.get(kind, ""))
 
 
 def _band(one: Loaded, task: str, value: Callable[[Row], float | None]) -> dict[str, Any]:
-    reached = {round: values for round, values in _by_round(one.rows, task, value).items() if values}
+    reached = {
+        round: values for round, values in _by_round(one.rows, task, value).items() if values
+    }
     low = _line(one, "band", [(round, min(values)) for round, values in reached.items()])
-    return {**_line(one, "band", [(round, max(values)) for round, values in reached.items()]), "low": low["y"]}
+    return {
+        **_line(one, "band", [(round, max(values)) for round, values in reached.items()]),
+        "low": low["y"],
+    }
 
 
-def _by_round(rows: Sequence[Row], task: str, value: Callable[[Row], float | None]) -> dict[int, list[float]]:
+def _by_round(
+    rows: Sequence[Row], task: str, value: Callable[[Row], float | None]
+) -> dict[int, list[float]]:
     by_round: dict[int, list[float]] = {}
     for row in rows:
         if row["task"] == task:
@@ -96,11 +136,15 @@ def _by_round(rows: Sequence[Row], task: str, value: Callable[[Row], float | Non
     return by_round
 
 
-def _line(one: Loaded, kind: str, points: Sequence[tuple[int, float | None]], what: str = "") -> dict[str, Any]:
+def _line(
+    one: Loaded, kind: str, points: Sequence[tuple[int, float | None]], what: str = ""
+) -> dict[str, Any]:
     return {
         "kind": kind,
         "colour": one.colour,
-        "name": escape(f"{one.label}, {what}" if what else one.label, quote=False),  # plotly reads names as HTML
+        "name": escape(
+            f"{one.label}, {what}" if what else one.label, quote=False
+        ),  # plotly reads names as HTML
         "x": [round for round, _ in points],
         "y": [None if value is None else float(f"{value:.5g}") for _, value in points],
     }

@@ -77,7 +77,9 @@ def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
     """
     if not runs:
         raise RunError("expected at least one run to report on, found none")
-    return [row for group in rows_of(labels_of(runs), [read(run)[1] for run in runs]) for row in group]
+    return [
+        row for group in rows_of(labels_of(runs), [read(run)[1] for run in runs]) for row in group
+    ]
 
 
 def rows_of(labels: Sequence[str], summaries: Sequence[Summary]) -> list[list[ComparisonRow]]:
@@ -98,10 +100,19 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     """
     groups = grouped(comparison_rows(runs))
     headers, single = headers_of(groups), len(runs) == 1
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=explanation(single), caption_justify="left")
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=explanation(single),
+        caption_justify="left",
+    )
     table.add_column("task" if single else "task / run", overflow="fold", min_width=10)
     for header in headers:
-        last_loss = header == ("loss", "last")  # a wider gap parts the figures of the loss from those of the metric
+        last_loss = header == (
+            "loss",
+            "last",
+        )  # a wider gap parts the figures of the loss from those of the metric
         table.add_column(" loss" if last_loss else header[1], justify="right", no_wrap=True)
     for group in groups:
         heading = Text(heading_of(group[0]), style="bold")
@@ -124,21 +135,37 @@ def grouped(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
 def headers_of(groups: Sequence[Sequence[ComparisonRow]]) -> list[tuple[str, str]]:
     """Every figure's column: what it is about, and its title."""
     rows = [row for group in groups for row in group]
-    shares = {key.removeprefix(LOSS_RATIO) for row in rows for key in row.rounds_to if key.startswith(LOSS_RATIO)}
+    shares = {
+        key.removeprefix(LOSS_RATIO)
+        for row in rows
+        for key in row.rounds_to
+        if key.startswith(LOSS_RATIO)
+    }
     aims = [("metric", "target")] if any(_aims(row) for row in rows) else []
     metric = [("metric", title) for title in ("guess", "first", "best (at)", "last")]
-    losses = [("loss", "last"), *(("loss", f"≤{share}") for share in sorted(shares, key=float, reverse=True))]
+    losses = [
+        ("loss", "last"),
+        *(("loss", f"≤{share}") for share in sorted(shares, key=float, reverse=True)),
+    ]
     return [*metric, *aims, *losses, ("", "weight")]
 
 
-def cells_of(group: Sequence[ComparisonRow], headers: Sequence[tuple[str, str]]) -> list[list[tuple[str, bool]]]:
+def cells_of(
+    group: Sequence[ComparisonRow], headers: Sequence[tuple[str, str]]
+) -> list[list[tuple[str, bool]]]:
     """By row and column: the text, and whether it is the best of its task. Where all are as good, none is."""
     scored = [[cell_of(row, *header) for header in headers] for row in group]
     best = []
     for column in zip(*scored, strict=True):
         scores = {score for _, score in column}
         best.append(max(scores - {None}, default=None) if len(scores) > 1 else None)
-    return [[(text, score is not None and score == top) for (text, score), top in zip(cells, best, strict=True)] for cells in scored]
+    return [
+        [
+            (text, score is not None and score == top)
+            for (text, score), top in zip(cells, best, strict=True)
+        ]
+        for cells in scored
+    ]
 
 
 def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | None]:
@@ -147,8 +174,20 @@ def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | No
     The score is what the text shows: runs that a reader cannot tell apart are not ranked.
     """
     if about == "loss":
-        value = row.loss_ratio if title == "last" else row.rounds_to.get(LOSS_RATIO + title.removeprefix("≤"))
-        text = ABSENT if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.2f}" if value < 1000 else f"{value:.0e}"
+        value = (
+            row.loss_ratio
+            if title == "last"
+            else row.rounds_to.get(LOSS_RATIO + title.removeprefix("≤"))
+        )
+        text = (
+            ABSENT
+            if value is None
+            else f"{value:d}"
+            if isinstance(value, int)
+            else f"{value:.2f}"
+            if value < 1000
+            else f"{value:.0e}"
+        )
         return text, None if value is None else -float(text)
     if title == "weight":
         return f"{row.weight:.2f}", None
@@ -159,7 +198,10 @@ def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | No
         return ABSENT, None
     text = _figure(value, row.percent)
     score = float(text.split()[0]) * (1 if row.higher_is_better else -1)
-    return f"{text} ({row.best_round})" if title == "best (at)" else text, None if title == "guess" else score
+    return (
+        f"{text} ({row.best_round})" if title == "best (at)" else text,
+        None if title == "guess" else score,
+    )
 
 
 def percentage(share: float) -> str:
@@ -170,7 +212,11 @@ def percentage(share: float) -> str:
 def heading_of(row: ComparisonRow) -> str:
     """A task's heading: its name, its clients if there are several, and its metric with the better direction."""
     clients = f" ({row.clients} clients)" if row.clients > 1 else ""
-    return f"{row.task}{clients}" + (f": {row.metric}\N{NO-BREAK SPACE}{'↑' if row.higher_is_better else '↓'}" if row.metric else "")
+    return f"{row.task}{clients}" + (
+        f": {row.metric}\N{NO-BREAK SPACE}{'↑' if row.higher_is_better else '↓'}"
+        if row.metric
+        else ""
+    )
 
 
 def explanation(single: bool) -> str:
@@ -183,7 +229,9 @@ def explanation(single: bool) -> str:
     )
 
 
-def _row(label: str, name: str, task: Mapping[str, Any], metric: Mapping[str, Any]) -> ComparisonRow:
+def _row(
+    label: str, name: str, task: Mapping[str, Any], metric: Mapping[str, Any]
+) -> ComparisonRow:
     return ComparisonRow(
         task=name,
         run=label,
@@ -200,8 +248,15 @@ def _row(label: str, name: str, task: Mapping[str, Any], metric: Mapping[str, An
 
 def _aims(row: ComparisonRow) -> list[str]:
     """The rounds to the targets that a run had for a task's metric, such as "12 (90.0 %)"."""
-    aims = {key.rpartition(" ")[2]: round for key, round in row.rounds_to.items() if not key.startswith(LOSS_RATIO)}
-    return [f"{round or ABSENT} ({_figure(float(target), row.percent)})" for target, round in aims.items()]
+    aims = {
+        key.rpartition(" ")[2]: round
+        for key, round in row.rounds_to.items()
+        if not key.startswith(LOSS_RATIO)
+    }
+    return [
+        f"{round or ABSENT} ({_figure(float(target), row.percent)})"
+        for target, round in aims.items()
+    ]
 
 
 def _figure(value: float, percent: bool) -> str:

@@ -11,18 +11,34 @@ from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percen
 from fedgradnorm.report.loading import Loaded
 from fedgradnorm.summary import LOSS_RATIO, silent_texts
 
-__all__ = ["caveat", "differing_settings", "findings", "listed", "plural", "settings_of", "silent_lines", "state_lines"]
+__all__ = [
+    "caveat",
+    "differing_settings",
+    "findings",
+    "listed",
+    "plural",
+    "settings_of",
+    "silent_lines",
+    "state_lines",
+]
 
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
     """What the runs show, in a sentence or two; first of all which have not finished, and who was never or seldom heard."""
-    lines = [*state_lines(loaded), *silent_lines([run.label for run in loaded], [run.summary for run in loaded])]
+    lines = [
+        *state_lines(loaded),
+        *silent_lines([run.label for run in loaded], [run.summary for run in loaded]),
+    ]
     return "".join(f"{line}. " for line in lines) + _findings(groups, loaded)
 
 
 def state_lines(loaded: Sequence[Loaded]) -> list[str]:
     """How far the runs have got that have not finished, a line for each, with the run's name where there are several."""
-    return [one.state if len(loaded) == 1 else f"{one.label}: {one.state}" for one in loaded if one.state]
+    return [
+        one.state if len(loaded) == 1 else f"{one.label}: {one.state}"
+        for one in loaded
+        if one.state
+    ]
 
 
 def silent_lines(labels: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
@@ -40,7 +56,14 @@ def _findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded
     shared = [group for group in groups if len(group) == len(loaded)]
     if not shared:
         return "These runs have no task in common."
-    last = [{row.run: score for row in group if (score := cell_of(row, "metric", "last")[1]) is not None} for group in shared]
+    last = [
+        {
+            row.run: score
+            for row in group
+            if (score := cell_of(row, "metric", "last")[1]) is not None
+        }
+        for group in shared
+    ]
     tested = [scores for scores in last if scores]
     return _fastest(shared) + (f" Best last test metric: {_places(tested)}." if tested else "")
 
@@ -49,13 +72,22 @@ def caveat(loaded: Sequence[Loaded]) -> str:
     """How far the findings can be trusted."""
     if len(loaded) == 1:
         return "A single run: another seed can end elsewhere."
-    differing = listed(sorted({key.replace("weighting.", "weighting ", 1).split()[0] for key in differing_settings(loaded)}))
+    differing = listed(
+        sorted(
+            {
+                key.replace("weighting.", "weighting ", 1).split()[0]
+                for key in differing_settings(loaded)
+            }
+        )
+    )
     return f"Single runs: small differences can be chance. Settings that differ: {differing or 'none'}."
 
 
 def differing_settings(loaded: Sequence[Loaded]) -> dict[str, list[str]]:
     """The dotted keys whose values differ between the runs, with every run's value."""
-    flat = [{key: str(value) for key, value in dotted(settings_of(one.run)).items()} for one in loaded]
+    flat = [
+        {key: str(value) for key, value in dotted(settings_of(one.run)).items()} for one in loaded
+    ]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [settings.get(key, ABSENT) for settings in flat] for key in keys}
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
@@ -83,7 +115,10 @@ def _fastest(shared: Sequence[Sequence[ComparisonRow]]) -> str:
     keys = {key for key in shared[0][0].rounds_to if key.startswith(LOSS_RATIO)}
     keys = {key for key in keys if all(key in row.rounds_to for group in shared for row in group)}
     scores = {
-        key: [{row.run: -round for row in group if (round := row.rounds_to[key]) is not None} for group in shared]
+        key: [
+            {row.run: -round for row in group if (round := row.rounds_to[key]) is not None}
+            for group in shared
+        ]
         for key in sorted(keys, key=_share_of)
     }
     target = max(scores, key=lambda key: sum(map(bool, scores[key])), default=None)
@@ -103,7 +138,12 @@ def _places(tasks: Sequence[Mapping[str, float]]) -> str:
         winners = [run for run, score in scores.items() if score == max(scores.values())]
         won[winners[0] if len(winners) == 1 else "a tie" if winners else "no run"] += 1
     (most, count), *others = won.most_common()
-    return ", ".join([f"{most} in {count} of {plural(len(tasks), 'task')}", *(f"{run} in {count}" for run, count in others)])
+    return ", ".join(
+        [
+            f"{most} in {count} of {plural(len(tasks), 'task')}",
+            *(f"{run} in {count}" for run, count in others),
+        ]
+    )
 
 
 def _findings_of_one(rows: Sequence[ComparisonRow], one: Loaded) -> str:

@@ -31,7 +31,11 @@ def json_for_html(value: object) -> str:
 
 def tag(name: str, *children: str, **attributes: str) -> str:
     """An element. The children are HTML already; the attributes are escaped here, and ``data_x`` is written ``data-x``."""
-    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items() if value)
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+        if value
+    )
     return f"<{name}{written}>{''.join(children)}</{name}>"
 
 
@@ -42,4 +46,10 @@ def texts(name: str, values: Iterable[str], **attributes: str) -> str:
 
 def key(text: str, colour: str, kind: str = "") -> str:
     """An entry of a legend."""
-    return tag("span", "<i></i>", tag("span", escape(text)), class_=f"key {kind}".strip(), style=f"color:{colour}")
+    return tag(
+        "span",
+        "<i></i>",
+        tag("span", escape(text)),
+        class_=f"key {kind}".strip(),
+        style=f"color:{colour}",
+    )

@@ -36,9 +36,16 @@ def load(runs: Sequence[Run]) -> list[Loaded]:
     """Read the files of every run, and give it its name and colour. Raises RunError where one is damaged, or before a first round."""
     methods = [_method_of(run) for run in runs]
     looks = looks_for(
-        [label if methods.count(name) > 1 else name for label, name in zip(labels_of(runs), methods, strict=True)], colours_only=True
+        [
+            label if methods.count(name) > 1 else name
+            for label, name in zip(labels_of(runs), methods, strict=True)
+        ],
+        colours_only=True,
     )
-    return [Loaded(label, look.colour, run, *read(run)) for label, look, run in zip(labels_of(runs), looks, runs, strict=True)]
+    return [
+        Loaded(label, look.colour, run, *read(run))
+        for label, look, run in zip(labels_of(runs), looks, runs, strict=True)
+    ]
 
 
 def _method_of(run: Run) -> str:
@@ -52,9 +59,14 @@ def _method_of(run: Run) -> str:
 def labels_of(runs: Sequence[Run]) -> list[str]:
     """Names that tell the runs apart: with as many of the folders above as that takes, and numbered if a folder comes twice."""
     parts = [run.folder.resolve().parts for run in runs]
-    depth = next((depth for depth in range(1, 5) if len({part[-depth:] for part in parts}) == len(parts)), 1)
+    depth = next(
+        (depth for depth in range(1, 5) if len({part[-depth:] for part in parts}) == len(parts)), 1
+    )
     names = ["/".join(part[-depth:]) for part in parts]
-    return [f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    return [
+        f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
 
 
 def read(run: Run) -> tuple[list[Row], Summary, str]:
@@ -66,10 +78,14 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
     rows = run.whole_rounds()
     if run.is_finished():
         if not rows:
-            raise RunError(f"{run.folder / 'metrics.jsonl'}: expected a line per round and client, found none")
+            raise RunError(
+                f"{run.folder / 'metrics.jsonl'}: expected a line per round and client, found none"
+            )
         return rows, run.summary(), ""
     if not rows:
-        raise RunError(f"{run.folder}: no round of {run.config.train.num_rounds} is done yet: there is nothing to report on")
+        raise RunError(
+            f"{run.folder}: no round of {run.config.train.num_rounds} is done yet: there is nothing to report on"
+        )
     checkpoint, _, _ = load_newest(run.folder / CHECKPOINTS)
     members = run.members() or (None if checkpoint is None else checkpoint.members)
     seconds, costs = (0.0, {}) if checkpoint is None else (checkpoint.seconds, checkpoint.costs)
@@ -81,14 +97,19 @@ def state_text(run: Run, done: int) -> str:
     """How far a run has got that has not finished, such as "running: round 7 of 100"."""
     place = f"round {done} of {run.config.train.num_rounds}"
     written = being_written(run.folder)
-    if written is None and lock_of(run.folder.resolve()).exists():  # it cannot be asked; a copy has none
+    if (
+        written is None and lock_of(run.folder.resolve()).exists()
+    ):  # it cannot be asked; a copy has none
         return f"{place} so far"
     return f"running: {place}" if written else f"stopped after {place}"
 
 
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
     """The clients that rows are of. What their tasks measure is in the record of members alone."""
-    tasks, measured = {row["client"]: row["task"] for row in rows}, dict[str, tuple[str, bool, bool]]()
+    tasks, measured = (
+        {row["client"]: row["task"] for row in rows},
+        dict[str, tuple[str, bool, bool]](),
+    )
     for one in () if members is None else members["clients"].values():
         measured[one["task"]] = one["metric"], one["higher_is_better"], one.get("percent", False)
     return [absent_client(id, task, *measured.get(task, ())) for id, task in tasks.items()]

@@ -31,7 +31,9 @@ KNOWN = (
 )
 """The methods whose look is always the same, in studies too: by sevens they have all colours, and a dash and a marker of their own."""
 
-PLACES = {name: place for place, name in enumerate(KNOWN)} | {"fedgradnorm": KNOWN.index("fedgradnorm step")}
+PLACES = {name: place for place, name in enumerate(KNOWN)} | {
+    "fedgradnorm": KNOWN.index("fedgradnorm step")
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]
             taken.setdefault(PLACES[name] % places, at)
     free = (place for place in range(places) if place not in set(taken))
     found = {at: place for place, at in taken.items()}
-    return [_look(name, found[at] if at in found else next(free, at % places)) for at, name in enumerate(names)]
+    return [
+        _look(name, found[at] if at in found else next(free, at % places))
+        for at, name in enumerate(names)
+    ]
 
 
 def _look(name: str, place: int) -> Look:

@@ -79,7 +79,9 @@ def head_steps(local: LocalRound) -> None:
     local.steps.on_head(local)
 
 
-def encoder_steps(local: LocalRound, *, with_head: bool = False, mu: float = 0.0) -> tuple[Tensor, float]:
+def encoder_steps(
+    local: LocalRound, *, with_head: bool = False, mu: float = 0.0
+) -> tuple[Tensor, float]:
     """τ_ω SGD steps on the encoder with step size β: the mean gradient, shape ``(P,)``, and the mean loss of the batches.
 
     Args:
@@ -90,9 +92,13 @@ def encoder_steps(local: LocalRound, *, with_head: bool = False, mu: float = 0.0
     return local.steps.on_encoder(local, with_head=with_head, mu=mu)
 
 
-def encoded(client: Client, encoder: nn.Module, instruction: Instruction) -> Iterator[tuple[Tensor, Tensor]]:
+def encoded(
+    client: Client, encoder: nn.Module, instruction: Instruction
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the head's steps, their inputs as the fixed encoder's features."""
-    for inputs, targets in batches_of(client, order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)):
+    for inputs, targets in batches_of(
+        client, order_of(client, instruction, HEAD_BATCHES, instruction.training.head_steps)
+    ):
         with torch.no_grad():
             features = encoder(inputs)
         yield features, targets
@@ -116,7 +122,9 @@ class PlainSteps:
             return
         for features, targets in self.encoded(local.client, local.encoder, local.instruction):
             loss = task.loss(head(features), targets)
-            gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss, [parameter for _, parameter in parameters], allow_unused=True
+            )
             _move_head(parameters, gradients, local)
 
     def on_encoder(self, local: LocalRound, *, with_head: bool, mu: float) -> tuple[Tensor, float]:
@@ -128,13 +136,20 @@ class PlainSteps:
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         for inputs, targets in batches_of(local.client, encoder_order(local)):
             loss = local.client.task.loss(local.head(local.encoder(inputs)), targets)
-            found = torch.autograd.grad(loss, [*parameters, *(parameter for _, parameter in of_head)], allow_unused=True)
+            found = torch.autograd.grad(
+                loss, [*parameters, *(parameter for _, parameter in of_head)], allow_unused=True
+            )
             with torch.no_grad():
                 pairs = zip(parameters, found, strict=False)
-                gradients = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
+                gradients = [
+                    torch.zeros_like(parameter) if gradient is None else gradient
+                    for parameter, gradient in pairs
+                ]
                 if mu:
                     pull = torch._foreach_mul(torch._foreach_sub(parameters, received), mu)
-                    gradients = list(torch._foreach_add(pull, gradients))  # in this order: a gradient may be sparse
+                    gradients = list(
+                        torch._foreach_add(pull, gradients)
+                    )  # in this order: a gradient may be sparse
                 torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
                 torch._foreach_add_(sums, gradients)
             if with_head:
@@ -144,13 +159,26 @@ class PlainSteps:
 
 
 @torch.no_grad()
-def _move_head(parameters: list[tuple[str, nn.Parameter]], gradients: Iterable[Tensor | None], local: LocalRound) -> None:
+def _move_head(
+    parameters: list[tuple[str, nn.Parameter]],
+    gradients: Iterable[Tensor | None],
+    local: LocalRound,
+) -> None:
     """A step of size α. A parameter without a gradient stays where it is."""
     training = local.instruction.training
-    used = [(name, parameter, gradient) for (name, parameter), gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    used = [
+        (name, parameter, gradient)
+        for (name, parameter), gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    ]
     if used:
-        directions = [direction(name, gradient, local.velocity, training.head_momentum) for name, _, gradient in used]
-        torch._foreach_sub_([parameter for _, parameter, _ in used], directions, alpha=training.head_lr)  # α
+        directions = [
+            direction(name, gradient, local.velocity, training.head_momentum)
+            for name, _, gradient in used
+        ]
+        torch._foreach_sub_(
+            [parameter for _, parameter, _ in used], directions, alpha=training.head_lr
+        )  # α
 
 
 def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum: float) -> Tensor:
@@ -163,7 +191,9 @@ def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum
 
 def encoder_order(local: LocalRound) -> np.ndarray:
     """The examples of the encoder's steps, shape ``(steps, batch)``: all of the round, or the one that the instruction asks for."""
-    order = order_of(local.client, local.instruction, ENCODER_BATCHES, local.instruction.training.encoder_steps)
+    order = order_of(
+        local.client, local.instruction, ENCODER_BATCHES, local.instruction.training.encoder_steps
+    )
     step = local.instruction.step
     return order if step is None else order[step : step + 1]
 
@@ -189,7 +219,9 @@ def order_of(client: Client, instruction: Instruction, purpose: str, steps: int)
     if draws_few(examples, steps * batch):
         rng = quick_generator(training.seed, instruction.round, client.id, purpose)
         return distinct(rng, examples, steps * batch).reshape(steps, batch)
-    return batch_order(order_numbers(client, instruction, purpose, steps), training.batch_size, steps)
+    return batch_order(
+        order_numbers(client, instruction, purpose, steps), training.batch_size, steps
+    )
 
 
 def order_numbers(client: Client, instruction: Instruction, purpose: str, steps: int) -> np.ndarray:

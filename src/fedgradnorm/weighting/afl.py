@@ -50,26 +50,36 @@ class AFL:
     loss: LossKind = "absolute"
 
     def __post_init__(self) -> None:
-        require(0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr)
+        require(
+            0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr
+        )
         check_loss(self.loss)
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """One step of the ascent."""
-        return keeping(state, reports, has_a_rate if self.loss == "relative" else lambda _: True, self._update)
+        return keeping(
+            state, reports, has_a_rate if self.loss == "relative" else lambda _: True, self._update
+        )
 
     @property
     def needs_positive_losses(self) -> bool:
         """Whether training rates are compared."""
         return self.loss == "relative"
 
-    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def _update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         before = np.array([state.weights.get(report.client, 1.0) for report in reports])
         ascent = self.weight_lr * losses_of(reports, self.loss)
-        return proportional(state, reports, on_simplex(before / before.sum() + (ascent - ascent.max())))
+        return proportional(
+            state, reports, on_simplex(before / before.sum() + (ascent - ascent.max()))
+        )
 
 
 def on_simplex(point: np.ndarray) -> np.ndarray:

@@ -51,7 +51,9 @@ class Weighting(Protocol):
         """The state before the first round."""
         ...
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of this round, and the next state.
 
         Args:

@@ -57,9 +57,15 @@ class CAGrad:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the conflict-averse direction."""
-        return combination(state, reports, coefficients_of(reports, self.group_by, partial(conflict_averse, c=self.c)))
+        return combination(
+            state,
+            reports,
+            coefficients_of(reports, self.group_by, partial(conflict_averse, c=self.c)),
+        )
 
 
 def conflict_averse(gram: np.ndarray, c: float) -> np.ndarray:
@@ -78,12 +84,18 @@ def conflict_averse(gram: np.ndarray, c: float) -> np.ndarray:
 
     def best(rho: float) -> tuple[np.ndarray, float]:
         shift = rho / reach
-        weights = least_norm(gram + shift * (onto_mean[:, None] + onto_mean) + shift**2 * (mean @ onto_mean))
+        weights = least_norm(
+            gram + shift * (onto_mean[:, None] + onto_mean) + shift**2 * (mean @ onto_mean)
+        )
         return weights, float(np.sqrt(max(weights @ gram @ weights, 0.0)))
 
     least, most = NO_LENGTH, 1.0 + NO_LENGTH
     if best(least)[1] <= least:
         return mean
-    weights, length = best(scipy.optimize.brentq(lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13, maxiter=500))
+    weights, length = best(
+        scipy.optimize.brentq(
+            lambda rho: best(rho)[1] - rho, least, most, xtol=1e-15, rtol=1e-13, maxiter=500
+        )
+    )
     coefficients: np.ndarray = mean + reach / length * weights
     return coefficients

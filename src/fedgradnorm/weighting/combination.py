@@ -24,7 +24,10 @@ def start(client_ids: Sequence[str], **memory: Any) -> WeightingState:
 
 
 def combination(
-    state: WeightingState, reports: Sequence[Report], coefficients: Sequence[float] | np.ndarray, memory: Mapping[str, Any] | None = None
+    state: WeightingState,
+    reports: Sequence[Report],
+    coefficients: Sequence[float] | np.ndarray,
+    memory: Mapping[str, Any] | None = None,
 ) -> tuple[Weights, WeightingState]:
     r"""The weights and the scale with which the aggregation `Mean` makes the direction Σ a_i g_i, and the next state.
 
@@ -59,11 +62,16 @@ def combination(
     applied = before.sum() * shares
     remembered = {**state.weights, **dict(zip(clients, _raised(applied).tolist(), strict=True))}
     values = dict(zip(clients, applied.tolist(), strict=True))
-    return Weights(values, scale=scale), WeightingState(remembered, state.memory if memory is None else memory)
+    return Weights(values, scale=scale), WeightingState(
+        remembered, state.memory if memory is None else memory
+    )
 
 
 def proportional(
-    state: WeightingState, reports: Sequence[Report], shares: Sequence[float] | np.ndarray, memory: Mapping[str, Any] | None = None
+    state: WeightingState,
+    reports: Sequence[Report],
+    shares: Sequence[float] | np.ndarray,
+    memory: Mapping[str, Any] | None = None,
 ) -> tuple[Weights, WeightingState]:
     """The same for a weighted mean of the gradients, p_i ∝ shares, with the scale 1: only the shares' ratios count.
 
@@ -103,7 +111,14 @@ def keeping(
     weights, after = update(state, weighed)
     return (
         replace(weights, values={**old, **weights.values}),
-        replace(after, weights={**state.weights, **old, **{report.client: after.weights[report.client] for report in weighed}}),
+        replace(
+            after,
+            weights={
+                **state.weights,
+                **old,
+                **{report.client: after.weights[report.client] for report in weighed},
+            },
+        ),
     )
 
 

@@ -48,18 +48,38 @@ class DWA:
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        require(1e-3 <= self.temperature <= 1e6, "temperature", "a number from 1e-3 to 1e6", self.temperature)
+        require(
+            1e-3 <= self.temperature <= 1e6,
+            "temperature",
+            "a number from 1e-3 to 1e6",
+            self.temperature,
+        )
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone, and no loss yet."""
         return start(client_ids, losses={})
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Weights by how the losses have changed since the client's last report."""
         return keeping(state, reports, has_a_rate, self._update)
 
-    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
-        now = dict(zip((report.client for report in reports), losses_of(reports, positive=True).tolist(), strict=True))
+    def _update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
+        now = dict(
+            zip(
+                (report.client for report in reports),
+                losses_of(reports, positive=True).tolist(),
+                strict=True,
+            )
+        )
         before = {**now, **state.memory["losses"]}
         rates = np.array([min(loss / before[client], LARGEST_RATE) for client, loss in now.items()])
-        return proportional(state, reports, scipy.special.softmax(rates / self.temperature), {"losses": {**before, **now}})
+        return proportional(
+            state,
+            reports,
+            scipy.special.softmax(rates / self.temperature),
+            {"losses": {**before, **now}},
+        )

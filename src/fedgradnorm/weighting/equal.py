@@ -24,7 +24,9 @@ class Equal:
         """Weight 1 for everyone."""
         return WeightingState(dict.fromkeys(client_ids, 1.0))
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Weight 1 for everyone, whatever they report."""
         values = {report.client: 1.0 for report in reports}
         return Weights(values), WeightingState({**state.weights, **values})

@@ -28,6 +28,8 @@ class Examples:
         """Weight 1 for everyone: the numbers are not known before the first reports."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Weights by the examples that the reports tell of."""
         return proportional(state, reports, [float(report.num_examples) for report in reports])

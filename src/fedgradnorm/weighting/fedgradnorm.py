@@ -74,23 +74,37 @@ class FedGradNorm:
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 10, "gamma", "a number from 0 to 10", self.gamma)
         require(self.solver in ("step", "exact"), "solver", "'step' or 'exact'", self.solver)
-        require(0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr)
+        require(
+            0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr
+        )
         require(self.weight_steps >= 1, "weight_steps", "at least 1", self.weight_steps)
         require(0 < self.damping <= 1, "damping", "a number above 0, at most 1", self.damping)
-        require(1e-12 <= self.min_weight < 1, "min_weight", "a number from 1e-12 to below 1", self.min_weight)
+        require(
+            1e-12 <= self.min_weight < 1,
+            "min_weight",
+            "a number from 1e-12 to below 1",
+            self.min_weight,
+        )
         require(self.normalize in ("sum", "norm"), "normalize", "'sum' or 'norm'", self.normalize)
-        require(self.group_by in ("client", "task"), "group_by", "'client' or 'task'", self.group_by)
+        require(
+            self.group_by in ("client", "task"), "group_by", "'client' or 'task'", self.group_by
+        )
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
         return WeightingState(dict.fromkeys(client_ids, 1.0), {"groups": {}})
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
         sound = [report for report in reports if self._can_be_weighed(report)]
         own_groups = [self._group(report) for report in sound]
         weights = {**dict.fromkeys((report.client for report in reports), 1.0), **state.weights}
-        groups = {**state.memory["groups"], **{report.client: self._group(report) for report in reports}}
+        groups = {
+            **state.memory["groups"],
+            **{report.client: self._group(report) for report in reports},
+        }
         targets: dict[str, float] = {}
         if sound:
             number = {group: index for index, group in enumerate(dict.fromkeys(own_groups))}
@@ -98,7 +112,9 @@ class FedGradNorm:
             moved, targets = self._moved(weights, sound, members, groups, number)
             weights |= moved
         values = {report.client: weights[report.client] for report in reports}
-        return Weights(values, targets, self._scale(values, reports)), WeightingState(weights, {"groups": groups})
+        return Weights(values, targets, self._scale(values, reports)), WeightingState(
+            weights, {"groups": groups}
+        )
 
     def _moved(
         self,
@@ -122,16 +138,25 @@ class FedGradNorm:
         counts = np.bincount(group_of)
         p = _means(group_of, [weights[client] for client in members])
         n = _means(reporting, [report.grad_norm for report in reports])
-        rates = _means(reporting, [report.inverse_training_rate if self.gamma > 0 else 1.0 for report in reports])
+        rates = _means(
+            reporting,
+            [report.inverse_training_rate if self.gamma > 0 else 1.0 for report in reports],
+        )
 
         relative_rates = rates / rates.mean() if rates.mean() > 0 else np.ones_like(rates)
         targets = (p * n).mean() * relative_rates**self.gamma
-        moved = self._step(p, n, targets) if self.solver == "step" else self._exact(p, n, relative_rates, counts)
+        moved = (
+            self._step(p, n, targets)
+            if self.solver == "step"
+            else self._exact(p, n, relative_rates, counts)
+        )
         moved = np.maximum(moved, self.min_weight)
         moved *= (counts @ p) / (counts @ moved)
 
         clients = (report.client for report in reports)
-        return dict(zip(members, moved[group_of].tolist(), strict=True)), dict(zip(clients, targets[reporting].tolist(), strict=True))
+        return dict(zip(members, moved[group_of].tolist(), strict=True)), dict(
+            zip(clients, targets[reporting].tolist(), strict=True)
+        )
 
     def _can_be_weighed(self, report: Report) -> bool:
         return report.grad_norm > 0 and (self.gamma == 0 or has_a_rate(report))
@@ -152,10 +177,14 @@ class FedGradNorm:
             p = p - self.weight_lr * sign * n
         return p
 
-    def _exact(self, p: np.ndarray, n: np.ndarray, relative_rates: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _exact(
+        self, p: np.ndarray, n: np.ndarray, relative_rates: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
         """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum; in logarithms, so that it cannot overflow."""
         with np.errstate(divide="ignore"):
-            logarithms = (self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0) - np.log(n)
+            logarithms = (self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0) - np.log(
+                n
+            )
         minimiser = np.exp(logarithms - logarithms.max())
         minimiser *= (counts @ p) / (counts @ minimiser)
         damped: np.ndarray = (1 - self.damping) * p + self.damping * minimiser
@@ -168,7 +197,9 @@ class FedGradNorm:
         if most == 0:
             return 1.0
         plain = sum(report.grad_norm / most for report in reports) / len(reports)
-        weighted = sum(values[report.client] * (report.grad_norm / most) for report in reports) / sum(values.values())
+        weighted = sum(
+            values[report.client] * (report.grad_norm / most) for report in reports
+        ) / sum(values.values())
         return plain / weighted
 
 

@@ -50,14 +50,18 @@ class FedHCA2:
 
     def __post_init__(self) -> None:
         require(0 <= self.c <= 100, "c", "a number from 0 to 100", self.c)
-        require(0 <= self.hyper_weight <= 1, "hyper_weight", "a number from 0 to 1", self.hyper_weight)
+        require(
+            0 <= self.hyper_weight <= 1, "hyper_weight", "a number from 0 to 1", self.hyper_weight
+        )
         check_group_by(self.group_by)
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of both updates together."""
         return combination(state, reports, coefficients_of(reports, self.group_by, self._solve))
 

@@ -10,7 +10,13 @@ from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
 from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, averaging, check_group_by, coefficients_of, least_norm_near
+from fedgradnorm.weighting.updates import (
+    GroupBy,
+    averaging,
+    check_group_by,
+    coefficients_of,
+    least_norm_near,
+)
 
 __all__ = ["FedMGDAPlus"]
 
@@ -55,7 +61,9 @@ class FedMGDAPlus:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the least norm near the base weights."""
         members = averaging(reports, self.group_by) > 0
         examples = members @ np.array([report.num_examples for report in reports], dtype=np.float64)

@@ -43,7 +43,9 @@ class Fixed:
     def __post_init__(self) -> None:
         for option, given in (("clients", self.clients), ("tasks", self.tasks)):
             for name, weight in (given or {}).items():
-                require(0 < weight < math.inf, f"{option}.{name}", "a finite number above 0", weight)
+                require(
+                    0 < weight < math.inf, f"{option}.{name}", "a finite number above 0", weight
+                )
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone: tasks are not known before the first reports. Without ids, where clients come later, none is unknown."""
@@ -51,7 +53,9 @@ class Fixed:
             _check_known("client", self.clients or {}, client_ids)
         return start(client_ids, tasks={})
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The given weights."""
         own, by_task = self.clients or {}, self.tasks or {}
         tasks = {**state.memory["tasks"], **{report.client: report.task for report in reports}}
@@ -63,4 +67,6 @@ class Fixed:
 
 def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in sorted(set(given) - set(known)):
-        raise ConfigError(f"weighting.{what}s.{name}: there is no {what} '{name}'; {nearest(name, known)}")
+        raise ConfigError(
+            f"weighting.{what}s.{name}: there is no {what} '{name}'; {nearest(name, known)}"
+        )

@@ -38,10 +38,14 @@ class GLS:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Weights by the inverse losses of this round."""
         return keeping(state, reports, has_a_rate, self._update)
 
-    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def _update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         logarithms = np.log(losses_of(reports, positive=True))
         return combination(state, reports, np.exp(logarithms.mean() - logarithms) / len(reports))

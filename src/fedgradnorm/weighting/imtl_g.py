@@ -49,7 +49,9 @@ class IMTLG:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the impartial direction."""
         coefficients = coefficients_of(reports, self.group_by, impartial)
         total = coefficients.sum()
@@ -59,5 +61,7 @@ class IMTLG:
 def impartial(gram: np.ndarray) -> np.ndarray:
     """The v = G⁺ (‖g_1‖, ..., ‖g_n‖), shape ``(n,)``."""
     lengths = np.sqrt(np.maximum(gram.diagonal(), 0.0) / gram.diagonal().max())
-    solution: np.ndarray = np.linalg.pinv(gram / gram.diagonal().max(), rcond=RANK, hermitian=True) @ lengths
+    solution: np.ndarray = (
+        np.linalg.pinv(gram / gram.diagonal().max(), rcond=RANK, hermitian=True) @ lengths
+    )
     return solution

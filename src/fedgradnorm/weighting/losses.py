@@ -22,7 +22,9 @@ def check_loss(loss: str) -> None:
     require(loss in ("absolute", "relative"), "loss", "'absolute' or 'relative'", loss)
 
 
-def losses_of(reports: Sequence[Report], loss: LossKind = "absolute", *, positive: bool = False) -> np.ndarray:
+def losses_of(
+    reports: Sequence[Report], loss: LossKind = "absolute", *, positive: bool = False
+) -> np.ndarray:
     """F_i for ``"absolute"``, F̃_i = F_i / F_i(0) for ``"relative"``, shape ``(n,)``, both from the task's floor on.
 
     ``positive`` raises both to 10⁻⁶ F_i(0), and asks for reports that have a training rate (`has_a_rate`).
@@ -31,7 +33,15 @@ def losses_of(reports: Sequence[Report], loss: LossKind = "absolute", *, positiv
     if loss == "relative":
         return np.array([max(report.inverse_training_rate, least) for report in reports])
     if positive:
-        return np.array([max(report.loss - report.loss_floor, least * (report.initial_loss - report.loss_floor)) for report in reports])
+        return np.array(
+            [
+                max(
+                    report.loss - report.loss_floor,
+                    least * (report.initial_loss - report.loss_floor),
+                )
+                for report in reports
+            ]
+        )
     return np.array([report.loss - report.loss_floor for report in reports])
 
 

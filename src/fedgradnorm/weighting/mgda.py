@@ -7,7 +7,13 @@ from functools import partial
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import WeightingState, Weights
 from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of, least_norm, without_zeros
+from fedgradnorm.weighting.updates import (
+    GroupBy,
+    check_group_by,
+    coefficients_of,
+    least_norm,
+    without_zeros,
+)
 
 __all__ = ["MGDA"]
 
@@ -46,6 +52,12 @@ class MGDA:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the least norm."""
-        return combination(state, reports, coefficients_of(reports, self.group_by, partial(without_zeros, solve=least_norm)))
+        return combination(
+            state,
+            reports,
+            coefficients_of(reports, self.group_by, partial(without_zeros, solve=least_norm)),
+        )

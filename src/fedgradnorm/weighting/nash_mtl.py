@@ -50,14 +50,18 @@ class NashMTL:
     group_by: GroupBy = "client"
 
     def __post_init__(self) -> None:
-        require(0 < self.max_norm < float("inf"), "max_norm", "a finite number above 0", self.max_norm)
+        require(
+            0 < self.max_norm < float("inf"), "max_norm", "a finite number above 0", self.max_norm
+        )
         check_group_by(self.group_by)
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the bargain."""
         return combination(state, reports, coefficients_of(reports, self.group_by, self._solve))
 
@@ -81,7 +85,9 @@ def bargain(gram: np.ndarray) -> np.ndarray:
     solution = np.full(count, 1 / np.sqrt(max(cosines.sum() / count, RIDGE)))
     for _ in range(MOST_STEPS):
         slope = cosines @ solution - 1 / solution
-        step = scipy.linalg.cho_solve(scipy.linalg.cho_factor(cosines + np.diag(1 / solution**2)), slope)
+        step = scipy.linalg.cho_solve(
+            scipy.linalg.cho_factor(cosines + np.diag(1 / solution**2)), slope
+        )
         decrement = np.sqrt(max(slope @ step, 0.0))
         solution = solution - step / (1 + decrement if decrement > 0.25 else 1)
         if decrement < 1e-12:

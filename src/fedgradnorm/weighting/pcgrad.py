@@ -51,14 +51,19 @@ class PCGrad:
         """Weight 1 for everyone, and no round done."""
         return start(client_ids, round=0)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """The weights of the projected gradients' mean."""
         round = state.memory["round"] + 1
         coefficients = coefficients_of(reports, self.group_by, partial(self._solve, round=round))
         return combination(state, reports, coefficients, {"round": round})
 
     def _solve(self, gram: np.ndarray, round: int) -> np.ndarray:
-        orders = [generator(self.seed, round, str(index), "pcgrad").permutation(len(gram)) for index in range(len(gram))]
+        orders = [
+            generator(self.seed, round, str(index), "pcgrad").permutation(len(gram))
+            for index in range(len(gram))
+        ]
         return projected(gram, orders)
 
 
@@ -69,7 +74,10 @@ def projected(gram: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:
     for index, order in enumerate(orders):
         own = np.zeros(count)
         own[index] = 1.0
-        products, others = gram[index].copy(), order[order != index]  # of what g_i is now with all gradients
+        products, others = (
+            gram[index].copy(),
+            order[order != index],
+        )  # of what g_i is now with all gradients
         while (conflicts := np.nonzero(products[others] < 0)[0]).size:
             other, others = others[conflicts[0]], others[conflicts[0] + 1 :]
             factor = -products[other] / gram[other, other]

@@ -51,14 +51,26 @@ class QFFL:
     def __post_init__(self) -> None:
         require(0 <= self.q <= 100, "q", "a number from 0 to 100", self.q)
         check_loss(self.loss)
-        require(self.lipschitz is None or 0 < self.lipschitz <= 1e12, "lipschitz", "a number above 0, at most 1e12", self.lipschitz)
-        require(self.lipschitz is None or self.loss == "absolute", "lipschitz", "none where losses are relative", self.lipschitz)
+        require(
+            self.lipschitz is None or 0 < self.lipschitz <= 1e12,
+            "lipschitz",
+            "a number above 0, at most 1e12",
+            self.lipschitz,
+        )
+        require(
+            self.lipschitz is None or self.loss == "absolute",
+            "lipschitz",
+            "none where losses are relative",
+            self.lipschitz,
+        )
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for everyone."""
         return start(client_ids)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Weights by the losses of this round."""
         if self.q == 0:
             return proportional(state, reports, np.ones(len(reports)))
@@ -69,10 +81,21 @@ class QFFL:
         """Whether powers of the losses are taken."""
         return self.q > 0
 
-    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def _update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         losses = losses_of(reports, self.loss, positive=True)
         powers = (losses / losses.max()) ** self.q
         if self.lipschitz is None:
             return proportional(state, reports, powers)
-        squares = np.array([torch.linalg.vector_norm(report.gradient, dtype=torch.float64).item() ** 2 for report in reports])
-        return combination(state, reports, powers / (powers * (1 + self.q * squares / losses / self.lipschitz)).sum())
+        squares = np.array(
+            [
+                torch.linalg.vector_norm(report.gradient, dtype=torch.float64).item() ** 2
+                for report in reports
+            ]
+        )
+        return combination(
+            state,
+            reports,
+            powers / (powers * (1 + self.q * squares / losses / self.lipschitz)).sum(),
+        )

@@ -48,8 +48,13 @@ class RLW:
         """Weight 1 for everyone, and no round done."""
         return start(client_ids, round=0)
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """New random weights, whatever the clients report."""
         round = state.memory["round"] + 1
-        draws = [generator(self.seed, round, report.client, "rlw").standard_normal() for report in reports]
+        draws = [
+            generator(self.seed, round, report.client, "rlw").standard_normal()
+            for report in reports
+        ]
         return proportional(state, reports, scipy.special.softmax(draws), {"round": round})

@@ -68,15 +68,24 @@ class Uncertainty:
         """Weight 1 for everyone, s = 0."""
         return start(client_ids, log_variances={})
 
-    def update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         """Steps on s with this round's losses, and the weights that follow."""
         return keeping(state, reports, has_a_rate, self._update)
 
-    def _update(self, state: WeightingState, reports: Sequence[Report]) -> tuple[Weights, WeightingState]:
+    def _update(
+        self, state: WeightingState, reports: Sequence[Report]
+    ) -> tuple[Weights, WeightingState]:
         known, losses = state.memory["log_variances"], losses_of(reports, positive=True)
         s = np.array([known.get(report.client, 0.0) for report in reports])
         for _ in range(self.weight_steps):
-            ratio = np.exp(np.minimum(np.log(losses) - s, 700.0))  # exp(-s) F, which cannot overflow
+            ratio = np.exp(
+                np.minimum(np.log(losses) - s, 700.0)
+            )  # exp(-s) F, which cannot overflow
             s -= np.clip(self.weight_lr * (1 - ratio) / 2, -LARGEST_STEP, LARGEST_STEP)
-        memory = {**known, **dict(zip((report.client for report in reports), s.tolist(), strict=True))}
+        memory = {
+            **known,
+            **dict(zip((report.client for report in reports), s.tolist(), strict=True)),
+        }
         return proportional(state, reports, np.exp(s.min() - s), {"log_variances": memory})

@@ -12,7 +12,16 @@ from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["GroupBy", "averaging", "check_group_by", "coefficients_of", "gram_matrix", "least_norm", "least_norm_near", "without_zeros"]
+__all__ = [
+    "GroupBy",
+    "averaging",
+    "check_group_by",
+    "coefficients_of",
+    "gram_matrix",
+    "least_norm",
+    "least_norm_near",
+    "without_zeros",
+]
 
 GroupBy = Literal["client", "task"]
 
@@ -63,7 +72,9 @@ def averaging(reports: Sequence[Report], group_by: GroupBy) -> np.ndarray:
     return matrix
 
 
-def coefficients_of(reports: Sequence[Report], group_by: GroupBy, solve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def coefficients_of(
+    reports: Sequence[Report], group_by: GroupBy, solve: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """The coefficients a_i of a method that takes a Gram matrix to coefficients: of the clients, or of the tasks' mean gradients.
 
     A task's coefficient is shared out evenly among its clients, since Σ_t A_t · (mean of its g_i) is to be the direction. Where every
@@ -127,7 +138,9 @@ def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.nda
     bounds, aim = (np.maximum(base - radius, 0.0), np.minimum(base + radius, 1.0)), 1.0
     for _ in range(TRIES):
         sides = np.append(np.zeros(count), SUM_WEIGHT * aim)
-        weights = scipy.optimize.lsq_linear(root, sides, bounds, method="bvls", tol=1e-14, max_iter=10 * count).x
+        weights = scipy.optimize.lsq_linear(
+            root, sides, bounds, method="bvls", tol=1e-14, max_iter=10 * count
+        ).x
         lacking = 1.0 - weights.sum()
         if abs(lacking) < 1e-13:
             break

@@ -42,7 +42,14 @@ def loaded(folder: Path, text: str = TINY, *words: str) -> Study:
     return load_study(written(folder, text), words)
 
 
-def measured(rounds: float | None, *, task: str = "smile", of: int = 50, last: float = 0.8, weight: float = 1.0) -> Measured:
+def measured(
+    rounds: float | None,
+    *,
+    task: str = "smile",
+    of: int = 50,
+    last: float = 0.8,
+    weight: float = 1.0,
+) -> Measured:
     """A run that got to 60 % of its loss after so many rounds; None: never."""
     target = Target(True, rounds, rounds / 10) if rounds is not None else Target(False, of, of / 10)
     metric = {
@@ -55,7 +62,11 @@ def measured(rounds: float | None, *, task: str = "smile", of: int = 50, last: f
         "best_round": 5,
         "last": last,
     }
-    curves = {"inverse_training_rate": {1: 1.0, of: 0.5}, "weight": {1: 1.0, of: weight}, "metric": {1: 0.6, of: last}}
+    curves = {
+        "inverse_training_rate": {1: 1.0, of: 0.5},
+        "weight": {1: 1.0, of: weight},
+        "metric": {1: 0.6, of: last},
+    }
     figures = TaskMeasures(metric, 0.5, weight, {"loss ratio 0.6": target}, curves)
     return Measured(of, {task: figures}, 0.25, 0.125, (task, 50.0), 2_000_000, 0)
 
@@ -72,19 +83,29 @@ def made_up(
         question="Who is faster?",
         seeds=range(max(map(len, by_method.values()))),
         single=single,
-        methods=[{"name": name, "weighting": {"name": weightings.get(name, "equal")}} for name in by_method],
+        methods=[
+            {"name": name, "weighting": {"name": weightings.get(name, "equal")}}
+            for name in by_method
+        ],
         variants=[{"name": variant}],
     )
     cells = []
     for cell in final_cells(study, {(variant, name): () for name in by_method}):
         found = by_method[cell.method][cell.seed]
-        cells.append(CellResult(cell, found, None) if isinstance(found, Ended) else CellResult(cell, Ended("trained"), found))
+        cells.append(
+            CellResult(cell, found, None)
+            if isinstance(found, Ended)
+            else CellResult(cell, Ended("trained"), found)
+        )
     tuned = [TunedMethod(variant, name, {}, {}, (), ()) for name in by_method]
     return Results(study, tuned, cells, estimates_of(study, cells))
 
 
 def cell_of(study: Study) -> Cell:
     """Some cell of a study that tunes nothing."""
-    (first, *_) = final_cells(study, {(variant.name, method.name): () for variant in study.variants for method in study.methods})
+    (first, *_) = final_cells(
+        study,
+        {(variant.name, method.name): () for variant in study.variants for method in study.methods},
+    )
     assert resolve_config(first.config) == first.config
     return first

@@ -51,13 +51,17 @@ def whole(tmp_path_factory):
 
 
 def cells_in(folder):
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("cells/*/summary.json")}
+    return {
+        path.parent.name: path.stat().st_mtime_ns for path in folder.glob("cells/*/summary.json")
+    }
 
 
 def same_figures(one, other):
     assert cells_in(one).keys() == cells_in(other).keys()
     for name in cells_in(one):
-        assert timeless(Run(one / "cells" / name).rows()) == timeless(Run(other / "cells" / name).rows()), name
+        assert timeless(Run(one / "cells" / name).rows()) == timeless(
+            Run(other / "cells" / name).rows()
+        ), name
 
 
 def test_every_cell_is_a_run_and_the_best_step_size_is_used(whole, tmp_path):
@@ -69,11 +73,19 @@ def test_every_cell_is_a_run_and_the_best_step_size_is_used(whole, tmp_path):
     assert not list(whole.glob("cells/*/tensorboard"))
     for tuned in results.tuned:
         assert tuned.chosen == min(tuned.scores, key=tuned.scores.get)
-        assert tuned.edges == (f"train.encoder_lr = train.head_lr = {tuned.chosen[0]:g}",), "of two values each is at the edge"
-        used = {r.cell.config.train.encoder_lr for r in results.cells if r.cell.method == tuned.method}
+        assert tuned.edges == (f"train.encoder_lr = train.head_lr = {tuned.chosen[0]:g}",), (
+            "of two values each is at the edge"
+        )
+        used = {
+            r.cell.config.train.encoder_lr for r in results.cells if r.cell.method == tuned.method
+        }
         assert used == {tuned.chosen[0]}
         for point, score in tuned.scores.items():
-            (tuning,) = [Run(path.parent) for path in whole.glob("cells/*seed7*/summary.json") if _is(path.parent, tuned.method, point)]
+            (tuning,) = [
+                Run(path.parent)
+                for path in whole.glob("cells/*seed7*/summary.json")
+                if _is(path.parent, tuned.method, point)
+            ]
             ratios = [row["inverse_training_rate"] for row in tuning.rows() if row["round"] == 3]
             assert score == pytest.approx(sum(ratios) / len(ratios))
 
@@ -84,10 +96,29 @@ def _is(folder, method, point):
 
 
 def test_killed_and_begun_again_is_as_if_it_had_never_been_killed(whole, tmp_path, monkeypatch):
-    words = [sys.executable, "-m", "fedgradnorm", "compare", str(written(tmp_path)), "--jobs", "1", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    words = [
+        sys.executable,
+        "-m",
+        "fedgradnorm",
+        "compare",
+        str(written(tmp_path)),
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(
+        words,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
         deadline = time.monotonic() + 120
-        while len(cells_in(tmp_path / "out")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(cells_in(tmp_path / "out")) < 3
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     done = cells_in(tmp_path / "out")
@@ -95,19 +126,30 @@ def test_killed_and_begun_again_is_as_if_it_had_never_been_killed(whole, tmp_pat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     compare(loaded(tmp_path), tmp_path / "out", jobs=2)
     assert "OMP_NUM_THREADS" not in os.environ
-    assert {name: cells_in(tmp_path / "out")[name] for name in done} == done, "what is done is not trained again"
+    assert {name: cells_in(tmp_path / "out")[name] for name in done} == done, (
+        "what is done is not trained again"
+    )
     same_figures(tmp_path / "out", whole)
 
 
 def test_stopped_between_rounds_it_goes_on_where_it_was(whole, tmp_path):
     rounds = count()
-    with pytest.raises(StoppedError, match=r"stopped with 3 of 4 cells of the tuning to go; the same command goes on"):
+    with pytest.raises(
+        StoppedError,
+        match=r"stopped with 3 of 4 cells of the tuning to go; the same command goes on",
+    ):
         compare(loaded(tmp_path), tmp_path / "out", should_stop=lambda: next(rounds) > 5)
-    half = [path for path in (tmp_path / "out" / "cells").iterdir() if path.is_dir() and not (path / "summary.json").exists()]
+    half = [
+        path
+        for path in (tmp_path / "out" / "cells").iterdir()
+        if path.is_dir() and not (path / "summary.json").exists()
+    ]
     assert len(half) == 1
     assert list((half[0] / "checkpoints").iterdir())
     missing = found_in(loaded(tmp_path), tmp_path / "out")
-    assert [tuned.chosen for tuned in missing.tuned] == [None, None], "nobody is tuned by half a grid"
+    assert [tuned.chosen for tuned in missing.tuned] == [None, None], (
+        "nobody is tuned by half a grid"
+    )
     compare(loaded(tmp_path), tmp_path / "out")
     same_figures(tmp_path / "out", whole)
 
@@ -127,7 +169,9 @@ def test_other_settings_are_other_cells_and_the_old_ones_stay(whole, tmp_path):
 
 
 def test_a_cell_that_was_changed_by_hand_is_refused(tmp_path):
-    study = loaded(tmp_path, TINY[: TINY.index("[tuning]")] + TINY[TINY.index("[[methods]]") :], "seeds=[0]")
+    study = loaded(
+        tmp_path, TINY[: TINY.index("[tuning]")] + TINY[TINY.index("[[methods]]") :], "seeds=[0]"
+    )
     compare(study, tmp_path / "out")
     folder = next(path.parent for path in (tmp_path / "out").glob("cells/*seed0*/config.toml"))
     text = (folder / "config.toml").read_text()
@@ -148,7 +192,10 @@ def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path):
     page = write_page(results, tmp_path / "out" / "index.html").read_text()
     assert "huge: diverged or failed with all step sizes." in page
     write_tables(results, tmp_path / "out")
-    assert "| huge | diverged or failed with all step sizes |" in (tmp_path / "out" / "results.md").read_text()
+    assert (
+        "| huge | diverged or failed with all step sizes |"
+        in (tmp_path / "out" / "results.md").read_text()
+    )
     assert "| huge | diverged | diverged |" in (tmp_path / "out" / "results.md").read_text()
     text = text.replace("train.server_lr = 1e6", "train.server_lr = 1e6\ntrain.encoder_lr = 0.1")
     untuned = text[: text.index("[tuning]")] + text[text.index("[[methods]]") :]
@@ -158,13 +205,18 @@ def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path):
         "equal": "trained",
         "FedGradNorm": "trained",
     }
-    assert [result.ended for result in found_in(loaded(tmp_path, untuned), tmp_path / "out").cells] == [r.ended for r in results.cells]
+    assert [
+        result.ended for result in found_in(loaded(tmp_path, untuned), tmp_path / "out").cells
+    ] == [r.ended for r in results.cells]
 
 
 def test_a_process_that_dies_and_a_method_with_a_fault_cost_their_own_cells(tmp_path, monkeypatch):
     (tmp_path / "own_for_the_grid.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    methods = "".join(f'[[methods]]\nname = "{name}"\nweighting.name = "own_for_the_grid:{name}"\n' for name in ("Dies", "Raises"))
+    methods = "".join(
+        f'[[methods]]\nname = "{name}"\nweighting.name = "own_for_the_grid:{name}"\n'
+        for name in ("Dies", "Raises")
+    )
     text = TINY[: TINY.index("[tuning]")] + methods + TINY[TINY.index("[[methods]]") :]
     results = compare(loaded(tmp_path, text, "seeds=[0]"), tmp_path / "out", jobs=2)
     ended = {result.cell.method: result.ended for result in results.cells}
@@ -175,7 +227,9 @@ def test_a_process_that_dies_and_a_method_with_a_fault_cost_their_own_cells(tmp_
         "FedGradNorm": "trained",
     }
     assert ended["Dies"].reason == "its process ended early: signal 9"
-    assert ended["Raises"].reason.startswith("weighting 'own_for_the_grid:Raises': update() raised ArithmeticError: one and one is three")
+    assert ended["Raises"].reason.startswith(
+        "weighting 'own_for_the_grid:Raises': update() raised ArithmeticError: one and one is three"
+    )
 
 
 def test_the_folder_is_told_when_it_cannot_be_written(tmp_path):
@@ -185,7 +239,10 @@ def test_the_folder_is_told_when_it_cannot_be_written(tmp_path):
 
 
 def test_what_draws_numbers_draws_others_in_every_run_unless_its_seed_is_set(tmp_path):
-    text = TINY + '[[methods]]\nname = "rlw"\nweighting.name = "rlw"\n[[methods]]\nname = "set"\nweighting = {name = "rlw", seed = 9}\n'
+    text = (
+        TINY
+        + '[[methods]]\nname = "rlw"\nweighting.name = "rlw"\n[[methods]]\nname = "set"\nweighting = {name = "rlw", seed = 9}\n'
+    )
     study = loaded(tmp_path, text)
     cells = final_cells(study, {("", method.name): (0.1,) for method in study.methods})
     seeds = {(cell.method, cell.seed): cell.config.weighting.options.get("seed") for cell in cells}

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from fedgradnorm.compare.statistics import FEWEST_PAIRS, delta_m, difference_of, expanded_level, final_value, skill, spread
+from fedgradnorm.compare.statistics import (
+    FEWEST_PAIRS,
+    delta_m,
+    difference_of,
+    expanded_level,
+    final_value,
+    skill,
+    spread,
+)
 
 
 def by_seed(values):
@@ -15,7 +23,14 @@ def by_seed(values):
 
 def test_a_constant_difference_is_certain_whatever_the_seeds_differ_by():
     found = difference_of(by_seed([10, 50, 20, 90, 30, 40]), by_seed([12, 52, 22, 92, 32, 42]))
-    assert (found.mean, found.low, found.high, found.pairs, found.below, found.above) == (-2, -2, -2, 6, 6, 0)
+    assert (found.mean, found.low, found.high, found.pairs, found.below, found.above) == (
+        -2,
+        -2,
+        -2,
+        6,
+        6,
+        0,
+    )
     assert found.sign == -1
 
 
@@ -63,16 +78,24 @@ def test_the_expanded_level_gives_students_interval_to_the_normal_bootstrap():
 @given(st.lists(st.integers(-50, 50), min_size=6, max_size=12), st.integers(-9, 9))
 def test_the_interval_moves_with_the_differences_and_turns_with_their_sign(values, shift):
     zeros = by_seed([0.0] * len(values))
-    found, moved = difference_of(by_seed(values), zeros), difference_of(by_seed([value + shift for value in values]), zeros)
+    found, moved = (
+        difference_of(by_seed(values), zeros),
+        difference_of(by_seed([value + shift for value in values]), zeros),
+    )
     assert min(values) <= found.low <= found.mean <= found.high <= max(values)
-    assert (moved.low, moved.high) == (pytest.approx(found.low + shift), pytest.approx(found.high + shift))
+    assert (moved.low, moved.high) == (
+        pytest.approx(found.low + shift),
+        pytest.approx(found.high + shift),
+    )
     assert (found.below, found.above) == (sum(v < 0 for v in values), sum(v > 0 for v in values))
 
 
 def test_delta_m_of_a_published_kind_of_table():
     """Segmentation IoU 60 -> 57 (less is worse), angle error 15 -> 18 (more is worse): -(5 + 20) / 2."""
     directions = {"segmentation": True, "normals": False}
-    assert delta_m({"segmentation": 57, "normals": 18}, {"segmentation": 60, "normals": 15}, directions) == pytest.approx(-12.5)
+    assert delta_m(
+        {"segmentation": 57, "normals": 18}, {"segmentation": 60, "normals": 15}, directions
+    ) == pytest.approx(-12.5)
     assert delta_m({"segmentation": 57}, {"segmentation": 60, "normals": 15}, directions) is None
     assert delta_m({"a": 1.0}, {"a": 0.0}, {"a": True}) is None
 
@@ -81,12 +104,16 @@ def test_skill_is_0_for_the_guess_and_100_for_perfection():
     assert skill(0.75, 0.5, higher_is_better=True, percent=True) == 50
     assert skill(0.1, 0.2, higher_is_better=False, percent=False) == 50
     assert skill(0.4, 0.5, higher_is_better=True, percent=True) == -20
-    assert skill(7.0, 5.0, higher_is_better=True, percent=False) is None, "nobody knows what is perfect"
+    assert skill(7.0, 5.0, higher_is_better=True, percent=False) is None, (
+        "nobody knows what is perfect"
+    )
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=6), st.floats(0.1, 10))
 def test_the_spread_knows_no_unit_and_no_order(rates, factor):
-    assert spread([factor * rate for rate in reversed(rates)]) == pytest.approx(spread(rates), abs=1e-6)
+    assert spread([factor * rate for rate in reversed(rates)]) == pytest.approx(
+        spread(rates), abs=1e-6
+    )
     assert spread([rates[0]] * 3) == pytest.approx(0, abs=1e-6)
 
 

@@ -62,7 +62,9 @@ class Attention(nn.Module):
 
     def forward(self, inputs):
         sequence = inputs.view(-1, 2, 4)
-        return self.linear(self.attention(sequence, sequence, sequence, need_weights=False)[0].mean(dim=1))
+        return self.linear(
+            self.attention(sequence, sequence, sequence, need_weights=False)[0].mean(dim=1)
+        )
 
 
 def convolutions():
@@ -79,7 +81,9 @@ def convolutions():
 
 
 MODELS = {
-    "perceptron": lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 3, bias=False)),
+    "perceptron": lambda: nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 3, bias=False)
+    ),
     "convolutions": convolutions,
     "two factors": LowRank,
     "one matrix twice": Twice,
@@ -100,7 +104,12 @@ def huber(outputs, targets):
 
 
 def mean_of_a_batch_that_is_weighted(outputs, targets):
-    return functional.cross_entropy(outputs, targets, weight=torch.tensor([0.2, 1.0, 3.0], dtype=outputs.dtype), label_smoothing=0.1)
+    return functional.cross_entropy(
+        outputs,
+        targets,
+        weight=torch.tensor([0.2, 1.0, 3.0], dtype=outputs.dtype),
+        label_smoothing=0.1,
+    )
 
 
 LOSSES = [functional.cross_entropy, huber, mean_of_a_batch_that_is_weighted]
@@ -109,7 +118,10 @@ LOSSES = [functional.cross_entropy, huber, mean_of_a_batch_that_is_weighted]
 def model_and_batches(name, seed=0):
     torch.manual_seed(seed)
     model = MODELS[name]().double()
-    batches = [(torch.randn(BATCH, 8, dtype=torch.float64), torch.randint(0, 3, (BATCH,))) for _ in range(STEPS)]
+    batches = [
+        (torch.randn(BATCH, 8, dtype=torch.float64), torch.randint(0, 3, (BATCH,)))
+        for _ in range(STEPS)
+    ]
     return model, batches
 
 
@@ -119,10 +131,17 @@ def program_of(model, loss, batch):
     names = [*trained, *(name for name in tensors if name not in trained)]
 
     def of(learned, others, inputs, targets):
-        return loss(functional_call(model, dict(zip(names, [*learned, *others], strict=True)), (inputs,)), targets)
+        return loss(
+            functional_call(model, dict(zip(names, [*learned, *others], strict=True)), (inputs,)),
+            targets,
+        )
 
     copies = [tensors[name].detach().clone() for name in names]
-    return Program(of, copies[: len(trained)], copies[len(trained) :], *batch), copies[: len(trained)], copies[len(trained) :]
+    return (
+        Program(of, copies[: len(trained)], copies[len(trained) :], *batch),
+        copies[: len(trained)],
+        copies[len(trained) :],
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
@@ -131,9 +150,18 @@ def program_of(model, loss, batch):
 def test_its_steps_are_those_of_torchs_sgd(name, loss, momentum):
     model, batches = model_and_batches(name)
     program, trained, fixed = program_of(model, loss, batches[0])
-    velocity = [torch.zeros_like(one) if has else None for one, has in zip(trained, program.has_gradient, strict=True)] if momentum else ()
+    velocity = (
+        [
+            torch.zeros_like(one) if has else None
+            for one, has in zip(trained, program.has_gradient, strict=True)
+        ]
+        if momentum
+        else ()
+    )
     inputs, targets = zip(*batches, strict=True)
-    found = program.run(trained, fixed, inputs, targets, [RATE] * len(trained), momentum=momentum, velocity=velocity)
+    found = program.run(
+        trained, fixed, inputs, targets, [RATE] * len(trained), momentum=momentum, velocity=velocity
+    )
 
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.SGD(learned, lr=RATE, momentum=momentum), []
@@ -143,7 +171,9 @@ def test_its_steps_are_those_of_torchs_sgd(name, loss, momentum):
         losses[-1].backward()
         optimizer.step()
     torch.testing.assert_close(found, torch.stack(losses).detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(trained, [parameter.detach() for parameter in learned], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        trained, [parameter.detach() for parameter in learned], rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -162,7 +192,13 @@ def test_sums_are_of_the_gradients_along_the_way(name):
 
 def test_a_gradient_that_is_a_trained_tensor_is_taken_before_that_changes():
     one, other = torch.tensor([2.0]), torch.tensor([3.0])
-    program = Program(lambda trained, *_: (trained[0] * trained[1]).sum(), [one, other], [], torch.ones(1), torch.ones(1))
+    program = Program(
+        lambda trained, *_: (trained[0] * trained[1]).sum(),
+        [one, other],
+        [],
+        torch.ones(1),
+        torch.ones(1),
+    )
     program.run([one, other], [], [torch.ones(1)], [torch.ones(1)], [0.5, 0.5])
     assert (one.item(), other.item()) == (2 - 0.5 * 3, 3 - 0.5 * 2)
 
@@ -170,7 +206,9 @@ def test_a_gradient_that_is_a_trained_tensor_is_taken_before_that_changes():
 def test_programs_may_be_made_in_many_threads_at_once():
     model, batches = model_and_batches("perceptron")
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: program_of(model, functional.cross_entropy, batches[0]), range(12)))
+        made = list(
+            pool.map(lambda _: program_of(model, functional.cross_entropy, batches[0]), range(12))
+        )
     ends = []
     for program, trained, fixed in made:
         program.run(trained, fixed, *zip(*batches, strict=True), [RATE] * len(trained))
@@ -180,7 +218,9 @@ def test_programs_may_be_made_in_many_threads_at_once():
 
 def test_every_run_gives_the_same_bits():
     model, batches = model_and_batches("perceptron")
-    program, trained, fixed = program_of(model.float(), functional.cross_entropy, (batches[0][0].float(), batches[0][1]))
+    program, trained, fixed = program_of(
+        model.float(), functional.cross_entropy, (batches[0][0].float(), batches[0][1])
+    )
     inputs, targets = [one.float() for one, _ in batches], [other for _, other in batches]
     ends = []
     for _ in range(5):
@@ -204,7 +244,9 @@ def listed(outputs, targets):
 
 def counted(outputs, targets):
     """Weighs classes by how many there are in a batch, out of torch's sight."""
-    weight = torch.from_numpy(1 / np.bincount(targets.numpy(), minlength=3).clip(1)).to(outputs.dtype)
+    weight = torch.from_numpy(1 / np.bincount(targets.numpy(), minlength=3).clip(1)).to(
+        outputs.dtype
+    )
     return functional.cross_entropy(outputs, targets, weight=weight)
 
 
@@ -244,5 +286,8 @@ def test_a_phase_finds_out_whether_something_was_wrongly_taken_for_a_constant(lo
     torch.manual_seed(0)
     task = Task("t", lambda features: nn.Linear(features, 3), loss)
     model = both(nn.Linear(8, 4), nn.Linear(4, 3))
-    batch, other = (torch.randn(5, 8), torch.tensor([0, 0, 1, 2, 2])), (torch.randn(5, 8), torch.tensor([2, 1, 1, 1, 1]))
+    batch, other = (
+        (torch.randn(5, 8), torch.tensor([0, 0, 1, 2, 2])),
+        (torch.randn(5, 8), torch.tensor([2, 1, 1, 1, 1])),
+    )
     assert Phase(model, task, parts, batch).is_right(model, task, batch, other) is right

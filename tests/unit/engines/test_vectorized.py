@@ -24,7 +24,14 @@ from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal
-from tests.helpers import batch_norm_encoder, dropout_encoder, small_client, small_encoder, small_federation, small_task
+from tests.helpers import (
+    batch_norm_encoder,
+    dropout_encoder,
+    small_client,
+    small_encoder,
+    small_federation,
+    small_task,
+)
 
 TRAINING = TrainConfig(head_steps=2, encoder_steps=2, batch_size=8)
 CPU = torch.device("cpu")
@@ -80,14 +87,38 @@ def convolutions():
         ({}, "stacked", True, "MFLOP"),
         ({"encoder": dropout_encoder}, "alone", False, "random numbers"),
         ({"encoder": batch_norm_encoder}, "looped", False, "statistics"),
-        ({"encoder": lambda: nn.Sequential(nn.Linear(6, 4), Centred())}, "looped", False, "every example by itself"),
+        (
+            {"encoder": lambda: nn.Sequential(nn.Linear(6, 4), Centred())},
+            "looped",
+            False,
+            "every example by itself",
+        ),
         ({"encoder": convolutions}, "looped", True, "convolutions"),
-        ({"encoder": lambda: nn.Sequential(nn.Linear(6, 2000), nn.ReLU(), nn.Linear(2000, 300))}, "looped", True, "calls count for little"),
+        (
+            {"encoder": lambda: nn.Sequential(nn.Linear(6, 2000), nn.ReLU(), nn.Linear(2000, 300))},
+            "looped",
+            True,
+            "calls count for little",
+        ),
         ({"head": Branching}, "looped", True, "cannot be stacked"),
         ({"head": partial(OtherInEvaluation, out_features=2)}, "looped", True, "cannot be stacked"),
-        ({"head": lambda features: nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 2))}, "looped", True, "buffers"),
+        (
+            {
+                "head": lambda features: nn.Sequential(
+                    nn.BatchNorm1d(features), nn.Linear(features, 2)
+                )
+            },
+            "looped",
+            True,
+            "buffers",
+        ),
         ({"client": small_client("a", examples=600)}, "looped", True, "more than 512 examples"),
-        ({"client": Client("a", small_task("sign"), OneByOne(*small_client("a").train))}, "alone", False, "not tensors"),
+        (
+            {"client": Client("a", small_task("sign"), OneByOne(*small_client("a").train))},
+            "alone",
+            False,
+            "not tensors",
+        ),
     ],
 )
 def test_the_way_that_fits_is_found_by_trying(options, way, encode_once, why):
@@ -98,15 +129,23 @@ def test_the_way_that_fits_is_found_by_trying(options, way, encode_once, why):
 
 def test_clients_are_alike_whose_heads_and_losses_are_made_alike():
     def alike(one, other):
-        tasks = [Task(name, head, loss) for name, (head, loss) in zip("ab", (one, other), strict=True)]
+        tasks = [
+            Task(name, head, loss) for name, (head, loss) in zip("ab", (one, other), strict=True)
+        ]
         made = Federation([small_client(task.name, task=task) for task in tasks], small_encoder)
         return made.head_kind(made.client("a"), 3) == made.head_kind(made.client("b"), 3)
 
     linear, entropy = partial(nn.Linear, out_features=2), functional.cross_entropy
     assert alike((linear, entropy), (partial(nn.Linear, out_features=2), entropy))
     assert not alike((linear, entropy), (partial(nn.Linear, out_features=3), entropy))
-    assert alike((linear, partial(functional.huber_loss, delta=1.0)), (linear, partial(functional.huber_loss, delta=1.0)))
-    assert not alike((linear, partial(functional.huber_loss, delta=1.0)), (linear, partial(functional.huber_loss, delta=2.0)))
+    assert alike(
+        (linear, partial(functional.huber_loss, delta=1.0)),
+        (linear, partial(functional.huber_loss, delta=1.0)),
+    )
+    assert not alike(
+        (linear, partial(functional.huber_loss, delta=1.0)),
+        (linear, partial(functional.huber_loss, delta=2.0)),
+    )
     unhashable = partial(functional.cross_entropy, weight=[torch.ones(2)])
     assert alike((linear, unhashable), (linear, unhashable))
     assert not alike((linear, unhashable), (linear, entropy))
@@ -120,7 +159,9 @@ class Shifted(nn.Module):
         self.linear, self.by = nn.Linear(features, 2), by
 
     def forward(self, features):
-        return self.linear(features) * (self.by[0] if isinstance(self.by, list) else getattr(self.by, "value", self.by))
+        return self.linear(features) * (
+            self.by[0] if isinstance(self.by, list) else getattr(self.by, "value", self.by)
+        )
 
 
 class Held:
@@ -135,7 +176,9 @@ def hooked(features):
 
 
 def one_of_two(features):
-    return nn.Sequential(nn.Linear(features, 2), nn.Tanh() if random.random() < 0.5 else nn.Hardtanh())
+    return nn.Sequential(
+        nn.Linear(features, 2), nn.Tanh() if random.random() < 0.5 else nn.Hardtanh()
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,8 +196,13 @@ def one_of_two(features):
 )
 def test_heads_of_one_factory_that_do_other_things_are_not_one_program(head):
     task = Task("t", head, functional.cross_entropy)
-    made = Federation([small_client("a" * (1 + number), task=task) for number in range(9)], small_encoder)
-    rows = [train(made, engine=engine, num_rounds=2, head_steps=2, encoder_steps=2).rows for engine in ("reference", "vectorized")]
+    made = Federation(
+        [small_client("a" * (1 + number), task=task) for number in range(9)], small_encoder
+    )
+    rows = [
+        train(made, engine=engine, num_rounds=2, head_steps=2, encoder_steps=2).rows
+        for engine in ("reference", "vectorized")
+    ]
     for expected, row in zip(*rows, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert row["initial_loss"] == pytest.approx(expected["initial_loss"], rel=1e-4)
@@ -175,7 +223,14 @@ def test_planning_leaves_the_global_generator_alone():
 def test_pooling_before_a_relu_gives_the_same_features_and_gradients():
     def make():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2))
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(3, 2, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
 
     inputs = torch.randn(4, 1, 16, 16, dtype=torch.float64)
     usual, other = make().double(), make().double()
@@ -184,7 +239,9 @@ def test_pooling_before_a_relu_gives_the_same_features_and_gradients():
     results = []
     for module in (usual, other):
         outputs = module(inputs)
-        results.append((outputs, *torch.autograd.grad((outputs**2).sum(), list(module.parameters()))))
+        results.append(
+            (outputs, *torch.autograd.grad((outputs**2).sum(), list(module.parameters())))
+        )
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     returning = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
@@ -203,7 +260,9 @@ def test_an_arranged_convolution_gives_its_output_in_the_channels_last_layout(ch
     assert torch.allclose(output, layer(images), atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (4, 9, [4]), (0, 3, [])])
+@pytest.mark.parametrize(
+    ("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (4, 9, [4]), (0, 3, [])]
+)
 def test_chunks_are_even(count, most, lengths):
     chunks = _chunks(list(range(count)), most)
     assert [len(chunk) for chunk in chunks] == lengths
@@ -231,7 +290,10 @@ def rounds(engine, federation, count=1):
 def test_workers_use_one_kernel_thread_each_and_the_number_is_put_back(monkeypatch):
     monkeypatch.setattr("fedgradnorm.engines.vectorized.THREADED_FLOPS", 0)
     torch.set_num_threads(2)
-    seen, log = [], logging.getLogger("tests.threads")  # a list that a model adds to would be a reason to train it alone
+    seen, log = (
+        [],
+        logging.getLogger("tests.threads"),
+    )  # a list that a model adds to would be a reason to train it alone
     log.setLevel("INFO")
     log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: seen.append((record.args[0], record.threadName))
@@ -257,11 +319,22 @@ def test_workers_use_one_kernel_thread_each_and_the_number_is_put_back(monkeypat
 
 def test_kernels_share_idle_cores_only_when_they_are_large():
     large = lambda: nn.Sequential(nn.Linear(6, 4000), nn.ReLU(), nn.Linear(4000, 1000))  # noqa: E731
-    for encoder, count, expected in ((large, 1, 4), (large, 3, 1), (large, 2, 2), (small_encoder, 1, 1)):
+    for encoder, count, expected in (
+        (large, 1, 4),
+        (large, 3, 1),
+        (large, 2, 2),
+        (small_encoder, 1, 1),
+    ):
         federation = small_federation("abc"[:count], encoder=encoder)
         engine = VectorizedEngine(federation, seed=0, threads=4)
         rounds(engine, federation)
-        jobs = engine._jobs([instruction for _, records in [rounds(engine, federation)] for instruction in records[0].instructions])
+        jobs = engine._jobs(
+            [
+                instruction
+                for _, records in [rounds(engine, federation)]
+                for instruction in records[0].instructions
+            ]
+        )
         assert engine._kernels(jobs) == expected
 
 
@@ -269,7 +342,11 @@ def test_gradients_beyond_the_limit_lie_in_a_file_that_is_gone_afterwards(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = []
     allocate = os.posix_fallocate
-    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: (made.append(size), allocate(file, start, size)))
+    monkeypatch.setattr(
+        os,
+        "posix_fallocate",
+        lambda file, start, size: (made.append(size), allocate(file, start, size)),
+    )
     federation = small_federation("abcdefgh")
     _, free = rounds(VectorizedEngine(federation, seed=0), federation)
     assert made == []
@@ -285,7 +362,11 @@ def test_the_limit_makes_stacks_narrower():
     free = VectorizedEngine(federation, seed=0, threads=1)
     _, (record,) = rounds(free, federation)
     of_a_client = max(plan.num_bytes for plan in free._plan_of.values())
-    for limit, expected in ((None, [(16, 16)]), (2 * 6 * of_a_client, [(6, 6), (6, 6), (4, 4)]), (1, [(1, None)] * 16)):
+    for limit, expected in (
+        (None, [(16, 16)]),
+        (2 * 6 * of_a_client, [(6, 6), (6, 6), (4, 4)]),
+        (1, [(1, None)] * 16),
+    ):
         engine = VectorizedEngine(federation, seed=0, threads=1, memory_limit=limit)
         engine._make_plans(TRAINING)
         jobs = engine._jobs(record.instructions)
@@ -299,10 +380,14 @@ def test_memory_mapped_data_are_trained_on_as_they_are(tmp_path):
         parts = []
         for name, part in zip("xy", client.train, strict=True):
             np.save(tmp_path / f"{client.id}-{name}.npy", part.numpy())
-            parts.append(torch.from_numpy(np.load(tmp_path / f"{client.id}-{name}.npy", mmap_mode="c")))
+            parts.append(
+                torch.from_numpy(np.load(tmp_path / f"{client.id}-{name}.npy", mmap_mode="c"))
+            )
         mapped.append(Client(client.id, client.task, tuple(parts), client.test))
     expected = train(federation, num_rounds=2).state.encoder
-    assert torch.equal(train(Federation(mapped, small_encoder), num_rounds=2).state.encoder, expected)
+    assert torch.equal(
+        train(Federation(mapped, small_encoder), num_rounds=2).state.encoder, expected
+    )
 
 
 def test_many_rounds_and_partial_participation_hold_no_chunk_by_a_client_of_it():
@@ -320,14 +405,19 @@ def test_what_was_chosen_is_logged(caplog):
         federation = small_federation("abcdef")
         rounds(VectorizedEngine(federation, seed=0), federation, count=2)
     (message,) = [record.message for record in caplog.records]
-    assert message.startswith("a, and clients like it: stacked where 5 or more are alike, encoded once for all head steps")
+    assert message.startswith(
+        "a, and clients like it: stacked where 5 or more are alike, encoded once for all head steps"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("engine.threads=0", "engine.threads: expected a number from 1 to 1024, found 0"),
-        ("engine.memory_limit=0", "engine.memory_limit: expected a number of bytes above 0, found 0"),
+        (
+            "engine.memory_limit=0",
+            "engine.memory_limit: expected a number of bytes above 0, found 0",
+        ),
         ("engine.memory_limit=lots", "engine.memory_limit: "),
         ("engine.device=tpu", "engine.device: expected 'cpu' or 'cuda', found 'tpu'"),
         ("engine.device=meta", "engine.device: expected 'cpu' or 'cuda', found 'meta'"),
@@ -341,5 +431,10 @@ def test_wrong_options_are_named(words, message):
 
 
 def test_a_limit_may_be_a_text():
-    engine = build("engine", load_config(None, ["engine.memory_limit=1.5GB"]).engine, federation=small_federation(), seed=0)
+    engine = build(
+        "engine",
+        load_config(None, ["engine.memory_limit=1.5GB"]).engine,
+        federation=small_federation(),
+        seed=0,
+    )
     assert engine.memory_limit == 1_500_000_000

@@ -39,7 +39,9 @@ def test_ten_times_less_for_one_task():
 
 
 def test_a_test_fraction_out_of_range_is_refused():
-    with pytest.raises(ConfigError, match=r"test_fraction: expected a number from 0.01 to 0.9, found 1"):
+    with pytest.raises(
+        ConfigError, match=r"test_fraction: expected a number from 0.01 to 0.9, found 1"
+    ):
         digits.make(0, test_fraction=1)
 
 
@@ -47,19 +49,31 @@ def test_a_loss_on_another_scale_has_as_many_times_the_gradient_and_the_same_rat
     plain, scaled = (
         {
             row["client"]: row
-            for row in train(digits.make(0, loss_scale=scale), "equal", num_rounds=1, head_steps=1, encoder_steps=1, head_lr=1e-6).rows
+            for row in train(
+                digits.make(0, loss_scale=scale),
+                "equal",
+                num_rounds=1,
+                head_steps=1,
+                encoder_steps=1,
+                head_lr=1e-6,
+            ).rows
         }
         for scale in ({}, {"loop": 100.0})
     )
     assert scaled["loop"]["loss"] == pytest.approx(100 * plain["loop"]["loss"], rel=1e-3)
-    assert scaled["loop"]["initial_loss"] == pytest.approx(100 * plain["loop"]["initial_loss"], rel=1e-5)
+    assert scaled["loop"]["initial_loss"] == pytest.approx(
+        100 * plain["loop"]["initial_loss"], rel=1e-5
+    )
     assert scaled["loop"]["grad_norm"] == pytest.approx(100 * plain["loop"]["grad_norm"], rel=1e-2)
     assert scaled["class"]["loss"] == plain["class"]["loss"]
 
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [({"lop": 2.0}, "there is no task 'lop'; did you mean 'loop'"), ({"loop": 0.0}, "expected a finite number above 0")],
+    [
+        ({"lop": 2.0}, "there is no task 'lop'; did you mean 'loop'"),
+        ({"loop": 0.0}, "expected a finite number above 0"),
+    ],
 )
 def test_bad_loss_scales_are_refused(scale, message):
     with pytest.raises(ConfigError, match=message):

@@ -23,7 +23,9 @@ from fedgradnorm.federations.mtfl_images import Crop, Face, face_arrays, face_sq
 NUM_TRAIN, NUM_TEST = 23, 7
 IMAGE_SIDE = 120
 SHAPE = np.array([[-12.0, -12.0], [12.0, -12.0], [0.0, 2.0], [-9.0, 14.0], [9.0, 14.0]])
-LABELS = np.array([[1 + i % 2, 1 + i // 2 % 2, 1 + i // 3 % 2, 1 + i % 5] for i in range(NUM_TRAIN + NUM_TEST)])
+LABELS = np.array(
+    [[1 + i % 2, 1 + i // 2 % 2, 1 + i // 3 % 2, 1 + i % 5] for i in range(NUM_TRAIN + NUM_TEST)]
+)
 DEFAULT = Crop(image_size=40, colour=False, margin=0.5, jitter=0.15)
 
 
@@ -34,7 +36,13 @@ def encoded(pixels: np.ndarray, format: str = "JPEG") -> bytes:
 
 
 def annotation(image: str, landmarks: np.ndarray, labels: object) -> str:
-    return " ".join([image, *(f"{number:.4f}" for number in np.asarray(landmarks).T.reshape(-1)), *map(str, labels)])
+    return " ".join(
+        [
+            image,
+            *(f"{number:.4f}" for number in np.asarray(landmarks).T.reshape(-1)),
+            *map(str, labels),
+        ]
+    )
 
 
 def landmarks_of(index: int) -> np.ndarray:
@@ -48,8 +56,14 @@ def fake_files() -> dict[str, bytes]:
         folder, slash = [("lfw_5590", "\\"), ("net_7876", "\\"), ("AFLW", "/")][index % 3]
         rng = np.random.default_rng(index)
         shape = (IMAGE_SIDE, IMAGE_SIDE) if index % 4 == 0 else (IMAGE_SIDE, IMAGE_SIDE, 3)
-        files[f"{folder}/face_{index}.jpg"] = encoded(rng.integers(0, 256, size=shape, dtype=np.uint8))
-        lines.append(annotation(f"{' ' * (index % 2)}{folder}{slash}face_{index}.jpg", landmarks_of(index), labels))
+        files[f"{folder}/face_{index}.jpg"] = encoded(
+            rng.integers(0, 256, size=shape, dtype=np.uint8)
+        )
+        lines.append(
+            annotation(
+                f"{' ' * (index % 2)}{folder}{slash}face_{index}.jpg", landmarks_of(index), labels
+            )
+        )
     files["training.txt"] = "\n".join([*lines[:NUM_TRAIN], " ", ""]).encode()
     files["testing.txt"] = "\r\n".join([*lines[NUM_TRAIN:], "", ""]).encode()
     return files
@@ -100,10 +114,17 @@ class TestReading:
     @pytest.mark.parametrize("write", [write_zip, write_folder])
     @pytest.mark.parametrize("top", ["", "MTFL/"])
     def test_zip_and_folder_with_and_without_a_top_folder_give_the_same(
-        self, tmp_path: Path, files: dict[str, bytes], archive: Path, write: Callable[[Path, dict[str, bytes]], Path], top: str
+        self,
+        tmp_path: Path,
+        files: dict[str, bytes],
+        archive: Path,
+        write: Callable[[Path, dict[str, bytes]], Path],
+        top: str,
     ) -> None:
         expected = loaded(archive)
-        found = loaded(write(tmp_path / "other", {top + name: content for name, content in files.items()}))
+        found = loaded(
+            write(tmp_path / "other", {top + name: content for name, content in files.items()})
+        )
         assert found.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array)
@@ -114,12 +135,17 @@ class TestReading:
         np.testing.assert_array_equal(arrays["test_labels"], LABELS[NUM_TRAIN:] - 1)
 
     def test_shapes(self, archive: Path) -> None:
-        grey, colour = loaded(archive), loaded(archive, Crop(32, colour=True, margin=0.5, jitter=0.1))
+        grey, colour = (
+            loaded(archive),
+            loaded(archive, Crop(32, colour=True, margin=0.5, jitter=0.1)),
+        )
         assert grey["train_images"].shape == (NUM_TRAIN, 1, 40, 40)
         assert colour["test_images"].shape == (NUM_TEST, 3, 32, 32)
         assert grey["train_landmarks"].shape == (NUM_TRAIN, 10)
 
-    def test_a_byte_order_mark_is_passed_over(self, tmp_path: Path, files: dict[str, bytes]) -> None:
+    def test_a_byte_order_mark_is_passed_over(
+        self, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
         files["training.txt"] = b"\xef\xbb\xbf" + files["training.txt"]
         assert len(read_faces(write_zip(tmp_path / "bom.zip", files))["train"]) == NUM_TRAIN
 
@@ -127,23 +153,38 @@ class TestReading:
 class TestCrop:
     @pytest.mark.parametrize("centre", [(60, 60), (21, 24), (97, 95), (24, 95)])
     @pytest.mark.parametrize("point", range(5))
-    def test_a_dot_at_a_landmark_is_where_the_target_says(self, tmp_path: Path, centre: tuple[int, int], point: int) -> None:
+    def test_a_dot_at_a_landmark_is_where_the_target_says(
+        self, tmp_path: Path, centre: tuple[int, int], point: int
+    ) -> None:
         landmarks = SHAPE + np.array(centre)
         pixels = np.zeros((IMAGE_SIDE, IMAGE_SIDE), dtype=np.uint8)
         x, y = landmarks[point].astype(int)
         pixels[y - 2 : y + 2, x - 2 : x + 2] = 255
         line = annotation("dot.png", landmarks, (1, 1, 1, 1)).encode()
-        path = write_zip(tmp_path / "dot.zip", {"dot.png": encoded(pixels, "PNG"), "training.txt": line, "testing.txt": line})
+        path = write_zip(
+            tmp_path / "dot.zip",
+            {"dot.png": encoded(pixels, "PNG"), "training.txt": line, "testing.txt": line},
+        )
         arrays = loaded(path)
-        image, target = arrays["train_images"][0, 0].astype(float), arrays["train_landmarks"][0].reshape(2, 5)[:, point]
+        image, target = (
+            arrays["train_images"][0, 0].astype(float),
+            arrays["train_landmarks"][0].reshape(2, 5)[:, point],
+        )
         middles = np.arange(40) + 0.5
-        found = [image.sum(axis=0) @ middles / image.sum(), image.sum(axis=1) @ middles / image.sum()]
+        found = [
+            image.sum(axis=0) @ middles / image.sum(),
+            image.sum(axis=1) @ middles / image.sum(),
+        ]
         np.testing.assert_allclose(found, target * 40, atol=0.3)
 
     @pytest.mark.parametrize("colour", [False, True])
     @pytest.mark.parametrize("mode", ["I;16", "1", "P", "LA", "RGBA", "RGB"])
-    def test_pixels_of_every_mode_go_to_8_bits_by_their_range(self, tmp_path: Path, mode: str, colour: bool) -> None:
-        pixels = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE)).astype(np.uint8)
+    def test_pixels_of_every_mode_go_to_8_bits_by_their_range(
+        self, tmp_path: Path, mode: str, colour: bool
+    ) -> None:
+        pixels = (
+            np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE)).astype(np.uint8)
+        )
         if mode == "1":
             pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
         image = Image.fromarray(pixels)
@@ -154,7 +195,10 @@ class TestCrop:
             buffer = BytesIO()
             one.save(buffer, "PNG")
             line = annotation("face.png", SHAPE + 60, (1, 1, 1, 1)).encode()
-            path = write_zip(tmp_path / f"{name}.zip", {"face.png": buffer.getvalue(), "training.txt": line, "testing.txt": line})
+            path = write_zip(
+                tmp_path / f"{name}.zip",
+                {"face.png": buffer.getvalue(), "training.txt": line, "testing.txt": line},
+            )
             found.append(loaded(path, replace(DEFAULT, colour=colour))["train_images"].astype(int))
         assert np.abs(found[0] - found[1]).max() <= 1
 
@@ -162,10 +206,19 @@ class TestCrop:
         from fedgradnorm.federations.mtfl_images import Face, _in_eight_bits
 
         face = Face("face.tif", SHAPE, (0, 0, 0, 0), "training.txt line 1")
-        deep = Image.fromarray(np.array([[0, 257 * 7, 65535]], dtype=np.int32))  # as some versions of Pillow have 16 bits
+        deep = Image.fromarray(
+            np.array([[0, 257 * 7, 65535]], dtype=np.int32)
+        )  # as some versions of Pillow have 16 bits
         assert np.asarray(_in_eight_bits(Image, deep, face)).tolist() == [[0, 7, 255]]
-        for pixels in (np.full((9, 9), 70_000, dtype=np.int32), np.full((9, 9), -1, dtype=np.int32), np.zeros((9, 9), dtype=np.float32)):
-            with pytest.raises(DataError, match=r"line 1: 'face.tif' has pixels of mode '[IF]', expected 8 or 16 bits a channel"):
+        for pixels in (
+            np.full((9, 9), 70_000, dtype=np.int32),
+            np.full((9, 9), -1, dtype=np.int32),
+            np.zeros((9, 9), dtype=np.float32),
+        ):
+            with pytest.raises(
+                DataError,
+                match=r"line 1: 'face.tif' has pixels of mode '[IF]', expected 8 or 16 bits a channel",
+            ):
                 _in_eight_bits(Image, Image.fromarray(pixels), face)
 
     @pytest.mark.parametrize("most", [255, 4095])
@@ -174,7 +227,10 @@ class TestCrop:
 
         face = Face("face.png", SHAPE, (0, 0, 0, 0), "training.txt line 1")
         pixels = np.array([[0, 7, most]], dtype=np.uint16)
-        with pytest.raises(DataError, match=f"line 1: 'face.png' has 16 bits a channel, but its largest value is {most}"):
+        with pytest.raises(
+            DataError,
+            match=f"line 1: 'face.png' has 16 bits a channel, but its largest value is {most}",
+        ):
             _in_eight_bits(Image, Image.fromarray(pixels), face)
         assert np.asarray(_in_eight_bits(Image, Image.fromarray(0 * pixels), face)).max() == 0
 
@@ -182,7 +238,10 @@ class TestCrop:
         pixels = np.full((IMAGE_SIDE, IMAGE_SIDE), 10, dtype=np.uint8)
         pixels[:, 0] = np.linspace(100, 250, IMAGE_SIDE)
         line = annotation("edge.png", SHAPE + np.array([13, 60]), (1, 1, 1, 1)).encode()
-        path = write_zip(tmp_path / "edge.zip", {"edge.png": encoded(pixels, "PNG"), "training.txt": line, "testing.txt": line})
+        path = write_zip(
+            tmp_path / "edge.zip",
+            {"edge.png": encoded(pixels, "PNG"), "training.txt": line, "testing.txt": line},
+        )
         image = loaded(path)["train_images"][0, 0].astype(int)
         assert (image[:, 0] > 90).all()
         np.testing.assert_array_equal(image[:, 0], image[:, 1])
@@ -200,12 +259,17 @@ class TestCrop:
         assert not np.allclose(corner, other)
 
     def test_without_jitter_the_box_is_in_the_middle(self) -> None:
-        corner, side = face_square(Face("a.jpg", SHAPE + 60, (0, 0, 0, 0), ""), Crop(40, colour=False, margin=0.5, jitter=0))
+        corner, side = face_square(
+            Face("a.jpg", SHAPE + 60, (0, 0, 0, 0), ""),
+            Crop(40, colour=False, margin=0.5, jitter=0),
+        )
         assert side == pytest.approx(2 * 26)
         np.testing.assert_allclose(corner, [60 - 26, 61 - 26])
 
     @pytest.mark.parametrize("jitter", [0, 0.1, 0.15, 0.25, 0.5])
-    def test_the_smallest_margin_for_a_jitter_keeps_every_landmark_inside(self, jitter: float) -> None:
+    def test_the_smallest_margin_for_a_jitter_keeps_every_landmark_inside(
+        self, jitter: float
+    ) -> None:
         margin = ((0.5 + jitter) * 2 * (1 + jitter) - 1) / 2
         crop = Crop(40, colour=False, margin=margin, jitter=jitter)
         for index in range(500):
@@ -218,7 +282,9 @@ class TestCrop:
 
 
 class TestCache:
-    def test_the_second_load_reads_no_image(self, archive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_second_load_reads_no_image(
+        self, archive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = make(0, archive)
         first.check_data()
         assert len(list(cache.iterdir())) == 1
@@ -229,12 +295,20 @@ class TestCache:
             torch.testing.assert_close(one.test_data, two.test_data)
 
     def test_other_options_are_another_entry(self, archive: Path, cache: Path) -> None:
-        crops = [DEFAULT, Crop(40, True, 0.5, 0.15), Crop(32, False, 0.5, 0.15), Crop(40, False, 0.6, 0.15), Crop(40, False, 0.5, 0.1)]
+        crops = [
+            DEFAULT,
+            Crop(40, True, 0.5, 0.15),
+            Crop(32, False, 0.5, 0.15),
+            Crop(40, False, 0.6, 0.15),
+            Crop(40, False, 0.5, 0.1),
+        ]
         for crop in crops:
             loaded(archive, crop)
         assert len(list(cache.iterdir())) == len(crops)
 
-    def test_a_changed_file_is_another_entry(self, tmp_path: Path, files: dict[str, bytes], cache: Path) -> None:
+    def test_a_changed_file_is_another_entry(
+        self, tmp_path: Path, files: dict[str, bytes], cache: Path
+    ) -> None:
         folder = write_folder(tmp_path / "folder", files)
         loaded(folder)
         image = next(name for name in files if name.endswith(".jpg"))
@@ -252,9 +326,13 @@ class TestMake:
         assert federation.num_features == 100
         assert federation.client_ids == ["landmarks", "gender", "smile", "glasses", "pose"]
 
-    def test_the_clients_share_one_load(self, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_clients_share_one_load(
+        self, archive: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         calls = []
-        monkeypatch.setattr(mtfl, "face_arrays", lambda *arguments: calls.append(1) or face_arrays(*arguments))
+        monkeypatch.setattr(
+            mtfl, "face_arrays", lambda *arguments: calls.append(1) or face_arrays(*arguments)
+        )
         make(0, archive, clients_per_task=2).check_data()
         assert len(calls) == 1
 
@@ -270,24 +348,35 @@ class TestMake:
     def test_targets_fit_their_images(self, archive: Path) -> None:
         arrays = loaded(archive)
         images = mtfl.standardised(arrays["train_images"]).flatten(1)
-        columns = {name: arrays["train_labels"][:, index] for index, name in enumerate(mtfl_images.NUM_CLASSES)}
+        columns = {
+            name: arrays["train_labels"][:, index]
+            for index, name in enumerate(mtfl_images.NUM_CLASSES)
+        }
         for client in make(1, archive).clients:
             found, targets = client.train_data
             rows = [int((images == image).all(dim=1).nonzero()) for image in found.flatten(1)]
-            expected = arrays["train_landmarks"] if client.id == "landmarks" else columns[client.id].astype(np.int64)
+            expected = (
+                arrays["train_landmarks"]
+                if client.id == "landmarks"
+                else columns[client.id].astype(np.int64)
+            )
             np.testing.assert_array_equal(targets.numpy(), expected[rows])
 
     def test_images_are_standardised_one_by_one(self, archive: Path) -> None:
         images = make(0, archive, tasks=["smile"], colour=True).clients[0].train_data[0]
         assert images.dtype == torch.float32
-        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.zeros(NUM_TRAIN), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            images.mean(dim=(1, 2, 3)), torch.zeros(NUM_TRAIN), atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(images.std(dim=(1, 2, 3)), torch.ones(NUM_TRAIN))
 
     def test_an_empty_image_becomes_zeros(self) -> None:
         assert mtfl.standardised(np.full((1, 1, 16, 16), 200, dtype=np.uint8)).abs().max() < 1e-4
 
     def test_another_seed_is_another_split_of_the_same_crops(self, archive: Path) -> None:
-        one, two = (make(seed, archive, tasks=["smile", "pose"]).clients[0].train_data[0] for seed in (0, 1))
+        one, two = (
+            make(seed, archive, tasks=["smile", "pose"]).clients[0].train_data[0] for seed in (0, 1)
+        )
         assert not torch.equal(one, two)
 
     @pytest.mark.parametrize(
@@ -309,9 +398,13 @@ class TestMake:
         with pytest.raises(ConfigError, match="the training data have 23"):
             make(0, archive, sizes={"smile": 24}).check_data()
 
-    def test_the_variable_stands_in_for_the_path(self, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_variable_stands_in_for_the_path(
+        self, archive: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.delenv("FEDGRADNORM_MTFL", raising=False)
-        with pytest.raises(DataError, match=r"path: expected MTFL\.zip .* in \$FEDGRADNORM_MTFL; found neither"):
+        with pytest.raises(
+            DataError, match=r"path: expected MTFL\.zip .* in \$FEDGRADNORM_MTFL; found neither"
+        ):
             make(0).check_data()
         monkeypatch.setenv("FEDGRADNORM_MTFL", str(archive))
         make(0).check_data()
@@ -345,10 +438,17 @@ class TestBadArchives:
     @pytest.mark.parametrize("write", [write_zip, write_folder])
     @pytest.mark.parametrize("name", ["training.txt", "testing.txt"])
     def test_missing_annotations(
-        self, tmp_path: Path, files: dict[str, bytes], name: str, write: Callable[[Path, dict[str, bytes]], Path]
+        self,
+        tmp_path: Path,
+        files: dict[str, bytes],
+        name: str,
+        write: Callable[[Path, dict[str, bytes]], Path],
     ) -> None:
         del files[name]
-        with pytest.raises(DataError, match=f"data: expected a file '{name}' in it or in its top folder, found none"):
+        with pytest.raises(
+            DataError,
+            match=f"data: expected a file '{name}' in it or in its top folder, found none",
+        ):
             make(0, write(tmp_path / "data", files)).check_data()
 
     def test_two_data_sets_in_one(self, tmp_path: Path, files: dict[str, bytes]) -> None:
@@ -357,25 +457,57 @@ class TestBadArchives:
             make(0, write_zip(tmp_path / "data", twice)).check_data()
 
     @pytest.mark.parametrize(
-        "name", ["../evil.jpg", "AFLW/../../evil.jpg", "/etc/evil.jpg", "AFLW\\..\\evil.jpg", "C:\\evil.jpg", "C:evil.jpg"]
+        "name",
+        [
+            "../evil.jpg",
+            "AFLW/../../evil.jpg",
+            "/etc/evil.jpg",
+            "AFLW\\..\\evil.jpg",
+            "C:\\evil.jpg",
+            "C:evil.jpg",
+        ],
     )
-    def test_entries_that_lead_out(self, tmp_path: Path, files: dict[str, bytes], name: str) -> None:
-        with pytest.raises(DataError, match=r"data: entry .*evil\.jpg': expected a path inside the data set"):
+    def test_entries_that_lead_out(
+        self, tmp_path: Path, files: dict[str, bytes], name: str
+    ) -> None:
+        with pytest.raises(
+            DataError, match=r"data: entry .*evil\.jpg': expected a path inside the data set"
+        ):
             make(0, write_zip(tmp_path / "data", {**files, name: b""})).check_data()
 
-    @pytest.mark.parametrize("name", ["../evil.jpg", "AFLW/../../evil.jpg", "/etc/evil.jpg", "\\evil.jpg", "C:\\evil.jpg", "a\0evil.jpg"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../evil.jpg",
+            "AFLW/../../evil.jpg",
+            "/etc/evil.jpg",
+            "\\evil.jpg",
+            "C:\\evil.jpg",
+            "a\0evil.jpg",
+        ],
+    )
     @pytest.mark.parametrize("write", [write_zip, write_folder])
     def test_annotation_paths_that_lead_out(
-        self, tmp_path: Path, files: dict[str, bytes], name: str, write: Callable[[Path, dict[str, bytes]], Path]
+        self,
+        tmp_path: Path,
+        files: dict[str, bytes],
+        name: str,
+        write: Callable[[Path, dict[str, bytes]], Path],
     ) -> None:
         files["testing.txt"] = line_of(f0=name)
-        with pytest.raises(DataError, match=r"testing\.txt line 1: path .*evil\.jpg': expected a path inside the data set"):
+        with pytest.raises(
+            DataError,
+            match=r"testing\.txt line 1: path .*evil\.jpg': expected a path inside the data set",
+        ):
             make(0, write(tmp_path / "data", files)).check_data()
 
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            (b"AFLW/face_2.jpg 1 2 3", r"expected 15 fields \(path, x1..x5, y1..y5, gender, smile, glasses, pose\), found 4"),
+            (
+                b"AFLW/face_2.jpg 1 2 3",
+                r"expected 15 fields \(path, x1..x5, y1..y5, gender, smile, glasses, pose\), found 4",
+            ),
             (line_of() + b" 1", "expected 15 fields .*, found 16"),
             (line_of(f3="12,5"), "expected a finite number below 1000000, found '12,5'"),
             (line_of(f3="nan"), "expected a finite number below 1000000, found 'nan'"),
@@ -392,7 +524,9 @@ class TestBadArchives:
             (b"\n \n", "expected one line a face, found none"),
         ],
     )
-    def test_bad_lines(self, tmp_path: Path, files: dict[str, bytes], line: bytes, message: str) -> None:
+    def test_bad_lines(
+        self, tmp_path: Path, files: dict[str, bytes], line: bytes, message: str
+    ) -> None:
         files["testing.txt"] = line_of() + b"\n\n" + line if line.strip() else line
         with pytest.raises(DataError, match=message) as caught:
             make(0, write_zip(tmp_path / "data.zip", files)).check_data()
@@ -404,14 +538,21 @@ class TestBadArchives:
 def png_header(width: int, height: int) -> bytes:
     """The start of a PNG that claims this size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
 
 
 class TestBadImages:
     NAME = "AFLW/face_2.jpg"
 
     @pytest.mark.parametrize("write", [write_zip, write_folder])
-    def test_missing(self, tmp_path: Path, files: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], Path]) -> None:
+    def test_missing(
+        self,
+        tmp_path: Path,
+        files: dict[str, bytes],
+        write: Callable[[Path, dict[str, bytes]], Path],
+    ) -> None:
         del files[self.NAME]
         federation = make(0, write(tmp_path / "data", files))
         with pytest.raises(DataError, match=r"training\.txt line 3: .*AFLW/face_2\.jpg"):
@@ -420,7 +561,10 @@ class TestBadImages:
     @pytest.mark.parametrize("content", [b"", b"no image", "cut", png_header(10, 10)])
     def test_corrupt(self, tmp_path: Path, files: dict[str, bytes], content: bytes | str) -> None:
         files[self.NAME] = files[self.NAME][:500] if isinstance(content, str) else content
-        with pytest.raises(DataError, match=r"training\.txt line 3: 'AFLW/face_2\.jpg' is no image that Pillow can read"):
+        with pytest.raises(
+            DataError,
+            match=r"training\.txt line 3: 'AFLW/face_2\.jpg' is no image that Pillow can read",
+        ):
             loaded(write_folder(tmp_path / "data", files))
 
     def test_damaged_entry(self, tmp_path: Path, files: dict[str, bytes], archive: Path) -> None:
@@ -428,40 +572,61 @@ class TestBadImages:
         middle = content.index(files[self.NAME]) + 600
         bad = tmp_path / "bad.zip"
         bad.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-        with pytest.raises(DataError, match=r"training\.txt line 3: the entry 'AFLW/face_2\.jpg' is damaged"):
+        with pytest.raises(
+            DataError, match=r"training\.txt line 3: the entry 'AFLW/face_2\.jpg' is damaged"
+        ):
             loaded(bad)
 
     @pytest.mark.parametrize("side", [5001, 10_000, 30_000])
     def test_decompression_bomb(self, tmp_path: Path, files: dict[str, bytes], side: int) -> None:
         files[self.NAME] = png_header(side, side)
-        with pytest.raises(DataError, match=r"training\.txt line 3: 'AFLW/face_2\.jpg' (has 5001 x 5001 pixels|is no image)"):
+        with pytest.raises(
+            DataError,
+            match=r"training\.txt line 3: 'AFLW/face_2\.jpg' (has 5001 x 5001 pixels|is no image)",
+        ):
             loaded(write_zip(tmp_path / "data", files))
 
     @pytest.mark.parametrize("write", [write_zip, write_folder])
     def test_too_many_bytes(
-        self, tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, dict[str, bytes]], Path]
+        self,
+        tmp_path: Path,
+        files: dict[str, bytes],
+        monkeypatch: pytest.MonkeyPatch,
+        write: Callable[[Path, dict[str, bytes]], Path],
     ) -> None:
         monkeypatch.setattr(mtfl_archive, "MAX_BYTES", 1_000_000)
         files[self.NAME] = bytes(1_000_001)
-        with pytest.raises(DataError, match=r"line 3: 'AFLW/face_2\.jpg' has 1000001 bytes, expected at most 1000000"):
+        with pytest.raises(
+            DataError,
+            match=r"line 3: 'AFLW/face_2\.jpg' has 1000001 bytes, expected at most 1000000",
+        ):
             loaded(write(tmp_path / "data", files))
 
     @pytest.mark.parametrize("shift", [-1000, 1000, 9e5])
-    def test_landmarks_far_outside(self, tmp_path: Path, files: dict[str, bytes], shift: float) -> None:
+    def test_landmarks_far_outside(
+        self, tmp_path: Path, files: dict[str, bytes], shift: float
+    ) -> None:
         files["testing.txt"] = annotation(self.NAME, SHAPE + shift, (1, 1, 1, 1)).encode()
         with pytest.raises(
-            DataError, match=r"testing\.txt line 1: the landmarks lie far outside the image 'AFLW/face_2\.jpg' of 120 x 120"
+            DataError,
+            match=r"testing\.txt line 1: the landmarks lie far outside the image 'AFLW/face_2\.jpg' of 120 x 120",
         ):
             loaded(write_zip(tmp_path / "data", files))
 
-    def test_links_that_lead_out_of_the_folder(self, tmp_path: Path, files: dict[str, bytes]) -> None:
+    def test_links_that_lead_out_of_the_folder(
+        self, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
         folder = write_folder(tmp_path / "data", files)
         (folder / self.NAME).rename(tmp_path / "outside.jpg")
         (folder / self.NAME).symlink_to(tmp_path / "outside.jpg")
-        with pytest.raises(DataError, match=r"line 3: 'AFLW/face_2\.jpg': .* a link that leads out of it"):
+        with pytest.raises(
+            DataError, match=r"line 3: 'AFLW/face_2\.jpg': .* a link that leads out of it"
+        ):
             loaded(folder)
 
-    def test_a_link_to_the_folder_itself_is_followed(self, tmp_path: Path, files: dict[str, bytes]) -> None:
+    def test_a_link_to_the_folder_itself_is_followed(
+        self, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
         folder = write_folder(tmp_path / "data", files)
         (tmp_path / "link").symlink_to(folder)
         assert len(loaded(tmp_path / "link")["test_images"]) == NUM_TEST
@@ -472,7 +637,9 @@ class TestBadImages:
         with pytest.raises(DataError, match=r'pip install "fedgradnorm\[mtfl\]"'):
             federation.check_data()
 
-    def test_a_failed_load_leaves_no_cache(self, tmp_path: Path, files: dict[str, bytes], cache: Path) -> None:
+    def test_a_failed_load_leaves_no_cache(
+        self, tmp_path: Path, files: dict[str, bytes], cache: Path
+    ) -> None:
         folder = write_folder(tmp_path / "data", {**files, self.NAME: b""})
         with pytest.raises(DataError):
             loaded(folder)
@@ -514,7 +681,9 @@ class TestMetrics:
 
 
 @pytest.fixture(scope="module")
-def real(mtfl_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, np.ndarray]]:
+def real(
+    mtfl_zip: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, np.ndarray]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("FEDGRADNORM_CACHE", str(tmp_path_factory.mktemp("mtfl-cache")))
         yield loaded(mtfl_zip)
@@ -535,7 +704,9 @@ class TestRealData:
             assert real[f"{split}_landmarks"].min() > 0.1
             assert real[f"{split}_landmarks"].max() < 0.9
 
-    def test_the_head_starts_from_about_the_mean_face_and_the_loss_from_about_one(self, real: dict[str, np.ndarray]) -> None:
+    def test_the_head_starts_from_about_the_mean_face_and_the_loss_from_about_one(
+        self, real: dict[str, np.ndarray]
+    ) -> None:
         targets = torch.from_numpy(real["train_landmarks"])
         head = mtfl.LandmarkHead(4, margin=0.5)
         outputs = head.mean_face.expand_as(targets)

@@ -12,7 +12,16 @@ import torch
 from fedgradnorm.errors import ConfigError, DataError, FedGradNormError
 from fedgradnorm.federations import radcom, radcom_channel
 from fedgradnorm.federations.radcom import make, read_hdf5, write_hdf5
-from fedgradnorm.federations.radcom_channel import DELAYS, MODULATIONS, NUM_TAPS, PAIRS, SIGNALS, STREAM, WAVEFORMS, snapshots
+from fedgradnorm.federations.radcom_channel import (
+    DELAYS,
+    MODULATIONS,
+    NUM_TAPS,
+    PAIRS,
+    SIGNALS,
+    STREAM,
+    WAVEFORMS,
+    snapshots,
+)
 
 h5py = pytest.importorskip("h5py")
 
@@ -58,7 +67,9 @@ def test_there_are_nine_pairs_of_six_modulations_and_eight_signals() -> None:
         ("Ground mapping", (2, 5), (20, 29)),
     ],
 )
-def test_pulses_have_the_documented_widths_intervals_and_offsets(signal: str, widths: tuple[int, int], intervals: tuple[int, int]) -> None:
+def test_pulses_have_the_documented_widths_intervals_and_offsets(
+    signal: str, widths: tuple[int, int], intervals: tuple[int, int]
+) -> None:
     waves = WAVEFORMS["pulsed", signal](400, 250, rng())
     found_widths, found_intervals, offsets = [], [], []
     for wave in waves:
@@ -68,7 +79,9 @@ def test_pulses_have_the_documented_widths_intervals_and_offsets(signal: str, wi
         for start in starts:
             if (later := ends[ends > start]).size:
                 found_widths.append(later[0] - start)
-                offsets += (np.angle(wave[start + 1 : later[0]] / wave[start : later[0] - 1]) / (2 * np.pi)).tolist()
+                offsets += (
+                    np.angle(wave[start + 1 : later[0]] / wave[start : later[0] - 1]) / (2 * np.pi)
+                ).tolist()
     assert (min(found_widths), max(found_widths)) == widths
     assert intervals[0] <= min(found_intervals) <= max(found_intervals) <= intervals[1]
     assert max(found_intervals) - min(found_intervals) > 0.7 * (intervals[1] - intervals[0])
@@ -84,7 +97,10 @@ def test_fmcw_has_a_constant_envelope_and_the_documented_deviation() -> None:
 
 
 def test_bpsk_and_amdsb_are_real_and_ask_and_amdsb_do_not_change_sign() -> None:
-    bpsk, ask = WAVEFORMS["bpsk", "Satcom"](300, 133, rng()), WAVEFORMS["ask", "short-range"](300, 133, rng())
+    bpsk, ask = (
+        WAVEFORMS["bpsk", "Satcom"](300, 133, rng()),
+        WAVEFORMS["ask", "short-range"](300, 133, rng()),
+    )
     amdsb = WAVEFORMS["amdsb", "AM radio"](300, 133, rng())
     assert all(np.isrealobj(waves) for waves in (bpsk, ask, amdsb))
     assert abs(bpsk.mean()) < 0.05
@@ -120,8 +136,12 @@ def test_power_is_that_of_the_paths_and_of_the_noise(pair: tuple[str, str], snr:
     assert power(values).mean() - noise == pytest.approx(1.75, abs=0.2 + 0.005 * noise)
 
 
-def test_without_fading_the_noise_is_circular_and_of_the_stated_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radcom_channel, "_multipath", lambda sent, _: np.zeros((len(sent), 128), dtype=complex))
+def test_without_fading_the_noise_is_circular_and_of_the_stated_power(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        radcom_channel, "_multipath", lambda sent, _: np.zeros((len(sent), 128), dtype=complex)
+    )
     values = snapshots("bpsk", "Satcom", -10, 2000, rng())
     assert (values[:, :128] ** 2).mean() == pytest.approx(5, rel=0.01)
     assert (values[:, 128:] ** 2).mean() == pytest.approx(5, rel=0.01)
@@ -132,14 +152,18 @@ def test_fading_gains_have_mean_power_one_and_only_the_first_is_rician() -> None
     squares = np.abs(radcom_channel._fading(100_000, rng())) ** 2
     np.testing.assert_allclose(squares.mean(axis=0), 1, atol=0.01)
     k, sinusoids = radcom_channel.RICIAN_K, radcom_channel.NUM_SINUSOIDS
-    fourth_moment = (3 / 8 + 3 / 4 * (sinusoids - 1)) / sinusoids  # of the real part, a sum of cosines scaled by 1/√N
+    fourth_moment = (
+        3 / 8 + 3 / 4 * (sinusoids - 1)
+    ) / sinusoids  # of the real part, a sum of cosines scaled by 1/√N
     scattered = 2 * fourth_moment - 1 / 2
     rician = (scattered + 2 * k) / (k + 1) ** 2
     np.testing.assert_allclose(squares.var(axis=0), [rician, scattered, scattered], rtol=0.03)
 
 
 def test_multipath_agrees_with_a_plain_loop() -> None:
-    sent = rng(3).standard_normal((4, 128 + NUM_TAPS - 1)) + 1j * rng(4).standard_normal((4, 128 + NUM_TAPS - 1))
+    sent = rng(3).standard_normal((4, 128 + NUM_TAPS - 1)) + 1j * rng(4).standard_normal(
+        (4, 128 + NUM_TAPS - 1)
+    )
     gains = radcom_channel._fading(4, rng(5))
     expected = np.zeros((4, 128), dtype=complex)
     for n in range(4):
@@ -147,7 +171,13 @@ def test_multipath_agrees_with_a_plain_loop() -> None:
             for tap in range(NUM_TAPS):
                 x = math.pi * (tap - DELAYS[path])
                 for t in range(128):
-                    expected[n, t] += magnitude * gains[n, path] * math.sin(x) / x * sent[n, t + NUM_TAPS - 1 - tap]
+                    expected[n, t] += (
+                        magnitude
+                        * gains[n, path]
+                        * math.sin(x)
+                        / x
+                        * sent[n, t + NUM_TAPS - 1 - tap]
+                    )
     np.testing.assert_allclose(radcom_channel._multipath(sent, rng(5)), expected)
 
 
@@ -195,11 +225,22 @@ def rows(inputs: torch.Tensor) -> set[bytes]:
 
 def test_clients_have_disjoint_training_data_and_one_test_set() -> None:
     federation = make(0, clients_per_task=2, **SMALL)
-    assert federation.client_ids == ["modulation-0", "modulation-1", "signal-0", "signal-1", "anomaly-0", "anomaly-1"]
+    assert federation.client_ids == [
+        "modulation-0",
+        "modulation-1",
+        "signal-0",
+        "signal-1",
+        "anomaly-0",
+        "anomaly-1",
+    ]
     parts = [rows(client.train_data[0]) for client in federation.clients]
     tests = [client.test_data[0] for client in federation.clients]
     assert all((test == tests[0]).all() for test in tests)
-    assert len(set().union(*parts, rows(tests[0]))) == sum(map(len, parts)) + len(tests[0]) == 9 * 5 * 5
+    assert (
+        len(set().union(*parts, rows(tests[0])))
+        == sum(map(len, parts)) + len(tests[0])
+        == 9 * 5 * 5
+    )
     assert len(tests[0]) == 9 * 5
     federation.check_data()
 
@@ -210,8 +251,14 @@ def test_labels_are_those_of_the_snapshots() -> None:
     for pair in PAIRS:
         for snr in range(-8, 2, 2):
             generator = radcom.generator(3, 0, "", f"radcom {pair[0]} {pair[1]} {snr}")
-            labels = {"modulation": MODULATIONS.index(pair[0]), "signal": SIGNALS.index(pair[1]), "anomaly": int(snr < -3)}
-            truth |= dict.fromkeys((row.tobytes() for row in snapshots(*pair, snr, 5, generator)), labels)
+            labels = {
+                "modulation": MODULATIONS.index(pair[0]),
+                "signal": SIGNALS.index(pair[1]),
+                "anomaly": int(snr < -3),
+            }
+            truth |= dict.fromkeys(
+                (row.tobytes() for row in snapshots(*pair, snr, 5, generator)), labels
+            )
     for client in federation.clients:
         for inputs, targets in (client.train_data, client.test_data):
             assert targets.dtype == torch.int64
@@ -219,7 +266,10 @@ def test_labels_are_those_of_the_snapshots() -> None:
 
 
 def test_test_set_has_its_share_of_every_pair_and_snr() -> None:
-    targets = {client.id: client.test_data[1] for client in make(0, snapshots=10, snr_min=-6, snr_max=0).clients}
+    targets = {
+        client.id: client.test_data[1]
+        for client in make(0, snapshots=10, snr_min=-6, snr_max=0).clients
+    }
     assert targets["signal"].bincount().tolist() == [8, 8, 8, 8, 8, 8, 16, 8]
     assert targets["modulation"].bincount().tolist() == [32, 8, 8, 8, 8, 8]
     assert targets["anomaly"].bincount().tolist() == [54, 18]
@@ -287,7 +337,9 @@ def test_wrong_options_are_told_at_once(options: dict[str, Any], message: str) -
 @pytest.mark.parametrize("test_fraction", [0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9])
 def test_the_fewest_snapshots_allowed_are_enough(test_fraction: float) -> None:
     least = radcom._least_snapshots(test_fraction)
-    client = make(0, tasks=["signal"], snapshots=least, snr_min=0, snr_max=2, test_fraction=test_fraction).clients[0]
+    client = make(
+        0, tasks=["signal"], snapshots=least, snr_min=0, snr_max=2, test_fraction=test_fraction
+    ).clients[0]
     for _, targets in (client.train_data, client.test_data):
         assert len(targets.unique()) == 8
 
@@ -299,8 +351,14 @@ def test_without_the_anomaly_task_its_threshold_does_not_matter() -> None:
 # The file
 
 
-def small_file(path: Path, count: int = 5, snrs: tuple[int, ...] = (-6, 0)) -> dict[tuple[str, str, int], np.ndarray]:
-    cells = {(*pair, snr): snapshots(*pair, snr, count, rng(index)) for index, pair in enumerate(PAIRS) for snr in snrs}
+def small_file(
+    path: Path, count: int = 5, snrs: tuple[int, ...] = (-6, 0)
+) -> dict[tuple[str, str, int], np.ndarray]:
+    cells = {
+        (*pair, snr): snapshots(*pair, snr, count, rng(index))
+        for index, pair in enumerate(PAIRS)
+        for snr in snrs
+    }
     labels = [label for label in cells for _ in range(count)]
     modulation, signal, snr = zip(*labels, strict=True)
     write_hdf5(path, np.concatenate(list(cells.values())), modulation, signal, snr)
@@ -332,17 +390,27 @@ def test_federation_of_a_file(tmp_path: Path) -> None:
     first, second = (federation.clients for federation in federations)
     assert all((one.test_data[0] == first[0].test_data[0]).all() for one in (*first, *second))
     assert rows(first[0].train_data[0]) != rows(second[0].train_data[0])
-    everything = set().union(*(rows(client.train_data[0]) for client in first), rows(first[0].test_data[0]))
+    everything = set().union(
+        *(rows(client.train_data[0]) for client in first), rows(first[0].test_data[0])
+    )
     assert everything == {row.tobytes() for values in cells.values() for row in values}
     truth = {row.tobytes(): label for label, values in cells.items() for row in values}
     for client in first:
-        for row, target in zip(client.train_data[0].numpy(), client.train_data[1].tolist(), strict=True):
+        for row, target in zip(
+            client.train_data[0].numpy(), client.train_data[1].tolist(), strict=True
+        ):
             modulation, signal, snr = truth[row.tobytes()]
-            labels = {"modulation": MODULATIONS.index(modulation), "signal": SIGNALS.index(signal), "anomaly": int(snr < -4)}
+            labels = {
+                "modulation": MODULATIONS.index(modulation),
+                "signal": SIGNALS.index(signal),
+                "anomaly": int(snr < -4),
+            }
             assert labels[client.id] == target
 
 
-def test_a_file_is_read_on_first_use_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_on_first_use_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_file(tmp_path / "small.hdf5")
     calls = []
     read = radcom.read_arrays
@@ -354,23 +422,37 @@ def test_a_file_is_read_on_first_use_and_once(tmp_path: Path, monkeypatch: pytes
     assert len(calls) == 1
     small_file(tmp_path / "other.hdf5", count=6)
     (tmp_path / "other.hdf5").replace(tmp_path / "small.hdf5")
-    assert len(make(0, path=str(tmp_path / "small.hdf5")).clients[0].test_data[0]) == round(0.2 * 9 * 2 * 6)
+    assert len(make(0, path=str(tmp_path / "small.hdf5")).clients[0].test_data[0]) == round(
+        0.2 * 9 * 2 * 6
+    )
     assert len(calls) == 2
 
 
 def test_options_choose_among_the_snapshots_of_a_file(tmp_path: Path) -> None:
     cells = small_file(tmp_path / "small.hdf5", count=8)
-    client = make(0, path=str(tmp_path / "small.hdf5"), tasks=["signal"], snapshots=5, snr_min=-2).clients[0]
+    client = make(
+        0, path=str(tmp_path / "small.hdf5"), tasks=["signal"], snapshots=5, snr_min=-2
+    ).clients[0]
     chosen = rows(client.train_data[0]) | rows(client.test_data[0])
-    assert chosen == {row.tobytes() for (*_, snr), values in cells.items() if snr == 0 for row in values[:5]}
+    assert chosen == {
+        row.tobytes() for (*_, snr), values in cells.items() if snr == 0 for row in values[:5]
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"snr_min": 2, "anomaly_threshold": 4}, DataError, "no snapshot at 2 to 18 dB, found -6 to 0 dB"),
+        (
+            {"snr_min": 2, "anomaly_threshold": 4},
+            DataError,
+            "no snapshot at 2 to 18 dB, found -6 to 0 dB",
+        ),
         ({"anomaly_threshold": 2}, ConfigError, "anomaly_threshold: .* from -6 to 0 dB"),
-        ({"test_fraction": 0.1}, DataError, "5 snapshots of a pair at an SNR, expected at least 10"),
+        (
+            {"test_fraction": 0.1},
+            DataError,
+            "5 snapshots of a pair at an SNR, expected at least 10",
+        ),
         ({"sizes": {"signal": 1000}}, ConfigError, "sizes"),
     ],
 )
@@ -400,10 +482,15 @@ def test_a_file_that_another_program_has_locked_is_told_as_such(tmp_path: Path) 
     path = tmp_path / "small.hdf5"
     small_file(path)
     code = "import h5py, sys; f = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(DataError, match=r"small\.hdf5: another program has the file open for writing, and has locked it"):
+        with pytest.raises(
+            DataError,
+            match=r"small\.hdf5: another program has the file open for writing, and has locked it",
+        ):
             read_hdf5(path)
     assert len(read_hdf5(path).data)
 
@@ -418,7 +505,9 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_a_file_without_data_sets(tmp_path: Path) -> None:
     h5py.File(tmp_path / "empty.hdf5", "w").close()
-    with pytest.raises(DataError, match=r"empty\.hdf5: expected a data set for each snapshot, found none"):
+    with pytest.raises(
+        DataError, match=r"empty\.hdf5: expected a data set for each snapshot, found none"
+    ):
         read_hdf5(tmp_path / "empty.hdf5")
 
 
@@ -451,14 +540,24 @@ def test_a_key_of_another_form(tmp_path: Path, key: str) -> None:
         ("('bpsk', 'AM radio', 10, 0)", GOOD, "expected a pair of RadComDynamic"),
         ("('bpsk', 'Satcom', 1000, 0)", GOOD, "expected an SNR from -200 to 200 dB"),
         ("('bpsk', 'Satcom', 10, -1)", GOOD, "a number from 0"),
-        ("('bpsk', 'Satcom', 10, 0)", GOOD[:, 0], r"expected floats of shape \(256, 1\), found float32 of shape \(256,\)"),
-        ("('bpsk', 'Satcom', 10, 0)", np.zeros((1, 256), dtype=np.float32), r"found float32 of shape \(1, 256\)"),
+        (
+            "('bpsk', 'Satcom', 10, 0)",
+            GOOD[:, 0],
+            r"expected floats of shape \(256, 1\), found float32 of shape \(256,\)",
+        ),
+        (
+            "('bpsk', 'Satcom', 10, 0)",
+            np.zeros((1, 256), dtype=np.float32),
+            r"found float32 of shape \(1, 256\)",
+        ),
         ("('bpsk', 'Satcom', 10, 0)", GOOD.astype(np.int32), "found int32"),
         ("('bpsk', 'Satcom', 10, 0)", GOOD + np.nan, "expected finite numbers"),
         ("('bpsk', 'Satcom', 10, 0)", GOOD + np.inf, "expected finite numbers"),
     ],
 )
-def test_bad_data_are_named_by_file_and_key(tmp_path: Path, key: str, values: np.ndarray, message: str) -> None:
+def test_bad_data_are_named_by_file_and_key(
+    tmp_path: Path, key: str, values: np.ndarray, message: str
+) -> None:
     with h5py.File(tmp_path / "bad.hdf5", "w") as file:
         file.create_dataset(key, data=values)
     with pytest.raises(DataError, match=message) as error:
@@ -480,7 +579,9 @@ def an_external_link(file: Any) -> None:
 
 
 def external_storage(file: Any) -> None:
-    file.create_dataset("('bpsk', 'Satcom', 10, 0)", shape=(256, 1), dtype="f4", external=[("secret.bin", 0, 1024)])
+    file.create_dataset(
+        "('bpsk', 'Satcom', 10, 0)", shape=(256, 1), dtype="f4", external=[("secret.bin", 0, 1024)]
+    )
 
 
 @pytest.mark.parametrize("put", [a_group, a_soft_link, an_external_link, external_storage])
@@ -524,13 +625,17 @@ def test_writing_replaces_only_on_request_and_leaves_nothing_beside(tmp_path: Pa
         (GOOD.T, "bpsk", 10.5, "whole dB"),
     ],
 )
-def test_what_could_not_be_read_is_not_written(tmp_path: Path, data: np.ndarray, modulation: str, snr: float, message: str) -> None:
+def test_what_could_not_be_read_is_not_written(
+    tmp_path: Path, data: np.ndarray, modulation: str, snr: float, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         write_hdf5(tmp_path / "one.hdf5", data, [modulation], ["Satcom"], np.array([snr]))
     assert not list(tmp_path.iterdir())
 
 
-def test_without_h5py_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_h5py_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_file(tmp_path / "small.hdf5")
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(DataError, match=r'pip install "fedgradnorm\[hdf5\]"'):
@@ -562,7 +667,12 @@ def test_power_at_each_snr_is_that_of_the_reference(reference: radcom.Snapshots)
     differences = []
     for snr in SNRS:
         theirs = power(reference.data[reference.snr == snr])
-        ours = np.mean([power(snapshots(*pair, snr, 400, rng(index))).mean() for index, pair in enumerate(PAIRS)])
+        ours = np.mean(
+            [
+                power(snapshots(*pair, snr, 400, rng(index))).mean()
+                for index, pair in enumerate(PAIRS)
+            ]
+        )
         differences.append(10 * math.log10(ours / theirs.mean()))
         assert abs(differences[-1]) < max(1, 3 * standard_error(theirs)), snr
     assert abs(np.mean(differences)) < 0.25
@@ -571,22 +681,30 @@ def test_power_at_each_snr_is_that_of_the_reference(reference: radcom.Snapshots)
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("index", range(len(PAIRS)), ids=[signal for _, signal in PAIRS])
-def test_power_of_each_pair_is_that_of_the_reference(reference: radcom.Snapshots, index: int) -> None:
+def test_power_of_each_pair_is_that_of_the_reference(
+    reference: radcom.Snapshots, index: int
+) -> None:
     theirs = power(reference.data[(pairs_of(reference) == index) & (reference.snr >= 0)])
-    ours = np.mean([power(snapshots(*PAIRS[index], snr, 300, rng(snr))).mean() for snr in SNRS if snr >= 0])
+    ours = np.mean(
+        [power(snapshots(*PAIRS[index], snr, 300, rng(snr))).mean() for snr in SNRS if snr >= 0]
+    )
     assert abs(10 * math.log10(ours / theirs.mean())) < 1
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("index", range(len(PAIRS)), ids=[signal for _, signal in PAIRS])
-def test_spectrum_of_each_pair_is_that_of_the_reference(reference: radcom.Snapshots, index: int) -> None:
+def test_spectrum_of_each_pair_is_that_of_the_reference(
+    reference: radcom.Snapshots, index: int
+) -> None:
     def spectrum(values: np.ndarray) -> np.ndarray:
         values = values[power(values) > 0.4]  # in a deep fade there is more noise than signal
         waves = (values[:, :128] + 1j * values[:, 128:]) / np.sqrt(power(values))[:, None]
         return (np.abs(np.fft.fft(waves * np.hanning(128), axis=1)) ** 2).mean(axis=0)
 
     theirs = spectrum(reference.data[(pairs_of(reference) == index) & (reference.snr >= 14)])
-    ours = spectrum(np.concatenate([snapshots(*PAIRS[index], snr, 600, rng(snr)) for snr in (14, 16, 18)]))
+    ours = spectrum(
+        np.concatenate([snapshots(*PAIRS[index], snr, 600, rng(snr)) for snr in (14, 16, 18)])
+    )
     in_band = theirs > theirs.max() / 100
     assert np.abs(10 * np.log10(ours / theirs))[in_band].max() < 3
     assert np.abs(10 * np.log10(ours / theirs))[in_band].mean() < 0.7

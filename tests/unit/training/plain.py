@@ -21,7 +21,14 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def training(method="fedrep", **settings):
-    values = {"head_steps": 4, "encoder_steps": STEPS, "batch_size": BATCH, "head_lr": 0.03, "encoder_lr": 0.05, "seed": 2}
+    values = {
+        "head_steps": 4,
+        "encoder_steps": STEPS,
+        "batch_size": BATCH,
+        "head_lr": 0.03,
+        "encoder_lr": 0.05,
+        "seed": 2,
+    }
     return TrainConfig(method=method, **(values | settings))
 
 
@@ -34,23 +41,35 @@ def federation_of(dtype, tasks=("class", "parity", "loop", "mass"), **options):
     made = digits.make(0, tasks, **options)
     tasks = {client.task.name: client.task for client in made.clients}
     tasks = {
-        name: Task(name, lambda features, make=task.head: make(features).to(dtype), task.loss, task.metrics) for name, task in tasks.items()
+        name: Task(
+            name, lambda features, make=task.head: make(features).to(dtype), task.loss, task.metrics
+        )
+        for name, task in tasks.items()
     }
-    clients = [Client(one.id, tasks[one.task.name], cast(one.train_data), cast(one.test_data)) for one in made.clients]
+    clients = [
+        Client(one.id, tasks[one.task.name], cast(one.train_data), cast(one.test_data))
+        for one in made.clients
+    ]
     return Federation(clients, lambda: made.encoder().to(dtype))
 
 
 def batches(client, round, settings):
     """The examples of the round's encoder steps."""
     examples, batch = len(client.train_data[0]), settings.batch_size
-    if examples > max(4 * STEPS * batch, 1024):  # so few are drawn that the first different ones of random numbers are taken
+    if examples > max(
+        4 * STEPS * batch, 1024
+    ):  # so few are drawn that the first different ones of random numbers are taken
         rng, drawn = quick_generator(settings.seed, round, client.id, "encoder batches"), {}
         while len(drawn) < STEPS * batch:
             drawn |= dict.fromkeys(rng.integers(examples, size=STEPS * batch).tolist())
         order = np.array(list(drawn)[: STEPS * batch])
-        indices = [torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)]
+        indices = [
+            torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)
+        ]
         return [(client.train_data[0][index], client.train_data[1][index]) for index in indices]
-    numbers = quick_generator(settings.seed, round, client.id, "encoder batches").random((-(-STEPS * batch // examples), examples))
+    numbers = quick_generator(settings.seed, round, client.id, "encoder batches").random(
+        (-(-STEPS * batch // examples), examples)
+    )
     order = np.concatenate([np.argsort(one) for one in numbers])
     indices = [torch.from_numpy(order[step * batch : (step + 1) * batch]) for step in range(STEPS)]
     return [(client.train_data[0][index], client.train_data[1][index]) for index in indices]
@@ -58,7 +77,9 @@ def batches(client, round, settings):
 
 def models(federation, settings):
     """The initial encoder, and every client's initial head."""
-    return federation.make_encoder(settings.seed), {one.id: federation.make_head(one, settings.seed) for one in federation.clients}
+    return federation.make_encoder(settings.seed), {
+        one.id: federation.make_head(one, settings.seed) for one in federation.clients
+    }
 
 
 def sgd_round(client, encoder, head, round, settings, head_optimizer=None):
@@ -82,14 +103,21 @@ def sgd_round(client, encoder, head, round, settings, head_optimizer=None):
 def fedper(federation, settings, share_of=lambda client: 1.0):
     """Joint rounds whose encoders are averaged: the encoder, the heads, and the losses by round."""
     encoder, heads = models(federation, settings)
-    optimizers = {id: torch.optim.SGD(head.parameters(), settings.head_lr, settings.head_momentum) for id, head in heads.items()}
+    optimizers = {
+        id: torch.optim.SGD(head.parameters(), settings.head_lr, settings.head_momentum)
+        for id, head in heads.items()
+    }
     losses, total = [], sum(map(share_of, federation.clients))
     for round in range(1, ROUNDS + 1):
         mean, here = 0, {}
         for client in federation.clients:
             own = copy.deepcopy(encoder)
-            here[client.id] = sgd_round(client, own, heads[client.id], round, settings, optimizers[client.id])
-            mean = mean + parameters_to_vector(own.parameters()).detach() * (share_of(client) / total)
+            here[client.id] = sgd_round(
+                client, own, heads[client.id], round, settings, optimizers[client.id]
+            )
+            mean = mean + parameters_to_vector(own.parameters()).detach() * (
+                share_of(client) / total
+            )
         vector_to_parameters(mean, encoder.parameters())
         losses.append(here)
     return encoder, heads, losses

@@ -13,18 +13,38 @@ from fedgradnorm.run import run
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal
 from tests.helpers import dropout_encoder, small_federation
-from tests.unit.training.plain import ROUNDS, STEPS, batches, check_close, federation_of, head_vector, models, ours, training, vector
+from tests.unit.training.plain import (
+    ROUNDS,
+    STEPS,
+    batches,
+    check_close,
+    federation_of,
+    head_vector,
+    models,
+    ours,
+    training,
+    vector,
+)
 
 
 def multi_task_sgd(federation, settings, optimizer=None):
     """One network with a head for each task, SGD on the mean of the tasks' losses; a head's step size is for its own loss."""
     encoder, heads = models(federation, settings)
     count = len(federation.clients)
-    own = torch.optim.SGD([p for head in heads.values() for p in head.parameters()], lr=count * settings.head_lr)
-    shared = optimizer(encoder.parameters()) if optimizer else torch.optim.SGD(encoder.parameters(), lr=settings.encoder_lr)
+    own = torch.optim.SGD(
+        [p for head in heads.values() for p in head.parameters()], lr=count * settings.head_lr
+    )
+    shared = (
+        optimizer(encoder.parameters())
+        if optimizer
+        else torch.optim.SGD(encoder.parameters(), lr=settings.encoder_lr)
+    )
     losses = []
     for round in range(1, ROUNDS + 1):
-        drawn, here = {client.id: batches(client, round, settings) for client in federation.clients}, []
+        drawn, here = (
+            {client.id: batches(client, round, settings) for client in federation.clients},
+            [],
+        )
         for step in range(STEPS):
             own.zero_grad()
             shared.zero_grad()
@@ -57,8 +77,14 @@ def test_with_equal_weights_it_is_multi_task_sgd(dtype, engine):
 @pytest.mark.parametrize(
     ("settings", "optimizer"),
     [
-        ({"server_momentum": 0.7}, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.7)),
-        ({"server_optimizer": "adam", "server_lr": 0.1}, lambda parameters: torch.optim.Adam(parameters, lr=0.005)),
+        (
+            {"server_momentum": 0.7},
+            lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.7),
+        ),
+        (
+            {"server_optimizer": "adam", "server_lr": 0.1},
+            lambda parameters: torch.optim.Adam(parameters, lr=0.005),
+        ),
     ],
 )
 def test_the_servers_optimiser_is_the_encoders(settings, optimizer):
@@ -76,12 +102,27 @@ def gradnorm(federation, settings, gamma, weight_lr):
     drawn = {id: batches(federation.client(id), 1, settings) for id in ids}
     with torch.no_grad():
         whole = {id: federation.client(id) for id in ids}
-        first = torch.stack([one.task.loss(heads[id](encoder(one.train_data[0])), one.train_data[1]) for id, one in whole.items()])
+        first = torch.stack(
+            [
+                one.task.loss(heads[id](encoder(one.train_data[0])), one.train_data[1])
+                for id, one in whole.items()
+            ]
+        )
     for step in range(STEPS):
-        losses = torch.stack([whole[id].task.loss(heads[id](encoder(drawn[id][step][0])), drawn[id][step][1]) for id in ids])
+        losses = torch.stack(
+            [
+                whole[id].task.loss(heads[id](encoder(drawn[id][step][0])), drawn[id][step][1])
+                for id in ids
+            ]
+        )
         last = list(encoder.parameters())[-2:]  # the last shared layer, bias included
         norms = torch.stack(
-            [torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, last, retain_graph=True)]).norm() for loss in losses]
+            [
+                torch.cat(
+                    [g.reshape(-1) for g in torch.autograd.grad(loss, last, retain_graph=True)]
+                ).norm()
+                for loss in losses
+            ]
         )
         rates = losses.detach() / first
         with torch.no_grad():
@@ -90,9 +131,12 @@ def gradnorm(federation, settings, gamma, weight_lr):
         (slope,) = torch.autograd.grad((free * norms.detach() - target).abs().sum(), free)
         w = w - weight_lr * slope
         w = w * len(ids) / w.sum()
-        of_encoder = torch.autograd.grad((w * losses).sum() / len(ids), list(encoder.parameters()), retain_graph=True)
+        of_encoder = torch.autograd.grad(
+            (w * losses).sum() / len(ids), list(encoder.parameters()), retain_graph=True
+        )
         of_heads = {
-            id: torch.autograd.grad(loss, list(heads[id].parameters()), retain_graph=True) for id, loss in zip(ids, losses, strict=True)
+            id: torch.autograd.grad(loss, list(heads[id].parameters()), retain_graph=True)
+            for id, loss in zip(ids, losses, strict=True)
         }
         with torch.no_grad():
             for parameter, gradient in zip(encoder.parameters(), of_encoder, strict=True):
@@ -108,7 +152,9 @@ def test_with_fedgradnorm_it_is_gradnorm_step_by_step():
     federation, settings = federation_of(torch.float64), training("centralized")
     encoder, weights = gradnorm(federation, settings, gamma=1.5, weight_lr=0.05)
     state, _, _ = ours(federation, settings, FedGradNorm(gamma=1.5, weight_lr=0.05), rounds=1)
-    found = torch.tensor([state.weighting.weights[id] for id in sorted(state.weighting.weights)], dtype=torch.float64)
+    found = torch.tensor(
+        [state.weighting.weights[id] for id in sorted(state.weighting.weights)], dtype=torch.float64
+    )
     torch.testing.assert_close(found, weights[-1], rtol=1e-10, atol=1e-12)
     check_close(state.encoder, vector(encoder))
     assert (weights[-1] - 1).abs().max() > 0.02
@@ -116,7 +162,11 @@ def test_with_fedgradnorm_it_is_gradnorm_step_by_step():
 
 
 def test_a_rounds_record_has_means_over_its_steps_and_the_last_weights():
-    federation, method, settings = federation_of(torch.float64), FedGradNorm(), training("centralized", encoder_steps=3)
+    federation, method, settings = (
+        federation_of(torch.float64),
+        FedGradNorm(),
+        training("centralized", encoder_steps=3),
+    )
     seen = []
 
     class Watched(ReferenceEngine):
@@ -136,7 +186,9 @@ def test_a_rounds_record_has_means_over_its_steps_and_the_last_weights():
         assert report.loss == pytest.approx(np.mean([one.loss for one in own]))
         assert report.grad_norm == pytest.approx(np.mean([one.grad_norm for one in own]))
         assert report.seconds == pytest.approx(sum(one.seconds for one in own))
-        torch.testing.assert_close(report.gradient, torch.stack([one.gradient for one in own]).mean(dim=0))
+        torch.testing.assert_close(
+            report.gradient, torch.stack([one.gradient for one in own]).mean(dim=0)
+        )
     targets, weighting = [], method.init(sorted(federation.client_ids))
     for step in seen:
         weights, weighting = method.update(weighting, [step[id] for id in sorted(step)])
@@ -151,10 +203,19 @@ def test_a_client_that_is_dropped_at_a_step_counts_as_dropped():
     class Failing(ReferenceEngine):
         def execute(self, instructions):
             seen.append(instructions)
-            return [report for report in super().execute(instructions) if report.client != "loop" or len(seen) != 2]
+            return [
+                report
+                for report in super().execute(instructions)
+                if report.client != "loop" or len(seen) != 2
+            ]
 
     _, record = run_round(
-        initial_state(federation, Equal(), 2), federation, Failing(federation, 2), Equal(), Mean(), training("centralized")
+        initial_state(federation, Equal(), 2),
+        federation,
+        Failing(federation, 2),
+        Equal(),
+        Mean(),
+        training("centralized"),
     )
     assert record.dropped == {"loop": "no report"}
     assert [report.client for report in record.reports] == ["class", "mass", "parity"]
@@ -171,7 +232,12 @@ def test_a_step_has_dropout_of_its_own():
             return reports
 
     # steps of (almost) no length on all examples: only dropout makes one differ from another
-    ours(federation, training("centralized", encoder_lr=1e-9, head_lr=1e-9, batch_size=100), engine=Watched, rounds=1)
+    ours(
+        federation,
+        training("centralized", encoder_lr=1e-9, head_lr=1e-9, batch_size=100),
+        engine=Watched,
+        rounds=1,
+    )
     assert len(seen) == STEPS
     assert len({tuple(losses) for losses in seen}) == STEPS
 
@@ -205,15 +271,33 @@ def test_a_round_that_stops_half_way_is_undone():
 )
 def test_what_it_cannot_do_is_refused(words, message, tmp_path):
     with pytest.raises(ConfigError, match=f"train.method: {message}"):
-        run(load_config(None, ["federation.name=digits", "train.method=centralized", f"run.dir={tmp_path / 'run'}", *words]))
+        run(
+            load_config(
+                None,
+                [
+                    "federation.name=digits",
+                    "train.method=centralized",
+                    f"run.dir={tmp_path / 'run'}",
+                    *words,
+                ],
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_sent_and_the_rows_are_those_of_every_run():
-    result = train(digits.make(0), method="centralized", num_rounds=2, encoder_steps=3, eval_every=1)
+    result = train(
+        digits.make(0), method="centralized", num_rounds=2, encoder_steps=3, eval_every=1
+    )
     federated = train(digits.make(0), method="fedper", num_rounds=2, encoder_steps=3, eval_every=1)
     assert result.summary["bytes_up"] == result.summary["bytes_down"] == 0
     assert [row.keys() for row in result.rows] == [row.keys() for row in federated.rows]
     for one, other in zip(result.rows, federated.rows, strict=True):
-        assert {key for key, value in one.items() if value is None} == {key for key, value in other.items() if value is None}
-        assert (one["round"], one["client"], one["initial_loss"]) == (other["round"], other["client"], other["initial_loss"])
+        assert {key for key, value in one.items() if value is None} == {
+            key for key, value in other.items() if value is None
+        }
+        assert (one["round"], one["client"], one["initial_loss"]) == (
+            other["round"],
+            other["client"],
+            other["initial_loss"],
+        )

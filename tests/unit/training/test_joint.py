@@ -10,7 +10,16 @@ from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
 from fedgradnorm.federations import digits
 from fedgradnorm.weighting import FedGradNorm
-from tests.unit.training.plain import batches, check_close, federation_of, fedper, head_vector, ours, training, vector
+from tests.unit.training.plain import (
+    batches,
+    check_close,
+    federation_of,
+    fedper,
+    head_vector,
+    ours,
+    training,
+    vector,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ def test_three_rounds_of_fedper_are_those_of_plain_torch(dtype, momentum, engine
     for id, head in heads.items():
         check_close(head_vector(made, id), vector(head))
     assert [round[id] for round in found for id in sorted(round)] == pytest.approx(
-        [round[id] for round in losses for id in sorted(round)], rel=1e-6 if dtype == torch.float32 else 1e-12
+        [round[id] for round in losses for id in sorted(round)],
+        rel=1e-6 if dtype == torch.float32 else 1e-12,
     )
     assert bool(made.client_states["class"].head_velocity) == (momentum > 0)
 
@@ -46,7 +56,9 @@ def test_three_rounds_of_fedper_are_those_of_plain_torch(dtype, momentum, engine
 def test_fedavg_with_weights_by_examples_averages_the_encoders_by_examples(dtype):
     federation = federation_of(dtype, sizes={"class": 600, "parity": 300, "loop": 60, "mass": 100})
     settings = training("fedavg")
-    encoder, heads, _ = fedper(federation, settings, share_of=lambda client: len(client.train_data[0]))
+    encoder, heads, _ = fedper(
+        federation, settings, share_of=lambda client: len(client.train_data[0])
+    )
     state, made, _ = ours(federation, settings, ByExamples())
     check_close(state.encoder, vector(encoder))
     check_close(head_vector(made, "loop"), vector(heads["loop"]))
@@ -56,15 +68,22 @@ def test_fedavg_with_weights_by_examples_averages_the_encoders_by_examples(dtype
 
 def test_the_head_moves_from_where_the_encoder_was_in_the_same_step():
     """One step: both gradients are taken at the received encoder and the old head."""
-    federation, settings = federation_of(torch.float64, ("parity",)), training("fedper", encoder_steps=1)
+    federation, settings = (
+        federation_of(torch.float64, ("parity",)),
+        training("fedper", encoder_steps=1),
+    )
     client = federation.clients[0]
     encoder, head = federation.make_encoder(2), federation.make_head(client, 2)
     state, engine, _ = ours(federation, settings, rounds=1)
     inputs, targets = batches(client, 1, settings)[0]
     client.task.loss(head(encoder(inputs)), targets).backward()
-    expected = torch.cat([(p - settings.head_lr * p.grad).detach().reshape(-1) for p in head.parameters()])
+    expected = torch.cat(
+        [(p - settings.head_lr * p.grad).detach().reshape(-1) for p in head.parameters()]
+    )
     torch.testing.assert_close(head_vector(engine, "parity"), expected, rtol=1e-13, atol=1e-15)
-    moved = torch.cat([(p - settings.encoder_lr * p.grad).detach().reshape(-1) for p in encoder.parameters()])
+    moved = torch.cat(
+        [(p - settings.encoder_lr * p.grad).detach().reshape(-1) for p in encoder.parameters()]
+    )
     torch.testing.assert_close(state.encoder, moved, rtol=1e-13, atol=1e-15)
 
 

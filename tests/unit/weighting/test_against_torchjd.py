@@ -11,15 +11,22 @@ from fedgradnorm.randomness import generator
 from fedgradnorm.weighting import IMTLG, MGDA, CAGrad, NashMTL, PCGrad
 from tests.helpers import report
 
-peers = pytest.importorskip("torchjd.aggregation", reason="needs torchjd: pip install 'fedgradnorm[dev]'")
+peers = pytest.importorskip(
+    "torchjd.aggregation", reason="needs torchjd: pip install 'fedgradnorm[dev]'"
+)
 
-SHAPES = pytest.mark.parametrize(("count", "length", "seed"), [(2, 3, 0), (2, 50, 1), (3, 10, 2), (4, 40, 3), (6, 100, 4), (8, 1000, 5)])
+SHAPES = pytest.mark.parametrize(
+    ("count", "length", "seed"),
+    [(2, 3, 0), (2, 50, 1), (3, 10, 2), (4, 40, 3), (6, 100, 4), (8, 1000, 5)],
+)
 
 
 def gradients_of(count, length, seed):
     rng = np.random.default_rng(seed)
     common = rng.normal(size=length) * 0.7
-    return torch.tensor((rng.normal(size=(count, length)) + common) * np.exp(0.5 * rng.normal(size=(count, 1))))
+    return torch.tensor(
+        (rng.normal(size=(count, length)) + common) * np.exp(0.5 * rng.normal(size=(count, 1)))
+    )
 
 
 def ours(method, gradients):
@@ -32,7 +39,9 @@ def check(found, expected):
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize(("count", "length", "seed"), [(2, 3, 0), (2, 50, 1), (3, 10, 2), (6, 100, 4)])
+@pytest.mark.parametrize(
+    ("count", "length", "seed"), [(2, 3, 0), (2, 50, 1), (3, 10, 2), (6, 100, 4)]
+)
 def test_mgda(count, length, seed):
     gradients = gradients_of(count, length, seed)
     check(ours(MGDA(), gradients), peers.MGDA(epsilon=1e-14, max_iters=20_000)(gradients))
@@ -52,9 +61,13 @@ def test_mgda_is_as_near_as_the_peers_excess_length_says(count, length, seed):
 @pytest.mark.parametrize("c", [0.4, 1.5])
 def test_cagrad(count, length, seed, c, monkeypatch):
     cvxpy = pytest.importorskip("cvxpy", reason="needs torchjd[cagrad]")
-    solve = cvxpy.Problem.solve  # by default it stops at 1e-8 of the objective, which is 1e-4 of the direction
+    solve = (
+        cvxpy.Problem.solve
+    )  # by default it stops at 1e-8 of the objective, which is 1e-4 of the direction
     exactly = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
-    monkeypatch.setattr(cvxpy.Problem, "solve", lambda problem, solver: solve(problem, solver, **exactly))
+    monkeypatch.setattr(
+        cvxpy.Problem, "solve", lambda problem, solver: solve(problem, solver, **exactly)
+    )
     gradients = gradients_of(count, length, seed)
     check(ours(CAGrad(c=c), gradients), peers.CAGrad(c=c, norm_eps=0.0)(gradients))
 
@@ -71,14 +84,19 @@ def test_imtl_g(count, length, seed):
 def test_nash_mtl(count, length, seed, max_norm):
     pytest.importorskip("ecos", reason="needs torchjd[nash_mtl]")
     gradients = gradients_of(count, length, seed)
-    check(ours(NashMTL(max_norm=max_norm), gradients), peers.NashMTL(count, max_norm=max_norm, optim_niter=200)(gradients))
+    check(
+        ours(NashMTL(max_norm=max_norm), gradients),
+        peers.NashMTL(count, max_norm=max_norm, optim_niter=200)(gradients),
+    )
 
 
 @SHAPES
 def test_pcgrad_in_the_same_order(count, length, seed, monkeypatch):
     """It sums where ours takes the mean."""
     gradients = gradients_of(count, length, seed) - 0.5
-    orders = iter([generator(3, 1, str(index), "pcgrad").permutation(count) for index in range(count)])
+    orders = iter(
+        [generator(3, 1, str(index), "pcgrad").permutation(count) for index in range(count)]
+    )
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(next(orders)))
     check(ours(PCGrad(seed=3), gradients), peers.PCGrad()(gradients) / count)
 

@@ -11,11 +11,16 @@ from tests.helpers import report
 
 
 def some_reports(gradients):
-    return [report(f"c{index}", 1.0, gradient=torch.tensor(gradient, dtype=torch.float64)) for index, gradient in enumerate(gradients)]
+    return [
+        report(f"c{index}", 1.0, gradient=torch.tensor(gradient, dtype=torch.float64))
+        for index, gradient in enumerate(gradients)
+    ]
 
 
 @given(
-    coefficients=st.lists(st.floats(-10, 10), min_size=1, max_size=6).filter(lambda a: sum(a) > 1e-3),
+    coefficients=st.lists(st.floats(-10, 10), min_size=1, max_size=6).filter(
+        lambda a: sum(a) > 1e-3
+    ),
     old=st.lists(st.floats(0.01, 5), min_size=6, max_size=6),
     exponent=st.integers(-20, 20),
 )
@@ -25,7 +30,9 @@ def test_the_mean_of_the_weights_is_the_combination(coefficients, old, exponent)
     reports = some_reports(np.eye(len(coefficients)).tolist())
     state = WeightingState({f"c{index}": weight for index, weight in enumerate(old)})
     weights, after = combination(state, reports, coefficients)
-    np.testing.assert_allclose(Mean()(reports, weights), coefficients, rtol=1e-9, atol=1e-9 * max(map(abs, coefficients)))
+    np.testing.assert_allclose(
+        Mean()(reports, weights), coefficients, rtol=1e-9, atol=1e-9 * max(map(abs, coefficients))
+    )
     assert weights.scale == pytest.approx(sum(coefficients))
     assert sum(weights.values.values()) == pytest.approx(sum(old[: len(coefficients)]))
     assert sum(after.weights.values()) == pytest.approx(sum(old))
@@ -41,20 +48,33 @@ def test_golden_a_weight_of_0_is_applied_and_remembered_as_the_least():
     assert state.weights["c1"] == LEAST
     assert state.weights["c0"] == pytest.approx(0.75, rel=1e-5)
     assert sum(state.weights.values()) == pytest.approx(3.0, rel=1e-15)
-    alone, _ = combination(state, reports[1:2], [7.0])  # it can still be weighted, and aggregated, by itself
+    alone, _ = combination(
+        state, reports[1:2], [7.0]
+    )  # it can still be weighted, and aggregated, by itself
     assert alone.values == {"c1": LEAST}
     assert Mean()(reports[1:2], alone).item() == pytest.approx(7.0)
 
 
 def test_golden_a_negative_weight_is_applied_and_remembered_as_the_least():
     """a = (-½, 1, 3/2): Σ = 2, p = 3 a / 2. The others' remembered weights, 3/2 and 9/4, share 3 - 10⁻⁶."""
-    weights, state = combination(start(["c0", "c1", "c2"]), some_reports([[1.0]] * 3), [-0.5, 1.0, 1.5])
+    weights, state = combination(
+        start(["c0", "c1", "c2"]), some_reports([[1.0]] * 3), [-0.5, 1.0, 1.5]
+    )
     assert weights.values == pytest.approx({"c0": -0.75, "c1": 1.5, "c2": 2.25})
     assert state.weights == pytest.approx({"c0": LEAST, "c1": 3 * 2 / 5, "c2": 3 * 3 / 5}, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "coefficients", [[0.0, 0.0], [-1.0, -2.0], [1.0, -1.0], [1.0, -1.0 + 1e-9], [float("nan"), 1.0], [float("inf"), 1.0], [1e308, 1e308]]
+    "coefficients",
+    [
+        [0.0, 0.0],
+        [-1.0, -2.0],
+        [1.0, -1.0],
+        [1.0, -1.0 + 1e-9],
+        [float("nan"), 1.0],
+        [float("inf"), 1.0],
+        [1e308, 1e308],
+    ],
 )
 def test_coefficients_without_a_sum_give_equal_weights(coefficients):
     state = WeightingState({"c0": 0.5, "c1": 1.0, "other": 1.5})

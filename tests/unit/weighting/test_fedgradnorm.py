@@ -43,10 +43,30 @@ def test_golden_five_rounds_of_three_clients():
     method = FedGradNorm(gamma=1.0, weight_lr=0.1, min_weight=0.1)
     state = method.init(["a", "b", "c"])
     rounds = [
-        ({"a": 1, "b": 2, "c": 1}, {"a": 1, "b": 1, "c": 1}, [11 / 10, 8 / 10, 11 / 10], {"a": 4 / 3, "b": 4 / 3, "c": 4 / 3}),
-        ({"a": 2, "b": 1, "c": 1}, {"a": 1, "b": 0.5, "c": 0.5}, [27 / 28, 27 / 28, 30 / 28], {"a": 2.05, "b": 1.025, "c": 1.025}),
-        ({"a": 1, "b": 1, "c": 2}, {"a": 0.5, "b": 0.5, "c": 0.5}, [149 / 140, 149 / 140, 122 / 140], dict.fromkeys("abc", 38 / 28)),
-        ({"a": 1, "c": 1}, {"a": 0.4, "c": 0.4}, [135 / 140, 149 / 140, 136 / 140], {"a": 271 / 280, "c": 271 / 280}),
+        (
+            {"a": 1, "b": 2, "c": 1},
+            {"a": 1, "b": 1, "c": 1},
+            [11 / 10, 8 / 10, 11 / 10],
+            {"a": 4 / 3, "b": 4 / 3, "c": 4 / 3},
+        ),
+        (
+            {"a": 2, "b": 1, "c": 1},
+            {"a": 1, "b": 0.5, "c": 0.5},
+            [27 / 28, 27 / 28, 30 / 28],
+            {"a": 2.05, "b": 1.025, "c": 1.025},
+        ),
+        (
+            {"a": 1, "b": 1, "c": 2},
+            {"a": 0.5, "b": 0.5, "c": 0.5},
+            [149 / 140, 149 / 140, 122 / 140],
+            dict.fromkeys("abc", 38 / 28),
+        ),
+        (
+            {"a": 1, "c": 1},
+            {"a": 0.4, "c": 0.4},
+            [135 / 140, 149 / 140, 136 / 140],
+            {"a": 271 / 280, "c": 271 / 280},
+        ),
         (
             {"a": 20, "b": 1, "c": 1},
             {"a": 0.2, "b": 0.2, "c": 0.8},
@@ -56,7 +76,9 @@ def test_golden_five_rounds_of_three_clients():
     ]
     for norms, rates, expected, targets in rounds:
         weights, state = method.update(state, reports(norms, rates))
-        np.testing.assert_allclose([state.weights[client] for client in "abc"], expected, rtol=1e-12)
+        np.testing.assert_allclose(
+            [state.weights[client] for client in "abc"], expected, rtol=1e-12
+        )
         assert weights.values == {client: state.weights[client] for client in norms}
         assert weights.targets == pytest.approx(targets, rel=1e-12)
         assert weights.scale == 1.0
@@ -78,7 +100,9 @@ def test_golden_exact_with_damping():
     With ρ = 1/4 from p = 1: p = (3/4 + 2/13, 3/4 + 9/26) = (47/52, 57/52).
     """
     method = FedGradNorm(gamma=2, solver="exact", damping=0.25)
-    weights, _ = method.update(method.init(["a", "b"]), reports({"a": 1, "b": 4}, {"a": 0.5, "b": 1.5}))
+    weights, _ = method.update(
+        method.init(["a", "b"]), reports({"a": 1, "b": 4}, {"a": 0.5, "b": 1.5})
+    )
     assert weights.values == pytest.approx({"a": 47 / 52, "b": 57 / 52}, rel=1e-12)
 
 
@@ -96,7 +120,9 @@ def test_golden_group_by_task():
 def test_an_absent_client_follows_its_task_when_weights_are_by_task():
     method = FedGradNorm(solver="exact", damping=1.0, group_by="task")
     state = method.init(["a", "b", "c"])
-    _, state = method.update(state, [report("a", 1, task="x"), report("b", 1, task="x"), report("c", 1, task="y")])
+    _, state = method.update(
+        state, [report("a", 1, task="x"), report("b", 1, task="x"), report("c", 1, task="y")]
+    )
     _, state = method.update(state, [report("a", 2, task="x"), report("c", 1, task="y")])
     assert state.weights["b"] == state.weights["a"] < state.weights["c"]
     assert sum(state.weights.values()) == pytest.approx(3)
@@ -106,14 +132,19 @@ def test_norm_keeps_the_length_that_equal_weights_would_give():
     norms = {"a": 1.0, "b": 5.0, "c": 9.0}
     method = FedGradNorm(solver="exact", normalize="norm")
     weights, _ = method.update(method.init(norms), reports(norms, {"a": 1, "b": 0.7, "c": 0.3}))
-    assert weights.scale * sum(weights.values[client] * norms[client] for client in norms) == pytest.approx(15)
+    assert weights.scale * sum(
+        weights.values[client] * norms[client] for client in norms
+    ) == pytest.approx(15)
 
 
 @st.composite
 def histories(draw):
     """Some rounds, in each some clients with their norms and rates; clients d and e are not known at the start."""
     return [
-        {client: (draw(NORMS), draw(RATES)) for client in draw(st.sets(st.sampled_from("abcde"), min_size=1))}
+        {
+            client: (draw(NORMS), draw(RATES))
+            for client in draw(st.sets(st.sampled_from("abcde"), min_size=1))
+        }
         for _ in range(draw(st.integers(1, 6)))
     ]
 
@@ -123,7 +154,10 @@ def play(method, history, rename=dict, task_of=str.upper):
     state = method.init([name(client) for client in "abc"])
     weights = None
     for round in history:
-        some = [report(name(client), n, rate, task=task_of(client)) for client, (n, rate) in round.items()]
+        some = [
+            report(name(client), n, rate, task=task_of(client))
+            for client, (n, rate) in round.items()
+        ]
         weights, state = method.update(state, sorted(some, key=lambda one: one.client))
     return weights, state
 
@@ -144,10 +178,14 @@ def test_weights_are_positive_and_sum_to_the_number_of_clients(method, history):
 
 @given(METHODS, histories())
 def test_relabelling_the_clients_relabels_the_weights_and_nothing_else(method, history):
-    new = dict(zip("abcde", "wxvzu", strict=True)).__getitem__  # another alphabetical order, so other sums
+    new = dict(
+        zip("abcde", "wxvzu", strict=True)
+    ).__getitem__  # another alphabetical order, so other sums
     _, state = play(method, history, task_of=in_two_tasks)
     _, renamed = play(method, history, rename=new, task_of=in_two_tasks)
-    assert dict(renamed.weights) == pytest.approx({new(client): weight for client, weight in state.weights.items()}, rel=1e-9)
+    assert dict(renamed.weights) == pytest.approx(
+        {new(client): weight for client, weight in state.weights.items()}, rel=1e-9
+    )
 
 
 @given(METHODS, st.lists(NORMS, min_size=1, max_size=6), RATES)
@@ -159,35 +197,53 @@ def test_balance_is_left_as_it_is(method, norms, rate):
     p *= len(norms) / p.sum()
     assume(p.min() > method.min_weight)
     state = WeightingState(dict(zip(clients, p.tolist(), strict=True)), {"groups": {}})
-    _, after = method.update(state, [report(client, n, rate) for client, n in zip(clients, norms, strict=True)])
+    _, after = method.update(
+        state, [report(client, n, rate) for client, n in zip(clients, norms, strict=True)]
+    )
     assert dict(after.weights) == pytest.approx(dict(state.weights), rel=1e-9)
 
 
 @given(METHODS, NORMS, RATES, st.integers(1, 6))
 def test_equal_norms_and_equal_rates_leave_equal_weights(method, norm, rate, count):
     clients = [f"c{index}" for index in range(count)]
-    weights, _ = method.update(method.init(clients), [report(client, norm, rate) for client in clients])
+    weights, _ = method.update(
+        method.init(clients), [report(client, norm, rate) for client in clients]
+    )
     assert weights.values == pytest.approx(dict.fromkeys(clients, 1.0), rel=1e-12)
 
 
-@given(st.floats(0, 3), st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=6), st.floats(0.01, 100))
+@given(
+    st.floats(0, 3),
+    st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=6),
+    st.floats(0.01, 100),
+)
 def test_the_scale_of_a_loss_cancels_at_the_fixed_point(gamma, clients, scale):
     """A loss times c: F(0), F(k) and n times c. Then p_i is divided by c before rescaling, and the p_i n_i keep their ratios."""
     method = FedGradNorm(gamma=gamma, solver="exact", damping=1.0, min_weight=1e-12)
     names = [f"c{index}" for index in range(len(clients))]
     plain = [report(name, n, rate) for name, (n, rate) in zip(names, clients, strict=True)]
-    scaled = [report(names[0], clients[0][0] * scale, clients[0][1], initial_loss=scale), *plain[1:]]
+    scaled = [
+        report(names[0], clients[0][0] * scale, clients[0][1], initial_loss=scale),
+        *plain[1:],
+    ]
     assert scaled[0].loss == pytest.approx(plain[0].loss * scale)
     before, _ = method.update(method.init(names), plain)
     after, _ = method.update(method.init(names), scaled)
-    pushes = [[weights.values[one.client] * one.grad_norm for one in some] for weights, some in ((before, plain), (after, scaled))]
+    pushes = [
+        [weights.values[one.client] * one.grad_norm for one in some]
+        for weights, some in ((before, plain), (after, scaled))
+    ]
     np.testing.assert_allclose(np.divide(*pushes), np.divide(*pushes)[0], rtol=1e-9)
-    assert after.values[names[0]] / after.values[names[1]] == pytest.approx(before.values[names[0]] / before.values[names[1]] / scale)
+    assert after.values[names[0]] / after.values[names[1]] == pytest.approx(
+        before.values[names[0]] / before.values[names[1]] / scale
+    )
 
 
 @given(METHODS, histories())
 def test_above_its_target_a_client_loses_weight_to_those_below(method, history):
-    method = replace(method, weight_steps=1, group_by="client")  # with several steps, large ones go there and back
+    method = replace(
+        method, weight_steps=1, group_by="client"
+    )  # with several steps, large ones go there and back
     *earlier, last = history
     _, state = play(method, [*earlier, {"a": (1.0, 1.0)}])
     weights, _ = method.update(state, [report(client, *last[client]) for client in sorted(last)])
@@ -196,7 +252,9 @@ def test_above_its_target_a_client_loses_weight_to_those_below(method, history):
     for high, low in product(last, last):
         if gap[high] > 1e-6 and gap[low] < -1e-6:
             before, after = old[high] / old[low], weights.values[high] / weights.values[low]
-            assert after < before or weights.values[high] == pytest.approx(min(weights.values.values()))  # held up by min_weight
+            assert after < before or weights.values[high] == pytest.approx(
+                min(weights.values.values())
+            )  # held up by min_weight
 
 
 @given(METHODS, NORMS, st.lists(RATES, min_size=2, max_size=6, unique=True))
@@ -204,16 +262,23 @@ def test_with_equal_norms_the_slowest_task_gains_weight(method, norm, rates):
     method = replace(method, weight_steps=1, gamma=method.gamma + 0.01)
     assume(max(rates) > 1.01 * sorted(rates)[-2])
     names = [f"c{index}" for index in range(len(rates))]
-    weights, _ = method.update(method.init(names), [report(name, norm, rate) for name, rate in zip(names, rates, strict=True)])
+    weights, _ = method.update(
+        method.init(names),
+        [report(name, norm, rate) for name, rate in zip(names, rates, strict=True)],
+    )
     assert weights.values[names[int(np.argmax(rates))]] > 1
 
 
 def test_a_task_that_is_solved_exactly_keeps_a_positive_weight():
     for solver in ("step", "exact"):
         method = FedGradNorm(solver=solver, damping=1.0)
-        weights, _ = method.update(method.init(["a", "b"]), reports({"a": 1, "b": 1}, {"a": 0, "b": 1}))
+        weights, _ = method.update(
+            method.init(["a", "b"]), reports({"a": 1, "b": 1}, {"a": 0, "b": 1})
+        )
         assert 0 < weights.values["a"] < weights.values["b"]
-        weights, _ = method.update(method.init(["a", "b"]), reports({"a": 1, "b": 1}, {"a": 0, "b": 0}))
+        weights, _ = method.update(
+            method.init(["a", "b"]), reports({"a": 1, "b": 1}, {"a": 0, "b": 0})
+        )
         assert weights.values == {"a": 1, "b": 1}
 
 
@@ -246,7 +311,10 @@ def test_golden_a_client_with_nothing_to_learn_keeps_its_weight(solver):
     method = FedGradNorm(gamma=1.0, weight_lr=0.1, solver=solver, damping=1.0)
     some = [report("a", 1.0), report("b", 0.0, 0.0), report("c", 3.0)]
     weights, state = method.update(method.init(["a", "b", "c"]), some)
-    expected = {"step": {"a": 11 / 9, "b": 1.0, "c": 7 / 9}, "exact": {"a": 3 / 2, "b": 1.0, "c": 1 / 2}}[solver]
+    expected = {
+        "step": {"a": 11 / 9, "b": 1.0, "c": 7 / 9},
+        "exact": {"a": 3 / 2, "b": 1.0, "c": 1 / 2},
+    }[solver]
     assert weights.values == pytest.approx(expected)
     assert state.weights == pytest.approx(expected)
     assert weights.targets == pytest.approx({"a": 2.0, "c": 2.0})
@@ -261,7 +329,9 @@ def test_a_client_whose_loss_is_below_its_floor_keeps_its_weight_unless_gamma_is
     assert method.update(method.init(["a", "b", "c"]), some)[0].values["b"] == 1.0
     norms_only = FedGradNorm(solver=solver, gamma=0.0, damping=1.0, weight_lr=0.1)
     positive = [some[0], replace(some[1], loss=0.1), some[2]]
-    one, other = (norms_only.update(norms_only.init(["a", "b", "c"]), given)[0] for given in (some, positive))
+    one, other = (
+        norms_only.update(norms_only.init(["a", "b", "c"]), given)[0] for given in (some, positive)
+    )
     assert one.values == other.values
 
 
@@ -271,12 +341,17 @@ def test_a_task_pools_those_of_its_clients_that_have_something_to_learn():
     some = [report("a", 2.0, task="x"), report("b", 0.0, task="x"), report("c", 1.0, task="y")]
     weights, _ = method.update(method.init(["a", "b", "c"]), some)
     assert weights.values == pytest.approx({"a": 3 / 4, "b": 3 / 4, "c": 3 / 2})
-    silent, _ = method.update(method.init(["a", "b", "c"]), [report("a", 0.0, task="x"), report("b", 0.0, task="x"), some[2]])
+    silent, _ = method.update(
+        method.init(["a", "b", "c"]),
+        [report("a", 0.0, task="x"), report("b", 0.0, task="x"), some[2]],
+    )
     assert silent.values == {"a": 1.0, "b": 1.0, "c": 1.0}
 
 
 @pytest.mark.parametrize("normalize", ["sum", "norm"])
 def test_where_nobody_has_anything_to_learn_the_weights_and_the_scale_stay(normalize):
     method = FedGradNorm(normalize=normalize)
-    weights, _ = method.update(method.init(["a", "b"]), [report("a", 0.0, 0.0), report("b", 0.0, 0.0)])
+    weights, _ = method.update(
+        method.init(["a", "b"]), [report("a", 0.0, 0.0), report("b", 0.0, 0.0)]
+    )
     assert (weights.values, weights.scale) == ({"a": 1.0, "b": 1.0}, 1.0)

@@ -40,13 +40,18 @@ def play(method, rounds):
 
 def test_golden_examples():
     """10, 20 and 30 examples of 60, times 3 clients; without b, a and c share the 2 that they have: 2 · 10/40 and 2 · 30/40."""
-    some = [report(client, 1.0, num_examples=count) for client, count in (("a", 10), ("b", 20), ("c", 30))]
+    some = [
+        report(client, 1.0, num_examples=count)
+        for client, count in (("a", 10), ("b", 20), ("c", 30))
+    ]
     method = Examples()
     weights, state = method.update(method.init(["a", "b", "c"]), some)
     assert weights.values == pytest.approx({"a": 0.5, "b": 1.0, "c": 1.5})
     weights, _ = method.update(state, [some[0], some[2]])
     assert weights.values == pytest.approx({"a": 0.5, "c": 1.5})
-    assert method.update(state, [report("a", 1.0, num_examples=0), report("b", 1.0, num_examples=0)])[0].values == {"a": 0.75, "b": 0.75}
+    assert method.update(
+        state, [report("a", 1.0, num_examples=0), report("b", 1.0, num_examples=0)]
+    )[0].values == {"a": 0.75, "b": 0.75}
 
 
 # fixed
@@ -54,19 +59,32 @@ def test_golden_examples():
 
 def test_golden_fixed_by_client_then_by_task_then_1():
     method = Fixed(clients={"b": 6.0}, tasks={"smile": 2.0})
-    some = [report("a", 1.0, task="smile"), report("b", 1.0, task="smile"), report("c", 1.0, task="pose"), report("d", 1.0, task="pose")]
+    some = [
+        report("a", 1.0, task="smile"),
+        report("b", 1.0, task="smile"),
+        report("c", 1.0, task="pose"),
+        report("d", 1.0, task="pose"),
+    ]
     weights, state = method.update(method.init(["a", "b", "c", "d"]), some)
     assert weights.values == pytest.approx({"a": 0.8, "b": 2.4, "c": 0.4, "d": 0.4})
     assert method.update(state, some)[0].values == pytest.approx(weights.values)
 
 
 def test_fixed_names_an_unknown_client_before_training_and_an_unknown_task_once_all_tasks_are_known():
-    with pytest.raises(ConfigError, match=r"weighting\.clients\.sit-a: there is no client 'sit-a'; did you mean 'site-a'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"weighting\.clients\.sit-a: there is no client 'sit-a'; did you mean 'site-a'\?",
+    ):
         Fixed(clients={"sit-a": 2.0}).init(["site-a", "site-b"])
     Fixed(clients={"later": 2.0}).init([])
     method = Fixed(tasks={"smle": 2.0})
-    _, state = method.update(method.init(["a", "b"]), [report("a", 1.0, task="pose")])  # b may still have it
-    with pytest.raises(ConfigError, match=r"weighting\.tasks\.smle: there is no task 'smle'; did you mean 'smile'\?"):
+    _, state = method.update(
+        method.init(["a", "b"]), [report("a", 1.0, task="pose")]
+    )  # b may still have it
+    with pytest.raises(
+        ConfigError,
+        match=r"weighting\.tasks\.smle: there is no task 'smle'; did you mean 'smile'\?",
+    ):
         method.update(state, [report("b", 1.0, task="smile")])
 
 
@@ -91,14 +109,21 @@ def test_golden_dwa_three_rounds():
     assert weights.values == {"c0": 1.0, "c1": 1.0}
     weights, state = method.update(state, with_losses([1.0, 0.5]))
     total = math.exp(0.5) + math.exp(0.25)
-    assert weights.values == pytest.approx({"c0": 2 * math.exp(0.5) / total, "c1": 2 * math.exp(0.25) / total})
+    assert weights.values == pytest.approx(
+        {"c0": 2 * math.exp(0.5) / total, "c1": 2 * math.exp(0.25) / total}
+    )
     _, state = method.update(state, with_losses([2.0]))
     weights, _ = method.update(state, with_losses([2.0, 2.0]))
     total = math.exp(0.5) + math.exp(2)
-    assert weights.values == pytest.approx({"c0": 2 * math.exp(0.5) / total, "c1": 2 * math.exp(2) / total})
+    assert weights.values == pytest.approx(
+        {"c0": 2 * math.exp(0.5) / total, "c1": 2 * math.exp(2) / total}
+    )
 
 
-@given(rounds=st.lists(st.tuples(*[st.floats(0.1, 10)] * 3), min_size=2, max_size=4), factor=st.floats(1e-3, 1e3))
+@given(
+    rounds=st.lists(st.tuples(*[st.floats(0.1, 10)] * 3), min_size=2, max_size=4),
+    factor=st.floats(1e-3, 1e3),
+)
 def test_dwa_does_not_see_the_scale_of_a_loss(rounds, factor):
     scaled = [(first * factor, *others) for first, *others in rounds]
     assert play(DWA(), scaled)[0] == pytest.approx(play(DWA(), rounds)[0])
@@ -117,7 +142,9 @@ def test_rlw_draws_from_seed_round_and_client_alone():
     method = RLW(seed=5)
     both, state = method.update(method.init(["c0", "c1", "c2"]), with_losses([1.0, 1.0, 1.0]))
     pair, _ = method.update(method.init(["c0", "c1", "c2"]), with_losses([9.0, 3.0]))
-    assert pair.values["c0"] / pair.values["c1"] == pytest.approx(both.values["c0"] / both.values["c1"])
+    assert pair.values["c0"] / pair.values["c1"] == pytest.approx(
+        both.values["c0"] / both.values["c1"]
+    )
     draws = [generator(5, 1, client, "rlw").standard_normal() for client in ids(3)]
     assert list(both.values.values()) == pytest.approx(3 * np.exp(draws) / np.exp(draws).sum())
     second, state = method.update(state, with_losses([1.0, 1.0, 1.0]))
@@ -132,7 +159,9 @@ def test_rlw_is_even_on_average():
     for _ in range(2000):
         weights, state = method.update(state, with_losses([1.0, 2.0, 3.0]))
         sums += list(weights.values.values())
-    np.testing.assert_allclose(sums / 2000, 1.0, atol=4 * 0.6 / math.sqrt(2000))  # a weight's standard deviation is about 0.6
+    np.testing.assert_allclose(
+        sums / 2000, 1.0, atol=4 * 0.6 / math.sqrt(2000)
+    )  # a weight's standard deviation is about 0.6
 
 
 # uncertainty
@@ -143,7 +172,9 @@ def test_golden_uncertainty_two_steps():
     s = [-0.1 - 0.2 * (1 - 0.5 * math.exp(0.1)), 0.2 - 0.2 * (1 - 2 * math.exp(-0.2))]
     expected = [2 * math.exp(-own) / (math.exp(-s[0]) + math.exp(-s[1])) for own in s]
     assert play(Uncertainty(weight_lr=0.4), [(0.5, 2.0)] * 2)[0] == pytest.approx(expected)
-    assert play(Uncertainty(weight_lr=0.4, weight_steps=2), [(0.5, 2.0)])[0] == pytest.approx(expected)
+    assert play(Uncertainty(weight_lr=0.4, weight_steps=2), [(0.5, 2.0)])[0] == pytest.approx(
+        expected
+    )
 
 
 @given(losses=st.lists(st.floats(0.1, 10), min_size=2, max_size=4), factor=st.floats(0.1, 10))
@@ -183,7 +214,9 @@ def test_gls_is_the_gradient_of_the_geometric_mean():
     ]
     weights, _ = GLS().update(GLS().init(ids(3)), some)
     step = 1e-6 * np.eye(4)
-    numeric = [(losses(x + e).prod() ** (1 / 3) - losses(x - e).prod() ** (1 / 3)) / 2e-6 for e in step]
+    numeric = [
+        (losses(x + e).prod() ** (1 / 3) - losses(x - e).prod() ** (1 / 3)) / 2e-6 for e in step
+    ]
     np.testing.assert_allclose(Mean()(some, weights), numeric, rtol=1e-6)
 
 
@@ -219,7 +252,10 @@ def test_golden_qffl_with_a_lipschitz_constant():
 
     a = (1, 4) / (37/3): p = (2/5, 8/5) and scale 15/37.
     """
-    some = [report("c0", 1.0, 1.0, gradient=torch.tensor([2.0, 0.0])), report("c1", 1.0, 2.0, gradient=torch.tensor([0.0, -3.0]))]
+    some = [
+        report("c0", 1.0, 1.0, gradient=torch.tensor([2.0, 0.0])),
+        report("c1", 1.0, 2.0, gradient=torch.tensor([0.0, -3.0])),
+    ]
     weights, _ = QFFL(q=2.0, lipschitz=6.0).update(QFFL().init(ids(2)), some)
     assert weights.values == pytest.approx({"c0": 0.4, "c1": 1.6})
     assert weights.scale == pytest.approx(15 / 37)
@@ -228,7 +264,9 @@ def test_golden_qffl_with_a_lipschitz_constant():
 def test_relative_losses_do_not_see_the_unit_of_a_loss():
     some = [report("c0", 1.0, 0.5, initial_loss=100.0), report("c1", 1.0, 1.0, initial_loss=0.01)]
     for method in (QFFL(q=1.0, loss="relative"), AFL(weight_lr=2 / 3, loss="relative")):
-        assert method.update(method.init(ids(2)), some)[0].values == pytest.approx({"c0": 2 / 3, "c1": 4 / 3})
+        assert method.update(method.init(ids(2)), some)[0].values == pytest.approx(
+            {"c0": 2 / 3, "c1": 4 / 3}
+        )
     absolute, _ = QFFL(q=1.0).update(QFFL().init(ids(2)), some)
     assert absolute.values["c0"] == pytest.approx(2 * 50 / 50.01)
 
@@ -258,7 +296,12 @@ def test_afl_finds_the_worst_mixture():
     state = method.init(ids(2))
     for _ in range(3000):
         some = [
-            report(f"c{index}", 1.0, (x - z) ** 2 + lift, gradient=torch.tensor([2 * (x - z)], dtype=torch.float64))
+            report(
+                f"c{index}",
+                1.0,
+                (x - z) ** 2 + lift,
+                gradient=torch.tensor([2 * (x - z)], dtype=torch.float64),
+            )
             for index, (z, lift) in enumerate(((1.0, 0.0), (-1.0, 0.5)))
         ]
         weights, state = method.update(state, some)

@@ -28,7 +28,12 @@ def name_of(method):
 def some_reports(gradients, tasks=None):
     gradients = np.asarray(gradients)
     return [
-        report(f"c{index:03}", 1.0, gradient=torch.tensor(gradient, dtype=torch.float64), task=tasks[index] if tasks else "")
+        report(
+            f"c{index:03}",
+            1.0,
+            gradient=torch.tensor(gradient, dtype=torch.float64),
+            task=tasks[index] if tasks else "",
+        )
         for index, gradient in enumerate(gradients)
     ]
 
@@ -46,14 +51,25 @@ def conflicting(seed, count, length):
 
 
 def simplex_grid(steps):
-    return np.array([(i, j, steps - i - j) for i, j in product(range(steps + 1), repeat=2) if i + j <= steps]) / steps
+    return (
+        np.array(
+            [
+                (i, j, steps - i - j)
+                for i, j in product(range(steps + 1), repeat=2)
+                if i + j <= steps
+            ]
+        )
+        / steps
+    )
 
 
 # the Gram matrix
 
 
 def test_the_gram_matrix_over_several_blocks_is_that_of_the_whole():
-    gradients = [torch.randn(BLOCK + 17, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    gradients = [
+        torch.randn(BLOCK + 17, generator=torch.Generator().manual_seed(seed)) for seed in range(3)
+    ]
     whole = torch.stack(gradients).double()
     np.testing.assert_allclose(gram_matrix(gradients), (whole @ whole.T).numpy(), rtol=1e-12)
 
@@ -70,7 +86,12 @@ def test_mgda_of_two_clients_is_its_closed_form(seed):
     """min over t in [0, 1] of ‖t g_1 + (1 - t) g_2‖²: t = ⟨g_2 - g_1, g_2⟩ / ‖g_1 - g_2‖², cut to [0, 1]."""
     first, second = conflicting(seed, 2, 3)
     share = np.clip((second - first) @ second / ((first - second) ** 2).sum(), 0, 1)
-    np.testing.assert_allclose(direction(MGDA(), [first, second]), share * first + (1 - share) * second, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        direction(MGDA(), [first, second]),
+        share * first + (1 - share) * second,
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 @SEEDS
@@ -110,18 +131,24 @@ def test_cagrad_serves_the_worst_served_best_of_all_directions_in_its_ball(seed,
     mean = gradients.mean(axis=0)
     radius = c * np.linalg.norm(mean)
     angles, radii = np.meshgrid(np.linspace(0, 2 * np.pi, 721), np.linspace(0, radius, 101))
-    ball = mean + np.stack([(radii * np.cos(angles)).ravel(), (radii * np.sin(angles)).ravel()], axis=1)
+    ball = mean + np.stack(
+        [(radii * np.cos(angles)).ravel(), (radii * np.sin(angles)).ravel()], axis=1
+    )
     best = (ball @ gradients.T).min(axis=1).max()
     d = direction(CAGrad(c=c), gradients)
     assert np.linalg.norm(d - mean) <= radius * (1 + 1e-9)
     largest = np.linalg.norm(gradients, axis=1).max()
-    assert (gradients @ d).min() >= best - 1e-6 * largest * (1 + best) - (0 if best > 1e-3 else largest * radius)
+    assert (gradients @ d).min() >= best - 1e-6 * largest * (1 + best) - (
+        0 if best > 1e-3 else largest * radius
+    )
 
 
 @SEEDS
 def test_cagrad_without_a_ball_is_the_mean_and_with_a_large_one_points_as_mgda(seed):
     gradients = conflicting(seed, 4, 6) + 0.5
-    np.testing.assert_allclose(direction(CAGrad(c=0.0), gradients), gradients.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        direction(CAGrad(c=0.0), gradients), gradients.mean(axis=0), rtol=1e-12
+    )
     wide, least = direction(CAGrad(c=100.0), gradients), direction(MGDA(), gradients)
     assert wide @ least >= 0.999 * np.linalg.norm(wide) * np.linalg.norm(least)
 
@@ -140,8 +167,15 @@ def test_cagrad_where_the_gradients_cancel():
 @pytest.mark.parametrize(("c", "hyper_weight"), [(0.4, 1.0), (0.8, 0.3)])
 def test_fedhca2_is_the_mean_plus_cagrad(seed, c, hyper_weight):
     gradients = conflicting(seed, 4, 5)
-    expected = gradients.mean(axis=0) + hyper_weight * direction(CAGrad(c=c), gradients) / (1 + c**2)
-    np.testing.assert_allclose(direction(FedHCA2(c=c, hyper_weight=hyper_weight), gradients), expected, rtol=1e-9, atol=1e-12)
+    expected = gradients.mean(axis=0) + hyper_weight * direction(CAGrad(c=c), gradients) / (
+        1 + c**2
+    )
+    np.testing.assert_allclose(
+        direction(FedHCA2(c=c, hyper_weight=hyper_weight), gradients),
+        expected,
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 # imtl_g
@@ -152,7 +186,9 @@ def test_imtl_g_of_two_clients_is_its_closed_form(seed):
     """The bisector: a_1 ‖g_1‖ = a_2 ‖g_2‖ and a_1 + a_2 = 1."""
     first, second = conflicting(seed, 2, 3)
     one, two = np.linalg.norm(first), np.linalg.norm(second)
-    np.testing.assert_allclose(direction(IMTLG(), [first, second]), (two * first + one * second) / (one + two), rtol=1e-8)
+    np.testing.assert_allclose(
+        direction(IMTLG(), [first, second]), (two * first + one * second) / (one + two), rtol=1e-8
+    )
 
 
 @SEEDS
@@ -187,7 +223,9 @@ def test_nash_mtl_of_two_clients_is_its_closed_form(seed):
     one, two = np.linalg.norm(first), np.linalg.norm(second)
     cosine = first @ second / (one * two)
     expected = (first / one + second / two) / math.sqrt(1 + cosine)
-    np.testing.assert_allclose(direction(NashMTL(max_norm=1e9), [first, second]), expected, rtol=1e-7)
+    np.testing.assert_allclose(
+        direction(NashMTL(max_norm=1e9), [first, second]), expected, rtol=1e-7
+    )
 
 
 @SEEDS
@@ -214,7 +252,9 @@ def test_nash_mtl_has_the_largest_product_of_gains(seed):
 def test_nash_mtl_does_not_see_the_scale_of_a_loss():
     gradients = conflicting(1, 4, 6)
     scaled = gradients * np.array([[100.0], [1.0], [0.01], [1.0]])
-    np.testing.assert_allclose(direction(NashMTL(), scaled), direction(NashMTL(), gradients), rtol=1e-6)
+    np.testing.assert_allclose(
+        direction(NashMTL(), scaled), direction(NashMTL(), gradients), rtol=1e-6
+    )
     assert np.linalg.norm(direction(NashMTL(max_norm=0.25), gradients)) == pytest.approx(0.25)
     assert np.linalg.norm(direction(NashMTL(max_norm=9.0), gradients)) == pytest.approx(2.0)  # √4
 
@@ -229,7 +269,12 @@ def surgery(gradients, orders):
         projected = gradients[own].copy()
         for other in order:
             if other != own and projected @ gradients[other] < 0:
-                projected -= projected @ gradients[other] / (gradients[other] @ gradients[other]) * gradients[other]
+                projected -= (
+                    projected
+                    @ gradients[other]
+                    / (gradients[other] @ gradients[other])
+                    * gradients[other]
+                )
         total += projected
     return total / len(gradients)
 
@@ -239,7 +284,9 @@ def surgery(gradients, orders):
 def test_pcgrad_is_the_surgery_on_the_vectors(seed, count):
     gradients = conflicting(seed, count, 5)
     orders = [generator(4, 1, str(index), "pcgrad").permutation(count) for index in range(count)]
-    np.testing.assert_allclose(direction(PCGrad(seed=4), gradients), surgery(gradients, orders), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        direction(PCGrad(seed=4), gradients), surgery(gradients, orders), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_pcgrad_without_conflicts_is_the_mean():
@@ -268,8 +315,15 @@ def units(gradients):
 @SEEDS
 def test_fedmgda_plus_goes_from_the_mean_of_unit_gradients_to_mgda_on_them(seed):
     gradients = conflicting(seed, 4, 6)
-    np.testing.assert_allclose(direction(FedMGDAPlus(epsilon=0.0), gradients), units(gradients).mean(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(direction(FedMGDAPlus(epsilon=1.0), gradients), direction(MGDA(), units(gradients)), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        direction(FedMGDAPlus(epsilon=0.0), gradients), units(gradients).mean(axis=0), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        direction(FedMGDAPlus(epsilon=1.0), gradients),
+        direction(MGDA(), units(gradients)),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 @SEEDS
@@ -283,7 +337,9 @@ def test_fedmgda_plus_is_no_longer_than_any_point_of_a_grid_in_its_box(seed, eps
     assert lengths.min() - 0.02 <= ours <= lengths.min() + 1e-9
 
 
-@pytest.mark.parametrize(("epsilon", "share"), [(0.0, 0.25), (0.1, 0.35), (0.25, 0.5), (0.5, 0.5), (1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("epsilon", "share"), [(0.0, 0.25), (0.1, 0.35), (0.25, 0.5), (0.5, 0.5), (1.0, 0.5)]
+)
 def test_fedmgda_plus_near_the_shares_of_examples(epsilon, share):
     """Of two unit gradients the least norm is at (1/2, 1/2); from (1/4, 3/4) it is gone towards by at most epsilon."""
     some = [report(client, 1.0, num_examples=count, gradient=torch.tensor(gradient, dtype=torch.float64))
@@ -301,14 +357,18 @@ def test_the_least_norm_near_many_clients_keeps_to_its_box_and_beats_random_poin
     assert np.abs(weights - base).max() <= radius * (1 + 1e-9)
     slopes = gradients @ (weights @ gradients)
     free = (np.abs(weights - base) < radius * (1 - 1e-9)) & (weights > 1e-12)
-    level = slopes[free].mean()  # stationary: the same slope wherever the box does not hold, and the right sign where it does
+    level = (
+        slopes[free].mean()
+    )  # stationary: the same slope wherever the box does not hold, and the right sign where it does
     np.testing.assert_allclose(slopes[free], level, atol=1e-6)
     assert slopes[weights >= base + radius * (1 - 1e-9)].max() <= level + 1e-6
     assert slopes[weights <= np.maximum(base - radius, 0) + 1e-12].min() >= level - 1e-6
 
 
 def test_a_gradient_of_0_adds_nothing_to_fedmgda_plus():
-    np.testing.assert_allclose(direction(FedMGDAPlus(epsilon=0.0), [[3.0, 0.0], [0.0, 0.0]]), [0.5, 0.0])
+    np.testing.assert_allclose(
+        direction(FedMGDAPlus(epsilon=0.0), [[3.0, 0.0], [0.0, 0.0]]), [0.5, 0.0]
+    )
 
 
 # what they have in common
@@ -328,15 +388,28 @@ def test_clients_of_a_task_count_as_one_with_their_mean_gradient(made_by):
     tasks = ["x", "y", "x", "z", "x"]
     means = np.stack([gradients[[0, 2, 4]].mean(axis=0), gradients[1], gradients[3]])
     assert made_by(group_by="task").group_by == "task"
-    np.testing.assert_allclose(direction(made_by(group_by="task"), gradients, tasks), direction(made_by(), means), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        direction(made_by(group_by="task"), gradients, tasks),
+        direction(made_by(), means),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("method", EVERY, ids=name_of)
 def test_single_precision_gives_the_same_direction(method):
     gradients = np.abs(conflicting(4, 4, 1000)).astype(np.float32)
-    some = [report(f"c{index}", 1.0, gradient=torch.tensor(gradient)) for index, gradient in enumerate(gradients)]
+    some = [
+        report(f"c{index}", 1.0, gradient=torch.tensor(gradient))
+        for index, gradient in enumerate(gradients)
+    ]
     weights, _ = method.update(method.init([]), some)
-    np.testing.assert_allclose(Mean()(some, weights).numpy(), direction(method, gradients.astype(np.float64)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        Mean()(some, weights).numpy(),
+        direction(method, gradients.astype(np.float64)),
+        rtol=1e-3,
+        atol=1e-5,
+    )
 
 
 def test_equal_weights_are_the_mean():

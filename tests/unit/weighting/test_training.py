@@ -24,7 +24,9 @@ def test_it_trains_with_clients_that_come_late_and_stay_away(name):
     assert sum(result.weights.values()) == pytest.approx(3.0)
     by_round = {(row["round"], row["client"]): row["weight"] for row in result.rows}
     assert by_round[1, "c"] == by_round[2, "c"] == 1.0
-    assert by_round[2, "a"] == pytest.approx(by_round[1, "a"], abs=2e-6)  # as remembered: 0 is then 10⁻⁶
+    assert by_round[2, "a"] == pytest.approx(
+        by_round[1, "a"], abs=2e-6
+    )  # as remembered: 0 is then 10⁻⁶
     assert all(math.isfinite(weight) for weight in by_round.values())
 
 
@@ -43,7 +45,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
 def test_a_client_alone_is_followed(name):
     """Where there is one client, a method can only choose the length of the step."""
     method = build("weighting", Component(name=name))
-    ours, plain = (train(small_federation(("a",)), weighting, num_rounds=1, **SETTINGS) for weighting in (method, FedGradNorm()))
+    ours, plain = (
+        train(small_federation(("a",)), weighting, num_rounds=1, **SETTINGS)
+        for weighting in (method, FedGradNorm())
+    )
     start = plain.federation.make_encoder(0)
     before = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
     moves = [result.state.encoder - before for result in (ours, plain)]
@@ -52,6 +57,14 @@ def test_a_client_alone_is_followed(name):
 
 
 def test_a_fixed_weight_for_an_unknown_client_is_an_error_before_a_folder_is_touched(tmp_path):
-    with pytest.raises(ConfigError, match=r"weighting\.clients\.z: there is no client 'z'; known: a, b, c"):
-        train(small_federation(), Fixed(clients={"z": 2.0}), num_rounds=1, run_dir=tmp_path / "run", **SETTINGS)
+    with pytest.raises(
+        ConfigError, match=r"weighting\.clients\.z: there is no client 'z'; known: a, b, c"
+    ):
+        train(
+            small_federation(),
+            Fixed(clients={"z": 2.0}),
+            num_rounds=1,
+            run_dir=tmp_path / "run",
+            **SETTINGS,
+        )
     assert not (tmp_path / "run").exists()

@@ -21,5 +21,10 @@ def main(grid: Grid, context: Context) -> None:
 
     strategy = FedGradNorm(head="fc2", min_nodes=3, run_dir=context.run_config["run-dir"])
 
-    result = strategy.start(grid=grid, initial_arrays=arrays, train_config=ConfigRecord({"lr": lr}), num_rounds=num_rounds)
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=arrays,
+        train_config=ConfigRecord({"lr": lr}),
+        num_rounds=num_rounds,
+    )
     print(result)  # noqa: T201

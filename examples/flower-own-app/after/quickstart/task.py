@@ -36,10 +36,14 @@ class Net(nn.Module):
 def load_data(partition_id: int, num_partitions: int):
     """A client's own images, with the labels of its own task."""
     digits = load_digits()
-    images = torch.tensor(digits.images[partition_id::num_partitions] / 16, dtype=torch.float32).unsqueeze(1)
+    images = torch.tensor(
+        digits.images[partition_id::num_partitions] / 16, dtype=torch.float32
+    ).unsqueeze(1)
     digit = torch.tensor(digits.target[partition_id::num_partitions])
     labels = list(TASKS.values())[partition_id % len(TASKS)](digit).long()
-    train, test = random_split(TensorDataset(images, labels), [0.8, 0.2], torch.Generator().manual_seed(42))
+    train, test = random_split(
+        TensorDataset(images, labels), [0.8, 0.2], torch.Generator().manual_seed(42)
+    )
     return DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=32)
 
 

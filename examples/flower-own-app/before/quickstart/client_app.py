@@ -16,10 +16,15 @@ def train(msg: Message, context: Context):
     model = Net()
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
 
-    partition_id, num_partitions = context.node_config["partition-id"], context.node_config["num-partitions"]
+    partition_id, num_partitions = (
+        context.node_config["partition-id"],
+        context.node_config["num-partitions"],
+    )
     trainloader, _ = load_data(partition_id, num_partitions)
 
-    train_loss = train_fn(model, trainloader, context.run_config["local-epochs"], msg.content["config"]["lr"])
+    train_loss = train_fn(
+        model, trainloader, context.run_config["local-epochs"], msg.content["config"]["lr"]
+    )
 
     metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(trainloader.dataset)})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
@@ -32,10 +37,15 @@ def evaluate(msg: Message, context: Context):
     model = Net()
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
 
-    partition_id, num_partitions = context.node_config["partition-id"], context.node_config["num-partitions"]
+    partition_id, num_partitions = (
+        context.node_config["partition-id"],
+        context.node_config["num-partitions"],
+    )
     _, testloader = load_data(partition_id, num_partitions)
 
     eval_loss, eval_acc = test_fn(model, testloader)
 
-    metrics = MetricRecord({"eval_loss": eval_loss, "eval_acc": eval_acc, "num-examples": len(testloader.dataset)})
+    metrics = MetricRecord(
+        {"eval_loss": eval_loss, "eval_acc": eval_acc, "num-examples": len(testloader.dataset)}
+    )
     return Message(content=RecordDict({"metrics": metrics}), reply_to=msg)

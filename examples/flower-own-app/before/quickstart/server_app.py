@@ -21,5 +21,10 @@ def main(grid: Grid, context: Context) -> None:
 
     strategy = FedAvg(min_available_nodes=3)
 
-    result = strategy.start(grid=grid, initial_arrays=arrays, train_config=ConfigRecord({"lr": lr}), num_rounds=num_rounds)
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=arrays,
+        train_config=ConfigRecord({"lr": lr}),
+        num_rounds=num_rounds,
+    )
     print(result)  # noqa: T201

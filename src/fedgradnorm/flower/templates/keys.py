@@ -25,7 +25,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 FOLDER = Path(__file__).resolve().parent
 CA_DAYS, SERVER_DAYS = 3650, 730
 USAGES = (
-    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *(
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+    ),
     *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
 PEM = serialization.Encoding.PEM
@@ -34,7 +40,9 @@ PEM = serialization.Encoding.PEM
 def main() -> None:
     """Make what is missing, and say what."""
     ca, server = FOLDER / "ca", FOLDER / "server"
-    own = server / "ca.crt" if (server / "ca.crt").exists() else ca / "ca.crt"  # the CA may be in its safe
+    own = (
+        server / "ca.crt" if (server / "ca.crt").exists() else ca / "ca.crt"
+    )  # the CA may be in its safe
     if not own.exists():
         ca.mkdir(exist_ok=True, mode=0o700)
         if not (ca / "ca.key").exists():
@@ -42,11 +50,20 @@ def main() -> None:
         write(own, ca_certificate(private_key(ca / "ca.key")).public_bytes(PEM))
     certificate = x509.load_pem_x509_certificate(own.read_bytes())
     if (server / "server.crt").exists():
-        expect((server / "server.key").exists(), "server/server.key is gone: remove server/server.crt too, for both to be made anew")
+        expect(
+            (server / "server.key").exists(),
+            "server/server.key is gone: remove server/server.crt too, for both to be made anew",
+        )
     else:
-        expect((ca / "ca.key").exists(), "ca/ca.key is not here: put it back from where it is kept, to sign the server's certificate")
+        expect(
+            (ca / "ca.key").exists(),
+            "ca/ca.key is not here: put it back from where it is kept, to sign the server's certificate",
+        )
         ca_key = private_key(ca / "ca.key")
-        expect(ca_key.public_key() == certificate.public_key(), f"ca/ca.key is not the key of {own.relative_to(FOLDER)}")
+        expect(
+            ca_key.public_key() == certificate.public_key(),
+            f"ca/ca.key is not the key of {own.relative_to(FOLDER)}",
+        )
         if not (server / "server.key").exists():
             write_private(server / "server.key", pem(new_key()))
         public = private_key(server / "server.key").public_key()
@@ -59,10 +76,14 @@ def main() -> None:
     for folder in nodes:
         if not (folder / "client.key.pub").exists():
             if not (folder / "client.key").exists():
-                private = new_key().private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+                private = new_key().private_bytes(
+                    PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+                )
                 write_private(folder / "client.key", private)
             key = serialization.load_ssh_private_key((folder / "client.key").read_bytes(), None)
-            line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            line = key.public_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+            )
             write(folder / "client.key.pub", line + b"\n")
 
 
@@ -88,7 +109,11 @@ def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def names(env: Path) -> list[str]:
     """The server's names and addresses, and this machine's own ones."""
     (line,) = [line for line in env.read_text().splitlines() if line.startswith("NAMES=")]
-    return list(dict.fromkeys([*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1", "::1"]))
+    return list(
+        dict.fromkeys(
+            [*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1", "::1"]
+        )
+    )
 
 
 def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -105,22 +130,36 @@ def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 def server_certificate(
-    names: list[str], public: ec.EllipticCurvePublicKey, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey
+    names: list[str],
+    public: ec.EllipticCurvePublicKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
 ) -> x509.Certificate:
     """A certificate for a server with these names and addresses."""
     return (
-        draft(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]), ca.subject, public, SERVER_DAYS)
-        .add_extension(x509.SubjectAlternativeName([general_name(name) for name in names]), critical=False)
+        draft(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]),
+            ca.subject,
+            public,
+            SERVER_DAYS,
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([general_name(name) for name in names]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usages(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+        )
         .sign(ca_key, hashes.SHA384())
     )
 
 
-def draft(subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def draft(
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
     """A certificate that is not signed yet."""
     now = datetime.now(UTC)
     return (

@@ -47,7 +47,11 @@ def main() -> None:
         register(server["superlink"])
         server["front"] = start("front", "server/front.sh")
         wait_for_front(server["front"])
-        nodes = {folder.name: start_node(folder.name) for folder in sorted((FOLDER / "nodes").iterdir()) if folder.is_dir()}
+        nodes = {
+            folder.name: start_node(folder.name)
+            for folder in sorted((FOLDER / "nodes").iterdir())
+            if folder.is_dir()
+        }
         print("ready: server/run.sh starts the run; Ctrl-C here stops all", flush=True)
         watch(server, nodes)
     finally:
@@ -64,7 +68,13 @@ def point_to_certificate() -> None:
 def start(name: str, script: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
     """Start a script in a session of its own, so that Ctrl-C reaches this process alone."""
     with log_file(name, fresh=fresh) as log:
-        return subprocess.Popen([FOLDER / script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [FOLDER / script],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def log_file(name: str, *, fresh: bool = True) -> BinaryIO:
@@ -84,7 +94,9 @@ def register(superlink: subprocess.Popen[bytes]) -> None:
     """Wait until the SuperLink answers, and register the nodes. Those of an earlier start are registered already."""
     end = time.monotonic() + READY
     with log_file("register") as log:
-        while subprocess.run([FOLDER / "server/flwr.sh", "supernode", "list"], stdout=log, stderr=log, check=False).returncode:
+        while subprocess.run(
+            [FOLDER / "server/flwr.sh", "supernode", "list"], stdout=log, stderr=log, check=False
+        ).returncode:
             if superlink.poll() is not None:
                 sys.exit(f"the SuperLink has ended:\n{tail('superlink')}")
             if time.monotonic() >= end:
@@ -102,27 +114,40 @@ def wait_for_front(front: subprocess.Popen[bytes]) -> None:
     while True:
         if front.poll() is not None:
             sys.exit(f"the front has ended:\n{tail('front')}")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(settings["PORT"])), timeout=5):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, int(settings["PORT"])), timeout=5),
+        ):
             return
         if time.monotonic() >= end:
-            sys.exit(f"the front does not answer on {host}, port {settings['PORT']}, after {READY:g} s:\n{tail('front')}")
+            sys.exit(
+                f"the front does not answer on {host}, port {settings['PORT']}, after {READY:g} s:\n{tail('front')}"
+            )
         time.sleep(0.2)
 
 
-def watch(server: dict[str, subprocess.Popen[bytes]], nodes: dict[str, subprocess.Popen[bytes]]) -> None:
+def watch(
+    server: dict[str, subprocess.Popen[bytes]], nodes: dict[str, subprocess.Popen[bytes]]
+) -> None:
     """Start the front and nodes that have ended again, such as a node that the SuperLink refuses until it has missed the one before it."""
     told = False
     while True:
         time.sleep(AGAIN)
         if server["superlink"].poll() is not None and not told:
-            print(f"the SuperLink has ended; to start it again, stop all with Ctrl-C:\n{tail('superlink')}", flush=True)
+            print(
+                f"the SuperLink has ended; to start it again, stop all with Ctrl-C:\n{tail('superlink')}",
+                flush=True,
+            )
             told = True
         if server["front"].poll() is not None:
             print("the front has ended, and is started again: logs/front.log", flush=True)
             server["front"] = start("front", "server/front.sh", fresh=False)
         for client, node in nodes.items():
             if node.poll() is not None:
-                print(f"node {client} has ended, and is started again: logs/node-{client}.log", flush=True)
+                print(
+                    f"node {client} has ended, and is started again: logs/node-{client}.log",
+                    flush=True,
+                )
                 nodes[client] = start_node(client, fresh=False)
 
 
@@ -138,7 +163,9 @@ def stop(server: list[subprocess.Popen[bytes]]) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    started = psutil.Process().children(recursive=True)  # now: what outlives its parent is found no more
+    started = psutil.Process().children(
+        recursive=True
+    )  # now: what outlives its parent is found no more
     own = {process.pid: process for process in psutil.Process().children()}
     last = [own.pop(process.pid) for process in reversed(server) if process.pid in own]
     end(list(own.values()))

@@ -29,8 +29,19 @@ LOST = "No heartbeat received from the task"
 def main() -> None:
     """Start or find the run, show it, and end with its outcome."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    parser = argparse.ArgumentParser(prog="run.sh", description="Start the run, or show the one that is going on.", allow_abbrev=False)
-    parser.add_argument("-c", "--run-config", action="append", default=[], metavar="WORDS", help="settings of this run alone")
+    parser = argparse.ArgumentParser(
+        prog="run.sh",
+        description="Start the run, or show the one that is going on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="settings of this run alone",
+    )
     words = parser.parse_args().run_config
     try:
         run = going_on()
@@ -44,7 +55,11 @@ def main() -> None:
                 finish(run, status, details)
             again = words_of(run)
             if again is None or again:
-                which = "the words that it was started with" if again is None else shlex.join(["--run-config", *again])
+                which = (
+                    "the words that it was started with"
+                    if again is None
+                    else shlex.join(["--run-config", *again])
+                )
                 end(1, f"run {run} was lost with its process: start it again, with {which}")
             say(f"run {run} was lost with its process, and is started again")
         run = start(words)
@@ -91,12 +106,17 @@ def words_of(run: str) -> list[str] | None:
 def show(run: str) -> tuple[str, str]:
     """Show a run's log until it ends; gives its status and details. A stream that breaks while the run goes on begins again."""
     while True:
-        process = subprocess.Popen([SERVER / "flwr.sh", "log", run, "--stream"], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(
+            [SERVER / "flwr.sh", "log", run, "--stream"],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(LOOK)
-                if process.poll() is None and outcome(run).startswith(FINISHED):  # the stream may never end, such as in a tunnel that broke
+                if process.poll() is None and outcome(run).startswith(
+                    FINISHED
+                ):  # the stream may never end, such as in a tunnel that broke
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(LAST_LINES)
                     break
@@ -119,14 +139,21 @@ def outcome(run: str) -> str:
 def finish(run: str, status: str, details: str) -> NoReturn:
     """Say how a run has ended, and end with it."""
     outcome = status.partition(":")[2]
-    end(0 if status == COMPLETED else 1, f"run {run}: {outcome}" + (f": {details}" if details not in ("", "N/A") else ""))
+    end(
+        0 if status == COMPLETED else 1,
+        f"run {run}: {outcome}" + (f": {details}" if details not in ("", "N/A") else ""),
+    )
 
 
 def ask(*words: str) -> dict[str, Any]:
     """What a command of Flower answers in JSON; empty if it answers nothing. What it says besides goes to stderr."""
     try:
         done = subprocess.run(
-            [SERVER / "flwr.sh", *words, "--format", "json"], stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE
+            [SERVER / "flwr.sh", *words, "--format", "json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
         )
         answer = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):

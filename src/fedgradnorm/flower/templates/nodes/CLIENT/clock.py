@@ -25,7 +25,10 @@ def main() -> None:
     try:
         least, most = difference(server)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        print(f"the SuperLink's time is not known, so no clocks are compared: {server}: {error}", file=sys.stderr)
+        print(
+            f"the SuperLink's time is not known, so no clocks are compared: {server}: {error}",
+            file=sys.stderr,
+        )
         return
     seconds = round((least + most) / 2)
     words = f"{abs(seconds)} s {'ahead of' if seconds > 0 else 'behind'} the SuperLink's"
