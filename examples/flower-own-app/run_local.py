@@ -1,4 +1,7 @@
-"""Run the app of `after` in this process, with three clients: no Ray, no SuperLink. What it writes lies in the current folder."""
+"""Run the app of `after` in this process, with three clients: no Ray, no SuperLink.
+
+Its output goes to the current folder.
+"""
 
 import sys
 import tomllib

@@ -16,7 +16,7 @@ from fedgradnorm.errors import (
 )
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.run import Result, resume, train
-from fedgradnorm.saved import evaluate_run, load_model
+from fedgradnorm.runs.models import evaluate_run, load_model
 from fedgradnorm.task import Metric, Task
 from fedgradnorm.weighting import Equal, FedGradNorm, Weighting, WeightingState, Weights
 

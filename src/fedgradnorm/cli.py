@@ -135,9 +135,9 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a run that was stopped or killed, from its newest sound checkpoint."""
-    from fedgradnorm.history import Run
     from fedgradnorm.progress import Progress
     from fedgradnorm.run import resume as resume_run
+    from fedgradnorm.runs.folder import Run
 
     training = Run(folder).config.train
     with (
@@ -160,8 +160,8 @@ def evaluate(
 ) -> None:
     """Test the saved models of a run on their clients' test data."""
     from fedgradnorm.build import build_federation
-    from fedgradnorm.history import Run
-    from fedgradnorm.saved import evaluate_run
+    from fedgradnorm.runs.folder import Run
+    from fedgradnorm.runs.models import evaluate_run
 
     federation = build_federation(Run(folder).config)
     table = Table("client", "task", "test loss", "metrics", title=Text(str(folder)))
@@ -190,10 +190,10 @@ def report(
     ] = None,
 ) -> None:
     """Compare runs: a table here, and one self-contained HTML page."""
-    from fedgradnorm.history import Run
     from fedgradnorm.report import comparison_table, write_report
     from fedgradnorm.report.findings import silent_lines, state_lines
     from fedgradnorm.report.loading import load
+    from fedgradnorm.runs.folder import Run
 
     if output is None:
         output = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
@@ -461,9 +461,9 @@ def _say(message: str) -> None:
 
 
 def _show_run(folder: Path) -> None:
-    from fedgradnorm.history import Run
     from fedgradnorm.report import comparison_table
-    from fedgradnorm.summary import costs_text
+    from fedgradnorm.runs.folder import Run
+    from fedgradnorm.runs.summary import costs_text
 
     run = Run(folder)
     console.print(comparison_table([run]))

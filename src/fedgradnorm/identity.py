@@ -12,7 +12,7 @@ from fedgradnorm.federation import Client, Federation, Members, names_in
 from fedgradnorm.modules import held_tensors, load_held
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
-from fedgradnorm.records import ClientRecord, DataRecord, MembersRecord, ModelRecord, Sketch
+from fedgradnorm.runs.records import ClientRecord, DataRecord, MembersRecord, ModelRecord, Sketch
 
 __all__ = [
     "data_record",
@@ -398,8 +398,11 @@ def of_models(before: MembersRecord, now: MembersRecord) -> str | None:
             continue
         for part, what in (("features", "encoder"), ("outputs", "head")):
             for mode, one, two in zip(
-                ("training", "evaluation"), then[part], found[part], strict=True
-            ):  # type: ignore[literal-required]
+                ("training", "evaluation"),
+                then[part],  # type: ignore[literal-required]
+                found[part],  # type: ignore[literal-required]
+                strict=True,
+            ):
                 if not _close(one, two, SKETCH_SCALE):
                     whose = (
                         "the encoder is another one"

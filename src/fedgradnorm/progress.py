@@ -10,8 +10,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.records import Row
-from fedgradnorm.summary import task_curve
+from fedgradnorm.runs.records import Row
+from fedgradnorm.runs.summary import task_curve
 
 __all__ = ["Progress"]
 

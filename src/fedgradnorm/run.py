@@ -29,7 +29,6 @@ from fedgradnorm.build import (
     resolve_training,
     versions,
 )
-from fedgradnorm.checkpoint import Checkpoint, load_newest, set_aside
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import (
     EngineConfig,
@@ -41,8 +40,8 @@ from fedgradnorm.config import (
     dotted,
     validated,
 )
-from fedgradnorm.costs import Costs, TimedEngine
-from fedgradnorm.engines.base import Engine
+from fedgradnorm.engine import Engine
+from fedgradnorm.engine_wrappers import Costs, FaultyEngine, TimedEngine
 from fedgradnorm.errors import (
     ConfigError,
     FederationError,
@@ -52,9 +51,22 @@ from fedgradnorm.errors import (
     warn,
 )
 from fedgradnorm.evaluation import Evaluation, constant_guess
-from fedgradnorm.faults import FaultyEngine
 from fedgradnorm.federation import Federation, Members
-from fedgradnorm.history import (
+from fedgradnorm.identity import (
+    members_record,
+    of_clients,
+    of_data,
+    of_encoder,
+    of_fixed_tensors,
+    of_models,
+    of_training,
+)
+from fedgradnorm.messages import no_rate
+from fedgradnorm.parameters import load_buffers, load_flat
+from fedgradnorm.randomness import seeded
+from fedgradnorm.report import write_report
+from fedgradnorm.runs.checkpoint import Checkpoint, load_newest, set_aside
+from fedgradnorm.runs.folder import (
     CHECKPOINTS,
     PROFILE,
     Run,
@@ -69,23 +81,10 @@ from fedgradnorm.history import (
     set_rounds_aside,
     write_config,
 )
-from fedgradnorm.identity import (
-    members_record,
-    of_clients,
-    of_data,
-    of_encoder,
-    of_fixed_tensors,
-    of_models,
-    of_training,
-)
-from fedgradnorm.messages import no_rate
-from fedgradnorm.parameters import load_buffers, load_flat
-from fedgradnorm.randomness import seeded
-from fedgradnorm.records import MembersRecord, Row, Summary
-from fedgradnorm.report import write_report
-from fedgradnorm.saved import check_client_id, federation_of, joined
+from fedgradnorm.runs.models import check_client_id, federation_of, joined
+from fedgradnorm.runs.records import MembersRecord, Row, Summary
+from fedgradnorm.runs.summary import check_targets, silent_texts, summarise, task_curve
 from fedgradnorm.server import RoundRecord, ServerState, initial_state, run_round
-from fedgradnorm.summary import check_targets, silent_texts, summarise, task_curve
 from fedgradnorm.training import method_of
 from fedgradnorm.weighting.base import Weighting
 
@@ -524,7 +523,7 @@ def _engine_here(federation: Federation, weighting: Weighting, config: RunConfig
     engine: Engine = registry.build(
         "engine", config.engine, federation=federation, seed=config.train.seed
     )
-    if not getattr(engine, "lockstep", True):
+    if not engine.lockstep:
         refuse_lockstep(config)
     return with_faults(engine, config)
 
@@ -886,8 +885,7 @@ def rows_of(
 
 def _add_notes(rows: Sequence[Row], engine: Engine) -> None:
     """Put what the engine has noted of a client since the last round into the client's line."""
-    take = getattr(engine, "take_notes", None)
-    notes: Mapping[str, list[str]] = take() if take is not None else {}
+    notes = engine.take_notes()
     for row in rows:
         if row["client"] in notes:
             row["notes"] = notes[row["client"]]

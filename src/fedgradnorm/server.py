@@ -17,7 +17,7 @@ from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines.base import Engine
+from fedgradnorm.engine import Engine
 from fedgradnorm.errors import FedGradNormError, StoppedError, WeightingError, described
 from fedgradnorm.federation import Members
 from fedgradnorm.messages import LARGEST, Instruction, Report
@@ -148,7 +148,7 @@ def _run_step(
             engine.execute(instructions), key=attrgetter("client")
         )  # so that sums do not depend on the engine
         reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
-        failures: Mapping[str, str] = getattr(engine, "failures", {})
+        failures = engine.failures
         dropped |= {
             client: f"no report: {why}"
             for client, why in failures.items()

@@ -17,7 +17,7 @@ from fedgradnorm.cli import main
 from fedgradnorm.errors import StoppedError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federations import digits
-from fedgradnorm.history import Run
+from fedgradnorm.runs.folder import Run
 
 QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
 CONFIG = '[federation]\nname = "digits"\n[weighting]\nname = "fedgradnorm"\ngamma = 0.5\n'
@@ -517,7 +517,7 @@ def test_evaluate_tells_of_missing_figures_and_ends_with_1(config, call, monkeyp
     evaluation = Evaluation(
         0.5, {"accuracy": float("nan")}, 9, {"accuracy": "ValueError: only one class"}
     )
-    monkeypatch.setattr("fedgradnorm.saved.evaluate_client", lambda *_: evaluation)
+    monkeypatch.setattr("fedgradnorm.runs.models.evaluate_client", lambda *_: evaluation)
     code, out, error = call("evaluate", "runs/my")
     assert code == 1
     assert "parity" in out

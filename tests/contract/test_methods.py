@@ -10,7 +10,8 @@ from fedgradnorm import train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.client import local_update
 from fedgradnorm.config import Component, TrainConfig
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.federations import digits
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import flatten

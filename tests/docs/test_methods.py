@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from fedgradnorm.history import Run
 from fedgradnorm.registry import BUILT_INS
+from fedgradnorm.runs.folder import Run
 from tests.docs.test_docs import ROOT, blocks, call
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import load_config
-from fedgradnorm.history import Run
 from fedgradnorm.run import run
+from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import launcher, lines, outcome
 
 ROUNDS, EVERY, CLIENTS = 60, 5, 4

@@ -11,8 +11,8 @@ from torch import nn
 from fedgradnorm import Equal, FedGradNorm, StoppedError
 from fedgradnorm.aggregation import ClippedMean, Mean, TrimmedMean
 from fedgradnorm.config import FaultsConfig, TrainConfig
-from fedgradnorm.engines import ReferenceEngine
-from fedgradnorm.faults import FaultyEngine
+from fedgradnorm.engine_wrappers import FaultyEngine
+from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.federations import digits, radcom
 from fedgradnorm.messages import Instruction
 from fedgradnorm.server import initial_state, instruct, run_round, screen

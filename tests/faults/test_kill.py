@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedgradnorm.checkpoint import load_checkpoint
-from fedgradnorm.history import Run
+from fedgradnorm.runs.checkpoint import load_checkpoint
+from fedgradnorm.runs.folder import Run
 from tests.helpers import timeless
 
 PATIENCE = 120

@@ -14,10 +14,10 @@ from torch import nn
 
 import fedgradnorm
 from fedgradnorm import ConfigError, Federation, FedGradNorm, RunError, StoppedError, train
-from fedgradnorm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedgradnorm.config import load_config
-from fedgradnorm.history import Run
 from fedgradnorm.run import resume, run
+from fedgradnorm.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import changed, launcher, lines, outcome, wait_until
 from tests.helpers import (
     batch_norm_encoder,

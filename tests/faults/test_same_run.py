@@ -30,8 +30,8 @@ from fedgradnorm import (
     train,
 )
 from fedgradnorm.config import load_config
-from fedgradnorm.history import Run
 from fedgradnorm.run import run
+from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import launcher, lines
 from tests.faults.test_resume import QUICK as WORDS
 from tests.faults.test_resume import after, contents
@@ -342,7 +342,7 @@ def test_a_model_that_begins_from_other_numbers_goes_on_with_its_own(tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("fedgradnorm.history.LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("fedgradnorm.runs.folder.LOCK_TIMEOUT", 0.1)
 
 
 def held_by_another(folder):

@@ -12,8 +12,8 @@ from fedgradnorm import Equal, FedGradNorm, StoppedError
 from fedgradnorm.aggregation import ClippedMean, Mean, Median, TrimmedMean
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import FaultsConfig, TrainConfig
-from fedgradnorm.engines import ReferenceEngine
-from fedgradnorm.faults import FaultyEngine
+from fedgradnorm.engine_wrappers import FaultyEngine
+from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.messages import Instruction
 from fedgradnorm.server import initial_state, instruct, run_round, screen
 from tests.helpers import batch_norm_encoder, report, small_federation

@@ -14,8 +14,8 @@ from fedgradnorm.flower import client_app, server_app, training
 from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
-from fedgradnorm.history import Run
 from fedgradnorm.run import run
+from fedgradnorm.runs.folder import Run
 from tests.faults.test_resume import contents
 from tests.flower.lazy import opened
 from tests.flower.nodes import Wire, in_round, lost, raising

@@ -15,8 +15,8 @@ from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
-from fedgradnorm.history import STATUS, Run
 from fedgradnorm.messages import Instruction
+from fedgradnorm.runs.folder import STATUS, Run
 from tests.faults.test_resume import contents
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
 from tests.helpers import batch_norm_encoder, small_federation, timeless

@@ -467,8 +467,8 @@ def started_front(folder, *programs, **settings):
 
 @pytest.mark.parametrize(
     ("host", "bind"),
-    [("0.0.0.0", "tcp4/0.0.0.0"), ("127.0.0.1", "tcp4/127.0.0.1"), ("::", "tcp6/[::]")],
-)  # noqa: S104
+    [("0.0.0.0", "tcp4/0.0.0.0"), ("127.0.0.1", "tcp4/127.0.0.1"), ("::", "tcp6/[::]")],  # noqa: S104
+)
 def test_the_front_is_caddy_where_it_is_there(folder, host, bind):
     done = started_front(folder, "caddy", "nginx", HOST=host)
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ from torch import nn
 from fedgradnorm import ConfigError, FederationError, StoppedError, train
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
-from fedgradnorm.history import Run
 from fedgradnorm.run import resume, run
+from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import outcome
 from tests.faults.test_resume import QUICK as SMALL
 from tests.faults.test_resume import after, contents

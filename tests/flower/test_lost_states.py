@@ -12,7 +12,7 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.flower.client import Node
 from fedgradnorm.flower.messages import Control, control_of
 from fedgradnorm.flower.states import LostStateError, MemoryStates, StateFiles, begin
-from fedgradnorm.history import Run
+from fedgradnorm.runs.folder import Run
 from tests.flower.nodes import Site, dropped, in_round, lost
 from tests.flower.test_apps import DIGITS, Place
 from tests.flower.test_mod import Own

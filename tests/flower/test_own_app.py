@@ -13,8 +13,8 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
-from fedgradnorm.history import Run
 from fedgradnorm.report import write_report
+from fedgradnorm.runs.folder import Run
 from tests.flower.nodes import Wire
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower-own-app"

@@ -7,12 +7,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
-from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.errors import RunError
 from fedgradnorm.flower import FedGradNorm
-from fedgradnorm.history import Run
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
+from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.folder import Run
 from tests.flower.nodes import changed, dropped, in_round, lost, untouched
 from tests.flower.own_app import Net, initial
 from tests.flower.test_engine import evaluating, with_loss

@@ -39,17 +39,17 @@ from safetensors.torch import load, save
 
 from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.build import resolve_config
-from fedgradnorm.checkpoint import load_checkpoint, load_newest
 from fedgradnorm.config import RunConfig, TrainConfig, load_config
 from fedgradnorm.errors import FedGradNormError
 from fedgradnorm.federations import mtfl
 from fedgradnorm.federations.mtfl_images import read_faces
 from fedgradnorm.federations.radcom_hdf5 import read_hdf5
-from fedgradnorm.history import Run, RunWriter
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.report import comparison_table, write_report
 from fedgradnorm.run import train
-from fedgradnorm.saved import load_model
+from fedgradnorm.runs.checkpoint import load_checkpoint, load_newest
+from fedgradnorm.runs.folder import Run, RunWriter
+from fedgradnorm.runs.models import load_model
 from fedgradnorm.server import ServerState, advance, screen
 from fedgradnorm.weighting.fedgradnorm import FedGradNorm
 from tests.helpers import small_federation
@@ -648,7 +648,7 @@ def test_metrics_to_go_on_with(
     how: tuple[str, Any, int],
     round: int,
 ) -> None:
-    monkeypatch.setattr("fedgradnorm.history._tensorboard_writer", lambda *_, **__: None)
+    monkeypatch.setattr("fedgradnorm.runs.folder._tensorboard_writer", lambda *_, **__: None)
     content = _damaged_figures(run_files, "metrics.jsonl", how)
     folder = sandbox.fresh({"config.toml": run_files["config.toml"], "metrics.jsonl": content})
     with sandbox.attempt("metrics.jsonl to go on with"):

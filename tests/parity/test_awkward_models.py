@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fedgradnorm import Client, Federation, FedGradNormWarning, Task
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines import VectorizedEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.parameters import flatten
 from fedgradnorm.randomness import seeded
 from tests.parity.test_vectorized import check_same, trained

@@ -14,7 +14,8 @@ from benchmarks.cases import case
 from fedgradnorm import Client, Federation, Task
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.federations import digits, mtfl, radcom
 from fedgradnorm.models import cnn
 from fedgradnorm.server import initial_state, run_round

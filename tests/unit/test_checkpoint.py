@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedgradnorm.checkpoint import (
+from fedgradnorm.runs.checkpoint import (
     Checkpoint,
     later_than,
     load_newest,

@@ -29,13 +29,13 @@ from fedgradnorm import (
     train,
 )
 from fedgradnorm.aggregation import Mean
-from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import Component, load_config
 from fedgradnorm.errors import WeightingError
 from fedgradnorm.evaluation import evaluate
-from fedgradnorm.history import Run
 from fedgradnorm.registry import build
 from fedgradnorm.run import run
+from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.folder import Run
 from tests.helpers import (
     accuracy,
     batch_norm_encoder,

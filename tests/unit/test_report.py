@@ -13,11 +13,11 @@ from torch import nn
 
 from fedgradnorm import Client, FedGradNorm, FedGradNormWarning, RunError, Task, train
 from fedgradnorm.federations import digits
-from fedgradnorm.history import Run
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
 from fedgradnorm.report.charts import MOST_LINES
 from fedgradnorm.report.looks import looks_for
+from fedgradnorm.runs.folder import Run
 
 HOSTILE = "</script><script>alert(1)</script>[bold]&"
 

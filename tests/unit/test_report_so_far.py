@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from fedgradnorm import RunError, StoppedError, resume, train
-from fedgradnorm.history import Run, alone_in, being_written
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
+from fedgradnorm.runs.folder import Run, alone_in, being_written
 from tests.helpers import small_federation
 
 QUICK = {"head_steps": 2, "encoder_steps": 2, "batch_size": 8}

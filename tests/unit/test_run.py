@@ -20,9 +20,9 @@ from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
-from fedgradnorm.history import Run
 from fedgradnorm.run import run
-from fedgradnorm.summary import rounds_to, silent_texts
+from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.summary import rounds_to, silent_texts
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_federation, timeless
 
 QUICK = {"num_rounds": 4, "head_steps": 2, "encoder_steps": 2, "batch_size": 8, "eval_every": 2}

@@ -7,7 +7,7 @@ from fedgradnorm import ConfigError, Equal, FederationError, FedGradNorm, Weight
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.client import loss_batches
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines import ReferenceEngine
+from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.messages import Instruction
 from fedgradnorm.server import (
     ServerState,

@@ -55,7 +55,7 @@ class Network(nn.Module):
         self.losses.append(loss.detach())
         return loss
 
-    def metrics(self, inputs: Tensor, targets: Tensor) -> dict[str, Weighted]:  # noqa: ARG002 (pfl's signature)
+    def metrics(self, inputs: Tensor, targets: Tensor) -> dict[str, Weighted]:
         """None: nothing is evaluated."""
         return {}
 
@@ -72,7 +72,7 @@ class Shuffled(PyTorchTensorDataset):
         super().__init__(tensors)
         self._batches = batches(tensors, workload, client, round, phase)
 
-    def iter(self, batch_size: int | None) -> Iterator[list[Tensor]]:  # noqa: ARG002 (pfl's signature)
+    def iter(self, batch_size: int | None) -> Iterator[list[Tensor]]:
         """The mini-batches."""
         return self._batches
 
@@ -140,7 +140,7 @@ class Clock(TrainingProcessCallback):
 
     def after_central_iteration(
         self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int
-    ) -> tuple[bool, Metrics]:  # noqa: ARG002
+    ) -> tuple[bool, Metrics]:
         """Called by pfl after the model's update."""
         self.ends.append(time.perf_counter())
         self.loss = float(aggregate_metrics[LOSS].overall_value)

@@ -11,9 +11,9 @@ from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.grid import Cell, identity
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
-from fedgradnorm.history import Run
-from fedgradnorm.records import Row
 from fedgradnorm.run import resume, run
+from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.records import Row
 
 __all__ = [
     "Ended",

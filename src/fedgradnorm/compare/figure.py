@@ -9,7 +9,7 @@ from fedgradnorm.compare.results import Results
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.looks import Look, looks_for
-from fedgradnorm.summary import LOSS_RATIO
+from fedgradnorm.runs.summary import LOSS_RATIO
 
 __all__ = ["save_svg", "write_figure"]
 

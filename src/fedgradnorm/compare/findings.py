@@ -8,7 +8,7 @@ from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.compare.statistics import FEWEST_PAIRS, Interval
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.findings import listed, plural
-from fedgradnorm.summary import LOSS_RATIO, SMOOTHED
+from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
 __all__ = [
     "answers",

@@ -40,7 +40,7 @@ from fedgradnorm.report.comparison import ABSENT
 from fedgradnorm.report.findings import plural
 from fedgradnorm.report.html import json_for_html, plotly_source, style, tag, texts
 from fedgradnorm.report.looks import Look, looks_for, swatch
-from fedgradnorm.summary import SMOOTHED
+from fedgradnorm.runs.summary import SMOOTHED
 
 __all__ = ["write_page"]
 

@@ -13,7 +13,7 @@ from fedgradnorm.compare.measures import Measured, Target
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval, delta_m, difference_of
 from fedgradnorm.config import RunConfig, overlaid, validated
-from fedgradnorm.records import MetricSummary
+from fedgradnorm.runs.records import MetricSummary
 
 __all__ = ["OVERALL", "CellResult", "Estimate", "Results", "TunedMethod", "estimates_of"]
 
@@ -241,11 +241,15 @@ class _Comparison:
                 "final loss ratio",
                 "share of F(0)",
                 "less",
-                lambda one, task=task: one.tasks[task].final_ratio,
-            )  # type: ignore[misc]
+                lambda one, task=task: one.tasks[task].final_ratio,  # type: ignore[misc]
+            )
             yield self._estimate(
-                task, "final weight", "p", None, lambda one, task=task: one.tasks[task].weight
-            )  # type: ignore[misc]
+                task,
+                "final weight",
+                "p",
+                None,
+                lambda one, task=task: one.tasks[task].weight,  # type: ignore[misc]
+            )
             if figures.metric is not None:
                 better: Literal["less", "more"] = (
                     "more" if figures.metric["higher_is_better"] else "less"

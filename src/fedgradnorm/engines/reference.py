@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedgradnorm.client import ClientState, evaluate_client, initial_state, load_model, local_update
+from fedgradnorm.engine import Engine
 from fedgradnorm.errors import require
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
@@ -15,7 +16,7 @@ from fedgradnorm.threads import kernel_threads
 __all__ = ["ReferenceEngine"]
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """A plain loop over the clients, on the CPU.
 
     Args:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedgradnorm.client import ClientState, evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, tensors
+from fedgradnorm.engine import Engine
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
 from fedgradnorm.engines.phases import WrongProgram
 from fedgradnorm.engines.placement import (
@@ -103,7 +104,7 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 
-class VectorizedEngine:
+class VectorizedEngine(Engine):
     """Stacks small clients, spreads others over threads, encodes once for all head steps: the same numbers, sooner.
 
     Which way a client goes is found out by trying it on its first batch; the logger ``fedgradnorm`` says what was chosen, and why. It

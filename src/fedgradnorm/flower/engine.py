@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedgradnorm.client import ClientState
+from fedgradnorm.engine import Engine
 from fedgradnorm.errors import MessageError, StoppedError, require
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.federation import Federation
@@ -128,7 +129,7 @@ class Limits:
         require(self.max_rest >= 0, "max_rest", "a number of rounds, at least 0", self.max_rest)
 
 
-class GridEngine:
+class GridEngine(Engine):
     """Sends instructions to the nodes of a Grid, and reads what comes back.
 
     A node is asked for its client's key once; weights and states go by that key, never by the node's id, which is another one after a
@@ -178,7 +179,7 @@ class GridEngine:
         self.federated, self.settings = federated, settings
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
-        self.failures: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
         self.watcher = Watcher(
             roster, max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout)
@@ -271,7 +272,7 @@ class GridEngine:
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
         """The messages for those of the instructed clients that are connected, by key."""
-        self.failures, self._late = {}, set()
+        self._failures, self._late = {}, set()
         for instruction in instructions:
             self._remember(instruction)
         if instructions and self.federated:
@@ -282,10 +283,10 @@ class GridEngine:
         for instruction in instructions:
             id, state = instruction.client, self._states.get(instruction.client, ClientState({}))
             if id not in self._nodes:
-                self.failures[id] = Failure(self._refused(id) or "not connected", "not-connected")
+                self._failures[id] = Failure(self._refused(id) or "not connected", "not-connected")
                 continue
             if id in resting:
-                self.failures[id] = Failure("it rests, as it was late again and again", "resting")
+                self._failures[id] = Failure("it rests, as it was late again and again", "resting")
                 continue
             keep = tuple(sorted({*self._bases.get(id, ()), state.round}))
             begin = {"base": state.round, "keep": keep, "initial_loss": self._initial_loss(id)}
@@ -331,7 +332,7 @@ class GridEngine:
                     )
                 self._heed(id, reply_of(reply), report.num_examples)
             except MessageError as error:
-                self.failures[id] = Failure(one_line(error), "refused-report")
+                self._failures[id] = Failure(one_line(error), "refused-report")
                 continue
             reports.append(report)
             self.roster.learn(id, report.num_examples)
@@ -401,7 +402,7 @@ class GridEngine:
             except MessageError as error:
                 log.warning("client %s: no evaluation: %s", id, one_line(error))
         self._note_late(self._test_rests, self._tests, "tests")
-        self.failures = failures
+        self._failures = failures
         self.watcher.heard(evaluations)
         return evaluations
 
@@ -535,7 +536,7 @@ class GridEngine:
                     greetings[node] = greeting_of(answers[str(node)])
                 else:
                     self._silent[node] += 1
-                    self._refuse(node, self.failures.pop(str(node)))
+                    self._refuse(node, self._failures.pop(str(node)))
             except MessageError as error:
                 self._claims.pop(node, None)
                 self._refuse(node, one_line(error))
@@ -569,6 +570,11 @@ class GridEngine:
                 log.info("client %s is connected, node %d", greeting.client, node)
                 self._compare_versions(greeting)
         self.watcher.present(self._nodes, self._strangers)
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """By client, why there was no report when it was last instructed."""
+        return self._failures
 
     def take_notes(self) -> dict[str, list[str]]:
         """What was noted of clients since the last call, by key."""
@@ -627,8 +633,8 @@ class GridEngine:
                 words = CODES.get(reply.error.code, f"error code {reply.error.code}") + (
                     f": {said}" if said else ""
                 )
-                self.failures[name] = Failure(words, CODE_KINDS.get(reply.error.code, "other"))
-                log.warning("%s %s: %s", whom, name, self.failures[name])
+                self._failures[name] = Failure(words, CODE_KINDS.get(reply.error.code, "other"))
+                log.warning("%s %s: %s", whom, name, self._failures[name])
                 if reply.error.code == EXPIRED:
                     self._late.add(messages[name].metadata.dst_node_id)
                 if WRONG_CLIENT in said:  # its node was restarted as another one: ask who it is
@@ -639,18 +645,18 @@ class GridEngine:
                 sound[asked.pop(id)] = reply
         for id, name in asked.items():
             if not messages[name].metadata.message_id:
-                self.failures[name] = Failure(
+                self._failures[name] = Failure(
                     f"its message could not be sent: {one_line(unfetched.get('', 'no reason is known'))}",
                     "other",
                 )
             elif id in unfetched:
-                self.failures[name] = Failure(
+                self._failures[name] = Failure(
                     f"its reply could not be fetched: {one_line(unfetched[id])}", "other"
                 )
             else:
                 self._late.add(messages[name].metadata.dst_node_id)
-                self.failures[name] = Failure(waited, "late")
-            log.warning("%s %s: %s", whom, name, self.failures[name])
+                self._failures[name] = Failure(waited, "late")
+            log.warning("%s %s: %s", whom, name, self._failures[name])
         return sound
 
     def _control(self, kind: str, **fields: Any) -> ConfigRecord:

@@ -90,8 +90,11 @@ class LocalGrid(Grid):
         return [self._replies.pop(id) for id in message_ids if id in self._replies]
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:  # noqa: ARG002
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,  # noqa: ARG002
+    ) -> list[Message]:
         """The replies to these messages."""
         return self.pull_messages(self.push_messages(messages))
 

@@ -22,8 +22,8 @@ from fedgradnorm.flower.status import (
     read_status,
     why_gone,
 )
-from fedgradnorm.history import STATUS, Run
-from fedgradnorm.records import Row
+from fedgradnorm.runs.folder import STATUS, Run
+from fedgradnorm.runs.records import Row
 
 __all__ = [
     "GONE",

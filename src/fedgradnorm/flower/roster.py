@@ -9,7 +9,7 @@ from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members, absent, absent_client
 from fedgradnorm.flower.messages import Greeting, arrays_of
 from fedgradnorm.parameters import buffers_of, trainable
-from fedgradnorm.records import MembersRecord
+from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task
 
 __all__ = ["Roster", "module_of", "roster_of"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
-from fedgradnorm.records import DataRecord
+from fedgradnorm.runs.records import DataRecord
 
 __all__ = [
     "LOST_STATE",
@@ -202,8 +202,11 @@ class StateFiles:
                 part, _, own = name.partition("/")
                 parts[part][own] = tensor
             return ClientState(
-                initial_loss=numbers["initial_loss"], round=round, encoder=encoder, **parts
-            )  # type: ignore[arg-type]
+                initial_loss=numbers["initial_loss"],
+                round=round,
+                encoder=encoder,
+                **parts,  # type: ignore[arg-type]
+            )
         except FileNotFoundError:
             found = (
                 sorted(entry.name for entry in self.folder.glob("round-*"))

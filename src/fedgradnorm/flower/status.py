@@ -21,8 +21,8 @@ from fedgradnorm.atomic import write_atomically
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, described
 from fedgradnorm.federation import Members
-from fedgradnorm.history import STATUS, being_written
-from fedgradnorm.records import Row
+from fedgradnorm.runs.folder import STATUS, being_written
+from fedgradnorm.runs.records import Row
 
 __all__ = [
     "ANSWERED",

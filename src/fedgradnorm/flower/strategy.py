@@ -33,8 +33,8 @@ from fedgradnorm.flower.roster import Roster, module_of
 from fedgradnorm.flower.training import new_experiment, train_on_grid
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import matches
-from fedgradnorm.records import Row
 from fedgradnorm.run import rows_of, weighting_of
+from fedgradnorm.runs.records import Row
 from fedgradnorm.server import ServerState, conclude, instruct, screen
 from fedgradnorm.weighting.base import Weighting
 
@@ -212,7 +212,11 @@ class FedGradNorm(Strategy):
         return result
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
     ) -> Iterable[Message]:
         """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
         if self._engine is None or self._engine.grid is not grid or server_round == 1:
@@ -231,7 +235,9 @@ class FedGradNorm(Strategy):
         return list(engine.messages_for(self._instructions).values())
 
     def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+        self,
+        server_round: int,
+        replies: Iterable[Message],
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next encoder, and the means of the clients' figures. None, None, and the round undone, where too few reports are sound."""
         engine, state = self._begun()
@@ -256,7 +262,7 @@ class FedGradNorm(Strategy):
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:  # noqa: ARG002
+    ) -> Iterable[Message]:
         """The messages for testing."""
         engine, _ = self._begun()
         engine.config = {**engine.config, "evaluate": config}
@@ -266,7 +272,7 @@ class FedGradNorm(Strategy):
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:  # noqa: ARG002
+    ) -> MetricRecord | None:
         """The mean of the clients' test losses."""
         engine, _ = self._begun()
         losses = [

@@ -6,14 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from uuid import uuid4
 
-from fedgradnorm.checkpoint import Checkpoint, load_newest, sound_rounds
 from fedgradnorm.config import RunConfig
-from fedgradnorm.engines.base import Engine
+from fedgradnorm.engine import Engine
 from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.flower.roster import Roster
-from fedgradnorm.history import CHECKPOINTS, Run, alone_in
-from fedgradnorm.records import Row
 from fedgradnorm.run import (
     OnRound,
     OnState,
@@ -26,6 +23,9 @@ from fedgradnorm.run import (
     refuse_lockstep,
     with_faults,
 )
+from fedgradnorm.runs.checkpoint import Checkpoint, load_newest, sound_rounds
+from fedgradnorm.runs.folder import CHECKPOINTS, Run, alone_in
+from fedgradnorm.runs.records import Row
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]

@@ -5,9 +5,9 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from fedgradnorm.records import Row
 from fedgradnorm.report.comparison import ComparisonRow
 from fedgradnorm.report.loading import Loaded
+from fedgradnorm.runs.records import Row
 
 __all__ = ["GREY", "MOST_LINES", "charts_of"]
 

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgradnorm.errors import RunError
-from fedgradnorm.history import Run
-from fedgradnorm.records import Summary
 from fedgradnorm.report.loading import labels_of, read, sound
-from fedgradnorm.summary import LOSS_RATIO, SMOOTHED
+from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.records import Summary
+from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
 __all__ = [
     "ABSENT",

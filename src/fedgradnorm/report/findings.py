@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgradnorm.config import dotted
-from fedgradnorm.history import Run
-from fedgradnorm.records import Summary
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
 from fedgradnorm.report.loading import Loaded
-from fedgradnorm.summary import LOSS_RATIO, silent_texts
+from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.records import Summary
+from fedgradnorm.runs.summary import LOSS_RATIO, silent_texts
 
 __all__ = [
     "caveat",

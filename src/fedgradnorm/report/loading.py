@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from fedgradnorm.checkpoint import load_newest
 from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Client, absent_client
-from fedgradnorm.history import CHECKPOINTS, Run, being_written, lock_of
-from fedgradnorm.records import MembersRecord, Row, Summary
 from fedgradnorm.report.looks import looks_for
-from fedgradnorm.summary import summarise
+from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.folder import CHECKPOINTS, Run, being_written, lock_of
+from fedgradnorm.runs.records import MembersRecord, Row, Summary
+from fedgradnorm.runs.summary import summarise
 
 __all__ = ["Loaded", "labels_of", "load", "read", "sound", "state_text"]
 

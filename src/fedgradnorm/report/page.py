@@ -12,7 +12,6 @@ from typing import Any
 import tomli_w
 
 from fedgradnorm.errors import RunError
-from fedgradnorm.history import Run
 from fedgradnorm.report.charts import GREY, charts_of
 from fedgradnorm.report.comparison import (
     ABSENT,
@@ -34,6 +33,7 @@ from fedgradnorm.report.findings import (
 )
 from fedgradnorm.report.html import json_for_html, key, plotly_source, style, tag, texts
 from fedgradnorm.report.loading import Loaded, load, sound
+from fedgradnorm.runs.folder import Run
 
 __all__ = ["write_report"]
 

@@ -25,8 +25,8 @@ from fedgradnorm.compare.results import OVERALL
 from fedgradnorm.compare.spec import Targets, Tuning
 from fedgradnorm.compare.tables import difference_text, mean_text, speed_text, write_tables
 from fedgradnorm.federations import digits
-from fedgradnorm.history import Run
 from fedgradnorm.run import train
+from fedgradnorm.runs.folder import Run
 from tests.unit.compare.studies import made_up, measured
 
 LOST = Ended("diverged", "round 3: 0 sound reports")

@@ -16,9 +16,8 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Task, train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig, load_config
-from fedgradnorm.engines import VectorizedEngine
 from fedgradnorm.engines.planning import plan_for
-from fedgradnorm.engines.vectorized import QUARTER, WIDE, _chunks, stack_widths
+from fedgradnorm.engines.vectorized import QUARTER, WIDE, VectorizedEngine, _chunks, stack_widths
 from fedgradnorm.engines.workspace import Workspace, arrange, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build

@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fedgradnorm import Client, Federation, Task
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines import ReferenceEngine
+from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.federations import digits
 from fedgradnorm.randomness import quick_generator
 from fedgradnorm.server import initial_state, run_round

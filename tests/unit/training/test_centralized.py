@@ -7,7 +7,8 @@ import torch
 from fedgradnorm import ConfigError, FedGradNorm, StoppedError, train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import load_config
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.federations import digits
 from fedgradnorm.run import run
 from fedgradnorm.server import initial_state, run_round

@@ -5,7 +5,8 @@ import torch
 
 from fedgradnorm import ConfigError
 from fedgradnorm.client import local_update
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.server import initial_state, instruct
 from fedgradnorm.training import FedProx
 from fedgradnorm.weighting import Equal

@@ -7,7 +7,8 @@ import torch
 
 from fedgradnorm import WeightingState, Weights
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.federations import digits
 from fedgradnorm.weighting import FedGradNorm
 from tests.unit.training.plain import (

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fedgradnorm import ConfigError, evaluate_run, load_model, train
-from fedgradnorm.engines import ReferenceEngine, VectorizedEngine
+from fedgradnorm.engines.reference import ReferenceEngine
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
-from fedgradnorm.history import Run
+from fedgradnorm.runs.folder import Run
 from fedgradnorm.weighting import FedGradNorm
 from tests.helpers import (
     batch_norm_encoder,

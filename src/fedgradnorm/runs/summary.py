@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from fedgradnorm.config import RunSettings
 from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.federation import Client, Members
-from fedgradnorm.records import Heard, Row, Summary, TaskSummary
+from fedgradnorm.runs.records import Heard, Row, Summary, TaskSummary
 from fedgradnorm.task import Task
 
 __all__ = [

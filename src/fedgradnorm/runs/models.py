@@ -11,10 +11,10 @@ from fedgradnorm.client import evaluate_client, load_head
 from fedgradnorm.errors import FederationError, RunError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federation import Federation
-from fedgradnorm.history import Run
 from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_models
 from fedgradnorm.modules import load_held
 from fedgradnorm.parameters import load_buffers, load_flat
+from fedgradnorm.runs.folder import Run
 
 __all__ = ["check_client_id", "evaluate_run", "federation_of", "joined", "load_model"]
 

@@ -36,12 +36,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fedgradnorm.atomic import sync_folder, write_atomically
-from fedgradnorm.checkpoint import Checkpoint, later_than, save_checkpoint
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig, decoded, validated
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.modules import held_tensors
-from fedgradnorm.records import MembersRecord, Row, Summary
+from fedgradnorm.runs.checkpoint import Checkpoint, later_than, save_checkpoint
+from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
 __all__ = [

@@ -1,0 +1,196 @@
+"""Engines around another engine: one counts its time, one spoils some of its reports on purpose."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fedgradnorm.client import ClientState
+from fedgradnorm.config import FaultsConfig
+from fedgradnorm.engine import Engine
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
+from fedgradnorm.messages import Instruction, Report
+from fedgradnorm.randomness import generator
+
+__all__ = ["Costs", "EngineWrapper", "FaultyEngine", "TimedEngine"]
+
+CORRUPTIONS = ("scaled", "cut", "infinite loss", "noise")
+
+
+class EngineWrapper(Engine):
+    """An engine that hands everything on to another one.
+
+    Args:
+        engine: the engine that runs the clients.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """As of the engine inside."""
+        return self.engine.failures
+
+    def take_notes(self) -> Mapping[str, list[str]]:
+        """As of the engine inside."""
+        return self.engine.take_notes()
+
+    @property
+    def client_states(self) -> Mapping[str, ClientState]:
+        """As of the engine inside."""
+        return self.engine.client_states
+
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Put the clients' states back."""
+        self.engine.restore(states)
+
+    def execute(self, instructions: Sequence[Instruction]) -> Sequence[Report]:
+        """Let the instructed clients train."""
+        return self.engine.execute(instructions)
+
+    def evaluate(
+        self,
+        encoder: Tensor,
+        buffers: Mapping[str, Tensor],
+        batch_size: int = EVALUATION_BATCH,
+    ) -> Mapping[str, Evaluation]:
+        """Test every client."""
+        return self.engine.evaluate(encoder, buffers, batch_size)
+
+
+class Costs:
+    """Seconds by part: ``head steps``, ``encoder steps``, ``evaluation``, ``aggregation``, ``writing``.
+
+    Args:
+        before: the seconds of earlier starts of the run.
+    """
+
+    def __init__(self, before: Mapping[str, float] = {}) -> None:
+        self.seconds = dict.fromkeys(
+            ("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0
+        ) | dict(before)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count what the block takes for a part, without what is counted for others meanwhile. A profiler sees the block by this name."""
+        start, others = perf_counter(), sum(self.seconds.values())
+        with record_function(part):
+            yield
+        self.seconds[part] += perf_counter() - start - (sum(self.seconds.values()) - others)
+
+
+class TimedEngine(EngineWrapper):
+    """Counts the time of another engine.
+
+    Args:
+        engine: the engine that runs the clients.
+        costs: where the time is counted. The time of training is divided between heads and
+            encoders in the proportion that the reports give.
+    """
+
+    def __init__(self, engine: Engine, costs: Costs) -> None:
+        super().__init__(engine)
+        self.costs = costs
+
+    def execute(self, instructions: Sequence[Instruction]) -> Sequence[Report]:
+        """Let the instructed clients train."""
+        start = perf_counter()
+        reports = self.engine.execute(instructions)
+        seconds, in_all = perf_counter() - start, sum(report.seconds for report in reports)
+        of_heads = (
+            seconds * sum(report.head_seconds for report in reports) / in_all if in_all > 0 else 0.0
+        )
+        self.costs.seconds["head steps"] += of_heads
+        self.costs.seconds["encoder steps"] += seconds - of_heads
+        return reports
+
+    def evaluate(
+        self,
+        encoder: Tensor,
+        buffers: Mapping[str, Tensor],
+        batch_size: int = EVALUATION_BATCH,
+    ) -> Mapping[str, Evaluation]:
+        """Test every client."""
+        with self.costs.of("evaluation"):
+            return self.engine.evaluate(encoder, buffers, batch_size)
+
+
+class FaultyEngine(EngineWrapper):
+    """An engine around another one, whose reports meet faults with the probabilities that the settings give.
+
+    - ``drop``: it never arrives.
+    - ``delay``: it arrives a round too late, and then counts for nothing.
+    - ``nan``: one of its numbers is not a number.
+    - ``corrupt``: its gradient is a thousand times too long, cut short, or noise of that length in every
+      coordinate, or its loss is infinite.
+
+    What happens depends on (seed, round, client, attempt) alone. The client itself has trained in every case.
+
+    Args:
+        engine: who really runs the clients.
+        faults: the probabilities.
+    """
+
+    def __init__(self, engine: Engine, faults: FaultsConfig) -> None:
+        super().__init__(engine)
+        self.faults = faults
+        self._late: list[Report] = []
+
+    def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
+        """Let the instructed clients train, and spoil some of their reports."""
+        arrived, self._late = (
+            [one for one in self._late if one.round not in {each.round for each in instructions}],
+            [],
+        )
+        by_client = {instruction.client: instruction for instruction in instructions}
+        for report in self.engine.execute(instructions):
+            arrived += self._after_faults(report, by_client[report.client])
+        return arrived
+
+    def _after_faults(self, report: Report, instruction: Instruction) -> list[Report]:
+        rng = generator(
+            instruction.training.seed,
+            instruction.round,
+            instruction.client,
+            f"faults {instruction.attempt}",
+        )
+        lost, late, nan, corrupt = rng.random(4) < (
+            self.faults.drop,
+            self.faults.delay,
+            self.faults.nan,
+            self.faults.corrupt,
+        )
+        if lost:
+            return []
+        if late:
+            self._late.append(report)
+            return []
+        if nan:
+            gradient = report.gradient.clone()
+            gradient[int(rng.integers(len(gradient)))] = torch.nan
+            report = replace(report, gradient=gradient)
+        if corrupt:
+            report = _corrupted(
+                report, CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))], int(rng.integers(2**62))
+            )
+        return [report]
+
+
+def _corrupted(report: Report, how: str, seed: int) -> Report:
+    gradient = report.gradient
+    if how == "scaled":
+        return replace(report, gradient=1000 * gradient, grad_norm=1000 * report.grad_norm)
+    if how == "cut":
+        return replace(report, gradient=gradient[: len(gradient) // 2])
+    if how == "infinite loss":
+        return replace(report, loss=math.inf)
+    noise = torch.randn(
+        gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype
+    )
+    return replace(report, gradient=noise * gradient.norm())
