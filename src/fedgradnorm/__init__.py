@@ -3,6 +3,10 @@
 Everything here follows FedGradNorm (Mortaheb, Vahapoglu, Ulukus, SPAWC 2022); docs/algorithm.md says what is ours.
 """
 
+from fedgradnorm.api import Result, resume, run, train
+from fedgradnorm.callbacks.base import Callback
+from fedgradnorm.callbacks.early_stopping import EarlyStopping
+from fedgradnorm.callbacks.tensorboard import TensorBoard
 from fedgradnorm.errors import (
     ClientError,
     ConfigError,
@@ -15,9 +19,9 @@ from fedgradnorm.errors import (
     WeightingError,
 )
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.run import Result, resume, train
 from fedgradnorm.runs.models import evaluate_run, load_model
 from fedgradnorm.task import Metric, Task
+from fedgradnorm.training.base import Method
 from fedgradnorm.weighting import Equal, FedGradNorm, Weighting, WeightingState, Weights
 
 __version__ = "0.1.0"
@@ -45,5 +49,6 @@ __all__ = [
     "evaluate_run",
     "load_model",
     "resume",
+    "run",
     "train",
 ]

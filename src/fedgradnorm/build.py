@@ -10,6 +10,7 @@ from fedgradnorm import registry
 from fedgradnorm.config import RunConfig, TrainConfig, WeightingConfig
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.federation import Federation
+from fedgradnorm.training.base import Method
 
 __all__ = [
     "IN_PYTHON",
@@ -49,8 +50,8 @@ def default_weighting(training: TrainConfig) -> str:
     >>> default_weighting(TrainConfig(method="fedavg")), default_weighting(TrainConfig())
     ('examples', 'fedgradnorm')
     """
-    own: str | None = getattr(registry.resolve("method", training.method.name), "weighting", None)
-    return own or WeightingConfig().name
+    method: type[Method] = registry.resolve("method", training.method.name)
+    return method.weighting or WeightingConfig().name
 
 
 def resolve_training(training: TrainConfig) -> TrainConfig:

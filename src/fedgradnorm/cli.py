@@ -97,9 +97,9 @@ def run(
     ] = False,
 ) -> None:
     """Train a federation and write a run's folder."""
+    from fedgradnorm.api import run as run_config
     from fedgradnorm.config import load_config
     from fedgradnorm.progress import Progress
-    from fedgradnorm.run import run as run_config
 
     if verbose:
         logger = logging.getLogger("fedgradnorm")
@@ -135,8 +135,8 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a run that was stopped or killed, from its newest sound checkpoint."""
+    from fedgradnorm.api import resume as resume_run
     from fedgradnorm.progress import Progress
-    from fedgradnorm.run import resume as resume_run
     from fedgradnorm.runs.folder import Run
 
     training = Run(folder).config.train

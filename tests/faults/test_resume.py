@@ -14,8 +14,8 @@ from torch import nn
 
 import fedgradnorm
 from fedgradnorm import ConfigError, Federation, FedGradNorm, RunError, StoppedError, train
+from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import resume, run
 from fedgradnorm.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import changed, launcher, lines, outcome, wait_until

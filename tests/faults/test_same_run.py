@@ -29,8 +29,8 @@ from fedgradnorm import (
     resume,
     train,
 )
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import run
 from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import launcher, lines
 from tests.faults.test_resume import QUICK as WORDS

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 
+from fedgradnorm.callbacks.base import Functions
 from fedgradnorm.config import RunConfig, RunSettings, TrainConfig
 from fedgradnorm.flower import GridEngine, LocalGrid
 from fedgradnorm.flower.client import Node
@@ -114,8 +115,7 @@ class Site:
             engine or self.engine(**limits or {}),
             weighting,
             start_round,
-            on_round,
-            should_stop,
+            [Functions(on_round, should_stop)],
         )
 
     def heads(self, result):

@@ -8,13 +8,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, RecordDict
 
 from fedgradnorm import ConfigError, FedGradNormError, FedGradNormWarning, RunError, StoppedError
+from fedgradnorm.api import run
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import client_app, server_app, training
 from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
-from fedgradnorm.run import run
 from fedgradnorm.runs.folder import Run
 from tests.faults.test_resume import contents
 from tests.flower.lazy import opened

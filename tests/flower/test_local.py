@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fedgradnorm import ConfigError, FederationError, StoppedError, train
+from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
-from fedgradnorm.run import resume, run
 from fedgradnorm.runs.folder import Run
 from tests.faults.test_kill import outcome
 from tests.faults.test_resume import QUICK as SMALL

@@ -38,6 +38,7 @@ from rich.console import Console
 from safetensors.torch import load, save
 
 from fedgradnorm.aggregation.mean import Mean
+from fedgradnorm.api import train
 from fedgradnorm.build import resolve_config
 from fedgradnorm.config import RunConfig, TrainConfig, load_config
 from fedgradnorm.errors import FedGradNormError
@@ -46,7 +47,6 @@ from fedgradnorm.federations.mtfl_images import read_faces
 from fedgradnorm.federations.radcom_hdf5 import read_hdf5
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.report import comparison_table, write_report
-from fedgradnorm.run import train
 from fedgradnorm.runs.checkpoint import load_checkpoint, load_newest
 from fedgradnorm.runs.folder import Run, RunWriter
 from fedgradnorm.runs.models import load_model

@@ -29,11 +29,11 @@ from fedgradnorm import (
     train,
 )
 from fedgradnorm.aggregation import Mean
+from fedgradnorm.api import run
 from fedgradnorm.config import Component, load_config
 from fedgradnorm.errors import WeightingError
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.registry import build
-from fedgradnorm.run import run
 from fedgradnorm.runs.checkpoint import load_newest
 from fedgradnorm.runs.folder import Run
 from tests.helpers import (

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fedgradnorm.api import resume, run
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.grid import Cell, identity
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
-from fedgradnorm.run import resume, run
 from fedgradnorm.runs.folder import Run
 from fedgradnorm.runs.records import Row
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.api import weighting_of
 from fedgradnorm.build import IN_PYTHON
+from fedgradnorm.callbacks.base import Callback
 from fedgradnorm.config import (
     AggregationConfig,
     EngineConfig,
@@ -33,9 +35,9 @@ from fedgradnorm.flower.roster import Roster, module_of
 from fedgradnorm.flower.training import new_experiment, train_on_grid
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import matches
-from fedgradnorm.run import rows_of, weighting_of
-from fedgradnorm.runs.records import Row
+from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.server import ServerState, conclude, instruct, screen
+from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["FedGradNorm"]
@@ -173,41 +175,15 @@ class FedGradNorm(Strategy):
             "train": train_config or ConfigRecord(),
             "evaluate": evaluate_config or ConfigRecord(),
         }
-        result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
-
-        def note_state(state: ServerState) -> None:
-            result.arrays = engine.layout.arrays(state.encoder)
-            found = None if evaluate_fn is None else evaluate_fn(state.round, result.arrays)
-            if found is not None:
-                result.evaluate_metrics_serverapp[state.round] = found
-
-        def note(rows: Sequence[Row]) -> None:
-            nonlocal stop
-            round = rows[0]["round"]
-            for metrics, names in (
-                (result.train_metrics_clientapp, TRAINED),
-                (result.evaluate_metrics_clientapp, TESTED),
-            ):
-                means = _means(rows, names)
-                if means:
-                    metrics[round] = means
-            stop = should_stop(result)
-
+        result = Result(arrays=arrays_of(self._shared(initial_arrays)))
+        fit = _Fit(engine, result, evaluate_fn, should_stop)
         try:
             done = train_on_grid(
-                self._settings(num_rounds),
-                engine,
-                self.weighting,
-                start_round,
-                note,
-                lambda: stop,
-                note_state,
+                self._settings(num_rounds), engine, self.weighting, start_round, [fit]
             )
-            result.arrays = engine.layout.arrays(
-                done.state.encoder
-            )  # where no round was left to do, none has been noted
+            result.arrays = engine.layout.arrays(done.state.encoder)  # also without a round to do
         except StoppedError:
-            if not stop:
+            if not fit.stopped:
                 raise
         return result
 
@@ -322,6 +298,46 @@ class FedGradNorm(Strategy):
             engine=EngineConfig(name="flower"),
             run=RunSettings(dir=self.run_dir),
         )
+
+
+class _Fit(Callback):
+    """Fills the result of `FedGradNorm.start` after every round.
+
+    Args:
+        engine: the engine, whose layout turns the encoder into arrays.
+        result: what is filled.
+        evaluate_fn: Flower's function that tests the encoder at the server.
+        should_stop: the subclass's; asked after every round.
+    """
+
+    def __init__(
+        self,
+        engine: GridEngine,
+        result: Result,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        should_stop: Callable[[Result], bool],
+    ) -> None:
+        self.engine, self.result = engine, result
+        self.evaluate_fn, self.should_stop = evaluate_fn, should_stop
+        self.stopped = False
+
+    def on_round(self, session: Session) -> None:
+        """Note the encoder, the clients' means and the server's own test."""
+        round, result = session.round, self.result
+        result.arrays = self.engine.layout.arrays(session.state.encoder)
+        tested = None if self.evaluate_fn is None else self.evaluate_fn(round, result.arrays)
+        if tested is not None:
+            result.evaluate_metrics_serverapp[round] = tested
+        for metrics, names in (
+            (result.train_metrics_clientapp, TRAINED),
+            (result.evaluate_metrics_clientapp, TESTED),
+        ):
+            means = _means(session.rows, names)
+            if means:
+                metrics[round] = means
+        self.stopped = self.should_stop(result)
+        if self.stopped:
+            session.interrupt()
 
 
 def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> MetricRecord:

@@ -6,26 +6,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from uuid import uuid4
 
+from fedgradnorm.callbacks.base import Callback, Callbacks
+from fedgradnorm.checks import changes, check_settings, refuse_lockstep
 from fedgradnorm.config import RunConfig
 from fedgradnorm.engine import Engine
+from fedgradnorm.engine_wrappers import with_faults
 from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.engine import GridEngine
 from fedgradnorm.flower.roster import Roster
-from fedgradnorm.run import (
-    OnRound,
-    OnState,
-    Result,
-    ShouldStop,
-    begin,
-    changes,
-    check_settings,
-    go_on,
-    refuse_lockstep,
-    with_faults,
-)
+from fedgradnorm.loop import begin, go_on
+from fedgradnorm.report.page import write_page
+from fedgradnorm.result import Result
 from fedgradnorm.runs.checkpoint import Checkpoint, load_newest, sound_rounds
 from fedgradnorm.runs.folder import CHECKPOINTS, Run, alone_in
 from fedgradnorm.runs.records import Row
+from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]
@@ -48,9 +43,7 @@ def train_on_grid(
     engine: GridEngine,
     weighting: Weighting,
     start_round: int | None = None,
-    on_round: OnRound | None = None,
-    should_stop: ShouldStop = lambda: False,
-    on_state: OnState | None = None,
+    callbacks: Sequence[Callback] = (),
     min_nodes: int | None = None,
 ) -> Result:
     """Train the clients of an engine's roster: from the first round on, or from the checkpoint in the run's folder.
@@ -65,9 +58,7 @@ def train_on_grid(
         start_round: 1 begins, and replaces a run that is there; one more than the round of one of its checkpoints goes on from that
             checkpoint, and sets what is of later rounds aside, in ``undone/`` of the run's folder; None goes on from the newest
             checkpoint, and begins where there is no run.
-        on_round: called after every round with its rows.
-        should_stop: asked after every round; True ends the run there, with a checkpoint.
-        on_state: called before ``on_round`` with the server's state.
+        callbacks: called while the run goes on.
         min_nodes: clients that have to be connected before the first of these rounds; None: as before every round.
 
     Raises:
@@ -75,16 +66,11 @@ def train_on_grid(
             that does not fit.
         RunError: checkpoints that are all damaged or gone, a folder with another kind of run or to which another run is writing, or one
             that cannot be written.
-        StoppedError: too few clients, too few sound reports, or ``should_stop``; what is done is in the run's folder.
+        StoppedError: too few clients, too few sound reports, or a callback that stops it; what is done is in the run's folder.
     """
     _show_log()
 
-    def note(rows: Sequence[Row]) -> None:
-        log.info(round_line(rows, config.train.num_rounds))
-        engine.watcher.round_ends(rows, engine.failures)
-        if on_round is not None:
-            on_round(rows)
-
+    called = Callbacks([_Log(engine), *callbacks])
     folder = run_folder(config)
     check_deployable(config, engine.roster)
     with nullcontext() if folder is None else alone_in(folder, LOCK_TIMEOUT):
@@ -97,7 +83,7 @@ def train_on_grid(
             engine.experiment = str(settings.run.experiment)
             if begins or done < settings.train.num_rounds or not engine.roster.clients:
                 engine.wait(min_nodes)
-            return with_faults(engine, settings)
+            return with_faults(engine, settings.faults)
 
         if folder is None or begins:
             # every round has a checkpoint, for clients keep only their last states
@@ -106,17 +92,16 @@ def train_on_grid(
             )
             config = config.model_copy(update={"run": run})
             with engine.watcher.watching(folder, config):
-                return begin(
+                result = begin(
                     config,
                     engine.roster,
                     weighting,
                     made,
-                    folder is not None,
-                    note,
-                    should_stop,
-                    on_state=on_state,
+                    called,
+                    overwrite=folder is not None,
                     locked=True,
                 )
+                return _with_page(result, folder)
         opened = Run(folder)
         _check_unchanged(opened, config)
         if checkpoint is not None:
@@ -124,19 +109,39 @@ def train_on_grid(
         config = config.model_copy(update={"run": opened.config.run})
         rounds, back_to = config.train.num_rounds, done if goes_back else None
         with engine.watcher.watching(folder, config, done):
-            return go_on(
+            result = go_on(
                 opened,
                 engine.roster,
                 weighting,
                 made,
-                rounds,
-                note,
-                should_stop,
-                log.info,
-                on_state,
+                called,
+                num_rounds=rounds,
                 locked=True,
                 back_to=back_to,
             )
+            return _with_page(result, folder)
+
+
+class _Log(Callback):
+    """Writes every round to the log, and to the run's status."""
+
+    def __init__(self, engine: GridEngine) -> None:
+        self.engine = engine
+
+    def on_round(self, session: Session) -> None:
+        """Write the round."""
+        log.info(round_line(session.rows, session.num_rounds))
+        self.engine.watcher.round_ends(session.rows, self.engine.failures)
+
+    def on_message(self, message: str) -> None:
+        """Write the message."""
+        log.info(message)
+
+
+def _with_page(result: Result, folder: Path | None) -> Result:
+    if folder is not None and result.config.run.page:
+        write_page(folder)
+    return result
 
 
 def run_folder(config: RunConfig) -> Path | None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from string import Template
@@ -39,6 +40,12 @@ __all__ = ["write_report"]
 
 
 @sound
+def write_page(folder: Path) -> None:
+    """Write a run's report.html, where plotly is installed."""
+    if find_spec("plotly") is not None:
+        write_report([Run(folder)], folder / "report.html")
+
+
 def write_report(runs: Sequence[Run], output: Path) -> Path:
     """Write one HTML page on one run, or on several overlaid. It holds all that it needs, and loads nothing.
 

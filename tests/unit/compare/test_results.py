@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedgradnorm import RunError
+from fedgradnorm.api import train
 from fedgradnorm.compare.cells import Ended
 from fedgradnorm.compare.figure import write_figure
 from fedgradnorm.compare.findings import (
@@ -25,7 +26,6 @@ from fedgradnorm.compare.results import OVERALL
 from fedgradnorm.compare.spec import Targets, Tuning
 from fedgradnorm.compare.tables import difference_text, mean_text, speed_text, write_tables
 from fedgradnorm.federations import digits
-from fedgradnorm.run import train
 from fedgradnorm.runs.folder import Run
 from tests.unit.compare.studies import made_up, measured
 
