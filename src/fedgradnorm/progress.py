@@ -1,4 +1,4 @@
-"""How a run shows itself: a progress bar with every task's loss and weight, or plain lines where there is no terminal."""
+"""A run's progress: a bar with every task's loss and weight, or plain lines without a terminal."""
 
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -23,12 +23,13 @@ SHOWN: tuple[Literal["loss", "inverse_training_rate", "weight"], ...] = (
 
 
 class Progress:
-    """Shows rounds as they end. A context manager.
+    """A context manager that shows rounds as they end.
 
     Args:
-        console: where to.
-        num_rounds: how many rounds there will be.
-        line_every: without a terminal, a line is printed after the first and the last round and after every so many.
+        console: the terminal or file to print to.
+        num_rounds: the number of rounds of the run.
+        line_every: without a terminal, a line is printed for the first round, for the last round,
+            and for every round whose number is a multiple of this.
     """
 
     def __init__(self, console: Console, num_rounds: int, line_every: int) -> None:
@@ -57,10 +58,10 @@ class Progress:
         if self.live is not None:
             self.live.stop()
         elif self.dropped:
-            self.console.print(self._dropped_text(), soft_wrap=True, highlight=False, markup=False)
+            self._print(self._dropped_text())
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Show one round, given its rows."""
+        """Show a round, given its rows: one per client."""
         round = rows[0]["round"]
         self.dropped += [
             f"{row['client']} in round {round}: {row['dropped']}"
@@ -78,16 +79,14 @@ class Progress:
                 table.add_row(Text(task), *texts)
             self.live.update(Group(self.bar, table, Text(self._dropped_text())))
         elif round in (1, self.num_rounds) or round % self.line_every == 0:
-            line = "  ".join(
+            texts = [
                 f"{task}: loss {loss} ({ratio} of F(0)), p {p}"
                 for task, (loss, ratio, p) in figures.items()
-            )
-            self.console.print(
-                f"round {round}/{self.num_rounds}  {line}",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+            ]
+            self._print("  ".join([f"round {round}/{self.num_rounds}", *texts]))
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def _dropped_text(self) -> str:
         return (
