@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from fedgradnorm.config import Component, validated
 from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
 
-__all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
+__all__ = ["BUILT_INS", "build", "check_name", "describe", "name_of", "resolve", "resolved"]
 
 Part = TypeVar("Part", bound=Component)
 
@@ -90,19 +90,24 @@ TABLES = {"method": "train.method"}
 """By kind, the table of a configuration that names such a part, where it is not called as the kind is."""
 
 
+def check_name(kind: str, name: str) -> None:
+    """Raise ConfigError for a name that is neither built in nor ``module:attribute``; no import."""
+    known = BUILT_INS[kind]
+    if name not in known and ":" not in name:
+        raise ConfigError(
+            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)}"
+            " (your own: 'module:attribute')"
+        )
+
+
 def resolve(kind: str, name: str) -> Any:
     """The object of this name.
 
     Raises:
         ConfigError: an unknown name, or a module or attribute that cannot be imported.
     """
-    known = BUILT_INS[kind]
-    target = known.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')"
-        )
+    check_name(kind, name)
+    module, _, attribute = BUILT_INS[kind].get(name, name).partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import fedgradnorm.cli as cli
 from fedgradnorm import StoppedError
 from fedgradnorm.errors import ConfigError, printable
 from fedgradnorm.flower import exporter, overview
@@ -51,7 +50,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(cli.console, "_width", 400)
+    monkeypatch.setenv("COLUMNS", "400")
 
 
 def certificate(path, days):
@@ -471,7 +470,7 @@ def test_the_command_serves_the_metrics_until_it_is_told_to_stop(
             answers.append(answer.read().decode())
         return True
 
-    monkeypatch.setattr(cli, "stop_on_signals", lambda: StopAfter(scrape))
+    monkeypatch.setattr("fedgradnorm.cli.terminal.stop_on_signals", lambda: StopAfter(scrape))
     code, out, err = call("flower", "metrics", deployment, "--port", port)
     assert (code, out, err) == (
         0,
