@@ -275,8 +275,8 @@ def _callbacks(
     *,
     progress: bool,
 ) -> Callbacks:
-    if isinstance(callbacks, Callback):
-        raise ConfigError("callbacks: expected a list of callbacks, found a single one")
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks: expected a list of callbacks, found {callbacks!r:.100}")
     called = [*callbacks, Functions(on_round, should_stop, on_message)]
     if progress:
         from fedgradnorm.callbacks.progress_bar import ProgressBar

@@ -215,11 +215,11 @@ class _Loop:
                 if writer is not None:
                     writer.write_models(result.encoder(), result.client_states)
                     writer.write_summary(result.summary)
-                self.notices.of_summary(result.summary)
             except BaseException as error:
                 self._fail(error)
                 raise
             try:
+                self.notices.of_summary(result.summary)
                 self.callback.on_end(session)
             except BaseException as error:
                 _attach(error, result)

@@ -1,5 +1,6 @@
 """What training gives back."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fedgradnorm import client as client_side
+from fedgradnorm.build import versions
 from fedgradnorm.client import ClientState, evaluate_client
 from fedgradnorm.config import RunConfig
 from fedgradnorm.data import Data
@@ -142,7 +144,9 @@ class Result:
         """
         from fedgradnorm.report.figure import curves
 
-        return curves(self.rows, self.summary)
+        figure = curves(self.rows, self.summary)
+        _show_in_notebooks(type(figure))
+        return figure
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a run's folder: settings, metrics, summary, models and a checkpoint.
@@ -159,7 +163,7 @@ class Result:
         """
         path = Path(folder).expanduser()
         run = self.config.run.model_copy(update={"dir": str(path)})
-        config = self.config.model_copy(update={"run": run})
+        config = self.config.model_copy(update={"run": run, "versions": versions()})
         with alone_in(path):
             create_run(path, config, overwrite=overwrite)
             with RunWriter(path, config) as writer:
@@ -203,6 +207,18 @@ class Result:
             + "".join(_cells("td", line) for line in lines)
             + "</tbody></table>"
         )
+
+
+def _show_in_notebooks(kind: "type[Figure]") -> None:
+    """Let a notebook show figures as pictures, as it does once `matplotlib.pyplot` is imported."""
+    if "IPython" not in sys.modules:
+        return
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell = get_ipython()
+    if shell is not None and kind not in shell.display_formatter.formatters["image/png"]:
+        select_figure_formats(shell, {"png"})
 
 
 def _last_figure(result: Result, task: str) -> str:
