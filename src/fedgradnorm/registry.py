@@ -163,7 +163,9 @@ def build(kind: str, part: Component, **given: Any) -> Any:
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ConfigError(f"{where} cannot be made: {_raised(error)}") from error
     if not isinstance(made, _base(kind)):
-        raise ConfigError(f"{where} makes {_not_a(kind, made)}")
+        base = _base_name(kind)
+        advice = f"return a {base}" if kind in ("federation", "model") else f"derive it from {base}"
+        raise ConfigError(f"{where} makes {_shown(made)}, not a valid {kind}: {advice}")
     return made
 
 
@@ -185,9 +187,8 @@ def component_of(kind: str, part: object) -> Any:
     WeightingConfig(name='equal')
     """
     if not isinstance(part, _base(kind)):
-        raise ConfigError(
-            f"{_table(kind)}: expected a name or a {kind}, found {_not_a(kind, part)}"
-        )
+        expected = f"a name or an instance of {_base_name(kind)}"
+        raise ConfigError(f"{_table(kind)}: expected {expected}, found {_shown(part)}")
     is_dataclass = dataclasses.is_dataclass(part) and not isinstance(part, type)
     options = dataclasses.asdict(part) if is_dataclass else {}
     return CONFIGS[kind](name=name_of(kind, type(part)), **options).holding(part)
@@ -198,13 +199,14 @@ def _base(kind: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def _not_a(kind: str, part: object) -> str:
-    """What an object is in the place of a part, and what to do."""
-    base = BASES[kind].replace(":", ".")
+def _base_name(kind: str) -> str:
+    return BASES[kind].replace(":", ".")
+
+
+def _shown(part: object) -> str:
     if isinstance(part, type):
-        return f"the class {part.__name__}: make an object of it, {part.__name__}()"
-    advice = f"return a {base}" if kind in ("federation", "model") else f"derive it from {base}"
-    return f"a {type(part).__name__}, which is not a {base}: {advice}"
+        return f"the class {part.__name__} in the place of an object, such as {part.__name__}()"
+    return f"an object of type {type(part).__name__}"
 
 
 def _raised(error: BaseException) -> str:
