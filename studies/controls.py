@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from fedgradnorm.errors import require
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting import Equal, FedGradNorm, Weighting, WeightingState, Weights
 from fedgradnorm.weighting.updates import gram_matrix
@@ -18,7 +17,7 @@ __all__ = ["UnitLength"]
 
 
 @dataclass(frozen=True)
-class UnitLength:
+class UnitLength(Weighting):
     r"""The weights of another method, with the aggregated direction d = Σ p_i g_i / Σ p_i scaled to length 1: d / ‖d‖.
 
     That is the length which `NashMTL` gives its direction in every round. With equal weights nothing but the length is new; so what a
@@ -39,9 +38,6 @@ class UnitLength:
     """
 
     of: Literal["equal", "step", "exact"] = "equal"
-
-    def __post_init__(self) -> None:
-        require(self.of in ("equal", "step", "exact"), "of", "'equal', 'step' or 'exact'", self.of)
 
     @property
     def _weighting(self) -> Weighting:

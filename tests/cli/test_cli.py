@@ -266,7 +266,7 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
         ),
         (
             ["run", "my.toml", "train.num_rounds=0"],
-            "train.num_rounds: expected greater than or equal to 1, found 0",
+            "train.num_rounds: expected a number of at least 1, found 0",
         ),
         (
             ["run", "my.toml", "weighting.gamma=-1"],

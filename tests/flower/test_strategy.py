@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
+from fedgradnorm import ConfigError, StoppedError, Weighting, WeightingState, Weights
 from fedgradnorm.errors import RunError
 from fedgradnorm.flower import FedGradNorm
 from fedgradnorm.registry import BUILT_INS
@@ -332,14 +332,11 @@ def test_a_run_that_was_stopped_goes_on(whole, tmp_path, start_round):
     assert rows_in(tmp_path / "run") == rows_in(folder)
 
 
-class First:
+class First(Weighting):
     """A weighting that is no dataclass: what it was made with is in no settings."""
 
     def __init__(self, factor=1.0):
         self.factor = factor
-
-    def init(self, client_ids):
-        return WeightingState(dict.fromkeys(client_ids, 1.0))
 
     def update(self, state, reports):
         values = {
