@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedgradnorm.report.html import tag
-
-__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for", "swatch"]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for"]
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The Okabe-Ito palette, which colour-blind readers can tell apart, less its yellow, which is hard to see on white."""
@@ -52,6 +50,11 @@ class Look:
     dash: tuple[int, ...]
     marker: str
 
+    @property
+    def outline(self) -> str:
+        """The marker's outline around (17, 6), as an SVG path."""
+        return MARKERS[self.marker]
+
 
 def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]:
     """The looks of these methods: of a known one always the same, of another the first that none of them has.
@@ -79,11 +82,3 @@ def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]
 def _look(name: str, place: int) -> Look:
     row, column = divmod(place, len(COLOURS))
     return Look(name, COLOURS[column], DASHES[row % len(DASHES)], list(MARKERS)[row % len(MARKERS)])
-
-
-def swatch(look: Look) -> str:
-    """A piece of the method's line with its marker, as HTML for a legend."""
-    dash = " ".join(map(str, look.dash))
-    line = tag("path", d="M0 6h34", stroke=look.colour, stroke_width="2.5", stroke_dasharray=dash)
-    marker = tag("path", d=MARKERS[look.marker], fill=look.colour)
-    return tag("svg", line, marker, width="34", height="12", aria_hidden="true")
