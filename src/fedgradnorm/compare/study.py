@@ -5,9 +5,10 @@ from pathlib import Path
 
 from fedgradnorm.build import build_federation
 from fedgradnorm.compare.cells import Ended, Order, folder_of, note_end, order_for, state_of
+from fedgradnorm.compare.estimates import estimates_of
 from fedgradnorm.compare.grid import Cell, Point, final_cells, points_of, tuning_cells
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
-from fedgradnorm.compare.results import CellResult, Results, TunedMethod, estimates_of
+from fedgradnorm.compare.results import CellResult, Results, TunedMethod
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.workers import Listener, Workers
 from fedgradnorm.errors import RunError, StoppedError

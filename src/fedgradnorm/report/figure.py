@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["curves"]
 
+MOST_MARKED = 30
+"""A line with fewer points has a marker at each of them."""
+
 
 def curves(rows: Sequence[Row], summary: Summary) -> "Figure":
     """Draw the training loss as a share of the initial one, the weights and the main test metrics.
@@ -52,7 +55,9 @@ def curves(rows: Sequence[Row], summary: Summary) -> "Figure":
         for panel, (title, metric) in zip(others, metrics.items(), strict=True):
             _draw_metric(panel, rows, summary, by_task, looks, metric["name"], metric["percent"])
             panel.set_title(f"Test {title}", fontsize=10)
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure.legend(
+            *weight.get_legend_handles_labels(), loc="outside right center", frameon=False
+        )
     return figure
 
 
@@ -81,7 +86,8 @@ def _draw(
             continue
         means = [fmean(values) if values else float("nan") for values in points.values()]
         dash = (0, look.dash) if look.dash else "-"
-        panel.plot(list(points), means, color=look.colour, linestyle=dash, label=look.name)
+        line = {"color": look.colour, "linestyle": dash, "label": look.name}
+        panel.plot(list(points), means, marker="." if len(means) < MOST_MARKED else "", **line)
         if by_task:
             low, high = (
                 [pick(values, default=float("nan")) for values in points.values()]
