@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from fedgradnorm.compare.findings import curve_title, headline_target
+from fedgradnorm.compare.findings import headline_target
 from fedgradnorm.compare.measures import Measured
 from fedgradnorm.compare.results import Results
+from fedgradnorm.compare.titles import curve_title
 
 __all__ = ["MOST_SHOWN", "curves_of", "forest_of"]
 

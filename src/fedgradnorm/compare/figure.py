@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fedgradnorm.compare.charts import forest_of
-from fedgradnorm.compare.findings import headline_target, speed_title
+from fedgradnorm.compare.findings import headline_target
 from fedgradnorm.compare.results import Results
+from fedgradnorm.compare.titles import speed_title
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.looks import Look, looks_for

@@ -9,20 +9,9 @@ import tomli_w
 
 from fedgradnorm import registry
 from fedgradnorm.compare.charts import MOST_SHOWN, curves_of, forest_of
-from fedgradnorm.compare.findings import (
-    answers_on,
-    caveats,
-    goal,
-    headline_target,
-    overall_title,
-    runs_title,
-    speed_title,
-    task_title,
-    tuning_title,
-    verdict,
-)
+from fedgradnorm.compare.findings import answers_on, caveats, goal, headline_target, verdict
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
-from fedgradnorm.compare.tables import (
+from fedgradnorm.compare.texts import (
     OVERALL_MEASURES,
     difference_text,
     mean_text,
@@ -30,6 +19,13 @@ from fedgradnorm.compare.tables import (
     speed_text,
     tuning_rows,
     tuning_titles,
+)
+from fedgradnorm.compare.titles import (
+    overall_title,
+    runs_title,
+    speed_title,
+    task_title,
+    tuning_title,
 )
 from fedgradnorm.config import MethodConfig, dotted
 from fedgradnorm.report.comparison import ABSENT
