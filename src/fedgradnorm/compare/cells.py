@@ -1,4 +1,4 @@
-"""A cell on the disk: the run's folder of a trained cell, the note of the reason of a failed one."""
+"""A cell on the disk: a run's folder, and a note of why it is not trained."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "tr
 
 
 def write_figure(results: Results, output: Path) -> Path:
-    """Write the figure: a row for every variant, a panel for every task, a line for every method.
+    """Write the figure, with a row for every variant and a panel for every task.
 
     Raises:
         RunError: matplotlib is not installed, nothing is trained yet, or the file cannot be written.

@@ -89,7 +89,7 @@ def _answer(results: Results, variant: str) -> dict[str, Any]:
 
 
 class _Cell(NamedTuple):
-    """A mean, and what stands under it in small print."""
+    """A mean, and the small print below it."""
 
     mean: str
     smalls: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ def _cell(mean: str, difference: str, side: int, more: str = "") -> _Cell:
 
 @dataclass(frozen=True)
 class _Page:
-    """The parts of the page that have charts. A figure names its chart by its place in ``charts``."""
+    """The parts of the page with charts. A figure has the number of its chart in ``charts``."""
 
     results: Results
     looks: Sequence[Look]
@@ -133,8 +133,8 @@ class _Page:
             rows.append(self._row(variant, look, [_cell(*parts) for parts in parted]))
         baseline = self.results.study.baseline
         return {
-            "note": f"Mean rounds; under it the mean difference against {baseline} and its 95 % "
-            "interval.",
+            "note": f"Mean rounds, and below them the mean difference against {baseline} and its "
+            "95 % interval.",
             "titles": [(task, self._goal(variant, task)) for task in self.results.tasks],
             "rows": rows,
         }
@@ -148,7 +148,7 @@ class _Page:
             rows.append(self._row(variant, look, cells))
         baseline = self.results.study.baseline
         return {
-            "note": f"Means over the seeds; under each the difference against {baseline}.",
+            "note": f"Means over the seeds, and below each the difference against {baseline}.",
             "titles": [*(title for _, title in OVERALL_MEASURES), "runs"],
             "rows": rows,
         }
@@ -175,7 +175,7 @@ class _Page:
         points = chart["points"]
         small = f"{task}: rounds {self._goal(variant, task)}; mean difference and 95 % interval"
         if any(point.get("censored") for point in points):
-            small += "; hollow: some runs did not get there, and count with all of their rounds"
+            small += "; hollow: some runs did not reach it and count with all of their rounds"
         figure = self._figure(chart) if points else {"number": None}
         title = task_title(self.results, variant, task)
         return figure | {"title": title, "small": small, "height": 90 + 22 * len(points)}
@@ -227,8 +227,8 @@ def _tuning(results: Results) -> dict[str, Any]:
     return {
         "title": title,
         "note": "Mean over the tasks of the final training loss, as a share of the initial one, "
-        f"for every {axes}; the least is best (*). Final is the mean over the last tenth of the "
-        "rounds.",
+        f"for every {axes}. The least is best (*). The final loss is the mean over the last tenth "
+        "of the rounds.",
         "names": 2 if results.study.shows_variants else 1,
         "titles": tuning_titles(results),
         "rows": tuning_rows(results),
@@ -255,22 +255,26 @@ def _runs(results: Results) -> dict[str, Any]:
 
 def _terms(results: Results) -> dict[str, str]:
     """The words of the page, explained."""
-    single = results.study.single
+    baseline, single = results.study.baseline, results.study.single
+    reference = f"those of {single}, which trains every task alone"
+    if single is None:
+        reference = "with every task trained alone, which is not in this study"
     return {
-        "rounds to a target": f"The round at which the mean of the last {SMOOTHED} rounds' training loss is down to this share of the "
-        "initial loss F(0). Loss ratio 0.6 is 60 % of it.",
-        "≥ 52 (4 of 5)": "Four of five runs got there; the others count with all of their rounds, so the true mean is larger. Without ≥: "
-        "four of five runs have this figure.",
-        "difference": f"Method less {results.study.baseline}, of runs with the same seed, and its 95 % bootstrap interval over the seeds. "
-        "It is clear where the whole interval is on one side of 0.",
-        "time": "As if all clients worked at once: a round takes its slowest client's time, and the server's.",
-        "Δm": f"How much better the test metrics are than those of {single}, which trains every task by itself: the mean over the tasks."
-        if single is not None
-        else "How much better the test metrics are than with every task trained by itself, which is not in this study.",
-        "worst task": "How much of the way from a constant guess (0) to perfection (100) the worst task's last test metric has gone.",
-        "spread": "Standard deviation over the tasks of the inverse training rates F(k) / F(0), divided by their mean; 0 is balanced.",
-        "sent": "Up and down, all clients and rounds.",
-        "weight": "p, by which a client's update counts at the server. All 1: equal weights.",
+        "rounds to a target": f"The round at which the mean training loss of the last {SMOOTHED} "
+        "rounds is down to this share of the initial loss F(0). Loss ratio 0.6 is 60 % of it.",
+        "≥ 52 (4 of 5)": "Four of five runs reached the target. The others count with all of their "
+        "rounds, so the true mean is larger. Without ≥, four of five runs have this figure.",
+        "difference": f"Method less {baseline}, of runs with the same seed, and its 95 % bootstrap "
+        "interval over the seeds. It is clear if the whole interval is on one side of 0.",
+        "time": "As if all clients worked at the same time: a round takes the time of its slowest "
+        "client, and the server's.",
+        "Δm": f"How much better the test metrics are than {reference}: the mean over the tasks.",
+        "worst task": "How far the worst task's last test metric is from a constant guess (0) to "
+        "perfection (100).",
+        "spread": "Standard deviation over the tasks of the inverse training rates F(k) / F(0), "
+        "divided by their mean. 0 is balanced.",
+        "sent": "Up and down, over all clients and rounds.",
+        "weight": "p, the weight of a client's update at the server. All 1: equal weights.",
     }
 
 
