@@ -21,6 +21,7 @@ from fedgradnorm.client import ClientState, evaluate_client, initial_state, load
 from fedgradnorm.config import MethodConfig, TrainConfig
 from fedgradnorm.data import size, tensors
 from fedgradnorm.engine import Engine
+from fedgradnorm.engines.failures import Attempt, is_an_answer, is_strict, unexpected
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs, ProgramSteps, encoded_once
 from fedgradnorm.engines.phases import WrongProgram
 from fedgradnorm.engines.placement import (
@@ -239,7 +240,7 @@ class VectorizedEngine(Engine):
                 in_turn.append(client)
             else:
                 at_once.append([client])
-        at_once += [chunk for alike in small.values() for chunk in _chunks(alike, TESTED_TOGETHER)]
+        at_once += [chunk for alike in small.values() for chunk in chunks(alike, TESTED_TOGETHER)]
         test, before = (
             partial(self._test, encoder, buffers, batch_size),
             Generators.now(self.device),
@@ -490,9 +491,10 @@ class VectorizedEngine(Engine):
     def _waits(self, job: Job) -> bool:
         """Whether a job is not to be done while others are."""
         plan = self._plan_of[job.instructions[0].client]
-        return plan.way == "alone" or (
-            job.stack is None and job.programs.encoder is None and plan.flops < THREADED_FLOPS
-        )
+        if job.stack is not None or plan.flops >= THREADED_FLOPS:
+            return plan.way == "alone"
+        phase = job.programs.encoder
+        return plan.way == "alone" or phase is None or phase.program.in_python
 
     def _kernels(self, jobs: Sequence[Job]) -> int:
         """Threads of a kernel: one, unless there are cores without a client and kernels large enough to share."""
@@ -518,15 +520,16 @@ class VectorizedEngine(Engine):
                     if job.stack is None or order is None:
                         return self._trained_single(job, workspace)
                     return stacked_update(some, order, workspace, job.stack, job.tried)
-            except Exception as error:  # noqa: BLE001  # a shortcut, or the user's own code, which then raises it again without any
-                cause = error.__cause__ if isinstance(error, ClientError) else error
-                wrong = isinstance(cause, WrongProgram)
-                return Failed(
-                    job,
-                    f"{cause}, perhaps since some rounds ago"
-                    if wrong
-                    else described(cause or error),
-                )
+            except Exception as error:
+                # A shortcut is spoilt; or the user's own code is, which then raises it again.
+                cause = (error.__cause__ if isinstance(error, ClientError) else None) or error
+                if isinstance(cause, WrongProgram):
+                    return Failed(job, f"{cause}, perhaps since some rounds ago")
+                if is_an_answer(cause):
+                    return Failed(job, described(cause))
+                if is_strict():
+                    raise
+                return Failed(job, unexpected(cause))
 
         orders = [
             stacked_order(some, job.stack.width) if job.stack is not None else None
@@ -607,21 +610,19 @@ class VectorizedEngine(Engine):
         clients: Sequence[Client],
     ) -> dict[str, Evaluation]:
         """The evaluations of clients that can be tested beside others; none where that raises, and they have to be tested alone."""
-        try:
-            with self._workspace() as workspace:
-                if self._tests_small(clients[0], batch_size):
-                    return stacked_evaluations(clients, self._states, encoder, workspace)
-                evaluations = {}
-                for client in clients:
-                    head = workspace.head(client)
-                    load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
-                    if client.test_data is not None:
-                        evaluations[client.id] = evaluate(
-                            client.task, workspace.encoder, head, client.test_data, batch_size
-                        )
-                return evaluations
-        except Exception:  # noqa: BLE001  # the user's own code, which then raises it again with the client's name
-            return {}
+        with Attempt("clients are tested one at a time"), self._workspace() as workspace:
+            if self._tests_small(clients[0], batch_size):
+                return stacked_evaluations(clients, self._states, encoder, workspace)
+            evaluations = {}
+            for client in clients:
+                head = workspace.head(client)
+                load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
+                if client.test_data is not None:
+                    evaluations[client.id] = evaluate(
+                        client.task, workspace.encoder, head, client.test_data, batch_size
+                    )
+            return evaluations
+        return {}
 
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:
@@ -699,7 +700,7 @@ def stack_widths(count: int, most: int, workers: int) -> list[int]:
     return [*wides, *narrows, *([min(narrow, math.ceil(rest / QUARTER) * QUARTER)] if rest else [])]
 
 
-def _chunks(items: Sequence[Item], most: int) -> list[list[Item]]:
+def chunks(items: Sequence[Item], most: int) -> list[list[Item]]:
     """Items in neighbouring lists of about equal length, none longer than ``most``."""
     count = math.ceil(len(items) / most)
     bounds = [len(items) * index // count for index in range(count + 1)] if count else []

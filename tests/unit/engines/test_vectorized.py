@@ -17,7 +17,7 @@ from fedgradnorm import Client, Federation, Task, train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig, load_config
 from fedgradnorm.engines.planning import plan_for
-from fedgradnorm.engines.vectorized import QUARTER, WIDE, VectorizedEngine, _chunks, stack_widths
+from fedgradnorm.engines.vectorized import QUARTER, WIDE, VectorizedEngine, chunks, stack_widths
 from fedgradnorm.engines.workspace import Workspace, arrange, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
@@ -263,9 +263,9 @@ def test_an_arranged_convolution_gives_its_output_in_the_channels_last_layout(ch
     ("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (4, 9, [4]), (0, 3, [])]
 )
 def test_chunks_are_even(count, most, lengths):
-    chunks = _chunks(list(range(count)), most)
-    assert [len(chunk) for chunk in chunks] == lengths
-    assert [item for chunk in chunks for item in chunk] == list(range(count))
+    parts = chunks(list(range(count)), most)
+    assert [len(part) for part in parts] == lengths
+    assert [item for part in parts for item in part] == list(range(count))
 
 
 @given(st.integers(1, 700), st.integers(2, 700), st.integers(1, 8))
