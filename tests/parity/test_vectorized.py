@@ -98,7 +98,7 @@ def check_same(
 
 
 def ways(engine):
-    return {plan.way for plan in engine._plan_of.values()}
+    return {plan.way for plan in engine.shortcuts.plan_of.values()}
 
 
 def doubled(federation):

@@ -6,9 +6,10 @@ without the shortcut, with a warning. In strict mode, which the tests use, the e
 """
 
 import os
+import sys
 from types import TracebackType
 
-from fedgradnorm.errors import ClientError, described, warn
+from fedgradnorm.errors import described, warn
 
 __all__ = ["STRICT", "Attempt", "Untraceable", "is_an_answer", "is_strict", "unexpected"]
 
@@ -20,8 +21,8 @@ class Untraceable(TypeError):  # noqa: N818  # it is an answer
     """An operation cannot be part of a program."""
 
 
-ANSWERS = (Untraceable, RuntimeError, ValueError, ClientError)
-"""What torch raises on code that it cannot trace or stack, and what users' code is wrapped in.
+ANSWERS = (Untraceable, RuntimeError, ValueError)
+"""What torch raises on code that it cannot trace or stack.
 
 RuntimeError: ``vmap`` on ``.item()``, on random numbers and on operations without a batching rule;
 a trace on control flow that depends on values (``torch._subclasses`` derives its exceptions from
@@ -30,8 +31,8 @@ ValueError: ``vmap`` on results that are not tensors, ``functional_call`` on tie
 ``torch.fx.proxy.TraceError``.
 """
 
-OTHERS = frozenset({"torch", "numpy"})
-"""Packages that raise errors on behalf of their caller."""
+OTHERS = frozenset({"torch", "numpy", *sys.stdlib_module_names})
+"""Packages whose errors are their caller's."""
 
 
 def is_strict() -> bool:
@@ -45,7 +46,7 @@ def is_an_answer(error: BaseException) -> bool:
 
 
 def _raised_by_user(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame outside torch and NumPy is outside this package, too."""
+    """Whether the innermost frame outside these packages is the user's."""
     package = ""
     while traceback is not None:
         name = str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0]
