@@ -70,17 +70,21 @@ def plan_for(client: Client, workspace: Workspace, training: TrainConfig) -> Pla
     if not isinstance(client.train_data, tuple):
         why = "its data are not tensors, and may differ from one access to the next"
         return Plan("alone", False, why)
-    encoder, head = workspace.encoder.train(), workspace.head(client).train()
-    try:
-        watch = Watch((encoder, head), (client.task.loss,))
-    except CannotTell as reason:
-        return Plan("alone", False, f"what its code reads cannot be seen: {reason}")
-    before = Generators.now(workspace.device)
-    plan = _watched_plan(client, workspace, head, training, watch)
-    place = watch.changed()
-    before.put_back(workspace.device)
-    watch.put_back()
-    return plan if place is None else Plan("alone", False, f"{place} changes in a step")
+    with Attempt(f"clients like '{client.id}' are trained without shortcuts"):
+        encoder, head = workspace.encoder.train(), workspace.head(client).train()
+        try:
+            watch = Watch((encoder, head), (client.task.loss,))
+        except CannotTell as reason:
+            return Plan("alone", False, f"what its code reads cannot be seen: {reason}")
+        before = Generators.now(workspace.device)
+        try:
+            plan = _watched_plan(client, workspace, head, training, watch)
+            place = watch.changed()
+        finally:
+            before.put_back(workspace.device)
+            watch.put_back()
+        return plan if place is None else Plan("alone", False, f"{place} changes in a step")
+    return Plan("alone", False, "a trial of its first batch failed")
 
 
 def _watched_plan(
