@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm.engines.failures import Attempt
 from fedgradnorm.engines.watching import Watch
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.modules import follow
@@ -104,30 +105,34 @@ def can_be_arranged(
 ) -> bool:
     """Whether an arranged encoder has the features and the gradients of an untouched one, on this batch."""
     outcomes = []
-    for arranged in (False, True):
-        encoder = Workspace(federation, seed, device, arranged).encoder
-        try:
+    with Attempt("encoders are not arranged for speed"):
+        for arranged in (False, True):
+            encoder = Workspace(federation, seed, device, arranged).encoder
             watch = Watch([encoder], [])
             with seeded(0, 0, "", "arrange", device):
-                features = encoder.train()(inputs)
-                if watch.changed() is not None:
-                    watch.put_back()
-                    return False
-                generator = torch.Generator().manual_seed(0)
-                direction = torch.randn(
-                    features.shape, generator=generator, dtype=torch.float64
-                ).to(features)
-                parameters = [parameter for _, parameter in trainable(encoder)]
-                gradients = torch.autograd.grad(
-                    (features * direction).sum(),
-                    parameters,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                outcomes.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
-        except Exception:  # noqa: BLE001  # whatever the user's own code does not bear
-            return False
-    return all(same(plain, other) for plain, other in zip(*outcomes, strict=True))
+                outcomes.append(_features_and_gradients(encoder, inputs, watch))
+        plain, other = outcomes
+        return plain is not None and other is not None and all(map(same, plain, other))
+    return False
+
+
+def _features_and_gradients(
+    encoder: nn.Module, inputs: Tensor, watch: Watch
+) -> list[Tensor] | None:
+    """The features in both modes and the gradients; None where the encoder changes in Python."""
+    features = encoder.train()(inputs)
+    if watch.changed() is not None:
+        watch.put_back()
+        return None
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
+    gradients = torch.autograd.grad(
+        (features * direction).sum(),
+        [parameter for _, parameter in trainable(encoder)],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [features.detach(), encoder.eval()(inputs).detach(), *gradients]
 
 
 def same(one: Tensor, other: Tensor) -> bool:
