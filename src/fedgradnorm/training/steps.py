@@ -145,13 +145,12 @@ class PlainSteps:
                     torch.zeros_like(parameter) if gradient is None else gradient
                     for parameter, gradient in pairs
                 ]
-                if mu:
-                    pull = torch._foreach_mul(torch._foreach_sub(parameters, received), mu)
-                    gradients = list(
-                        torch._foreach_add(pull, gradients)
-                    )  # in this order: a gradient may be sparse
-                torch._foreach_sub_(parameters, gradients, alpha=training.encoder_lr)  # β
-                torch._foreach_add_(sums, gradients)
+                for place, parameter in enumerate(parameters):
+                    gradient = gradients[place]
+                    if mu:  # in this order, because a gradient may be sparse
+                        gradient = (parameter - received[place]) * mu + gradient
+                    parameter.sub_(gradient, alpha=training.encoder_lr)  # β
+                    sums[place].add_(gradient)
             if with_head:
                 _move_head(of_head, found[len(parameters) :], local)
             losses.append(loss.detach())
@@ -166,19 +165,10 @@ def _move_head(
 ) -> None:
     """A step of size α. A parameter without a gradient stays where it is."""
     training = local.instruction.training
-    used = [
-        (name, parameter, gradient)
-        for (name, parameter), gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None
-    ]
-    if used:
-        directions = [
-            direction(name, gradient, local.velocity, training.head_momentum)
-            for name, _, gradient in used
-        ]
-        torch._foreach_sub_(
-            [parameter for _, parameter, _ in used], directions, alpha=training.head_lr
-        )  # α
+    for (name, parameter), gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            step = direction(name, gradient, local.velocity, training.head_momentum)
+            parameter.sub_(step, alpha=training.head_lr)  # α
 
 
 def direction(name: str, gradient: Tensor, velocity: dict[str, Tensor], momentum: float) -> Tensor:
