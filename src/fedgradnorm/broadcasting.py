@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedgradnorm.errors import warn
 
-__all__ = ["Pairing", "sample_size", "watched"]
+__all__ = ["Pairing", "dispatch_mode", "sample_size", "watched"]
 
 SAMPLE_SIZES = (62, 58, 46, 38, 34, 26, 22, 14, 10, 6, 4, 3, 2)
 """Numbers of examples to try, even ones first: some losses take examples in pairs."""
@@ -63,7 +63,7 @@ def watched(
     No other dimension may have the size of dimension 0. Without torch's dispatch modes, nothing is
     watched, and there is one warning.
     """
-    base = _dispatch_mode()
+    base = dispatch_mode()
     if base is None:
         return Pairing()
     watch = _Watch(outputs, targets)
@@ -90,7 +90,7 @@ def watched(
 
 
 @cache
-def _dispatch_mode() -> Any:
+def dispatch_mode() -> Any:
     """The class that sees every operation of torch, or None. It has no public name."""
     try:
         from torch.utils._python_dispatch import TorchDispatchMode

@@ -111,47 +111,33 @@ def local_update(
     start = perf_counter()
     with naming(client.id, f"training in round {instruction.round}"):
         load_model(encoder, head, state, instruction.encoder, instruction.buffers)
-        velocity = {
-            name: state.head_velocity[name].to(parameter.device)
-            for name, parameter in trainable(head)
-            if name in state.head_velocity
-        }
+        velocity = _velocity(head, state)
         local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
-        gradient, loss, initial_loss, head_end = _train(local, state.initial_loss, random_model)
-    buffers = buffers_of(encoder)
-    shares_buffers = bool(instruction.buffers)
-    report = Report(
-        client=client.id,
-        task=client.task.name,
-        gradient=gradient,
-        loss=loss,
-        initial_loss=initial_loss,
-        grad_norm=norm_over(gradient, norm_layer).item(),
-        num_examples=size(client.train_data),
-        buffers=buffers if shares_buffers else {},
-        seconds=perf_counter() - start,
-        round=instruction.round,
-        head_seconds=head_end - start,
-        loss_floor=client.task.loss_floor,
-    )
+        report = _train(local, state.initial_loss, norm_layer, random_model, start)
     return report, ClientState(
         head=_snapshot(head, state.head),
-        initial_loss=initial_loss,
-        encoder_buffers={} if shares_buffers else buffers,
+        initial_loss=report.initial_loss,
+        encoder_buffers={} if instruction.buffers else buffers_of(encoder),
         head_velocity=local.velocity,
         round=instruction.round,
         encoder=flatten(encoder) if method_of(instruction.training).own_encoder else None,
     )
 
 
-def _train(
-    local: LocalRound, initial_loss: float | None, random_model: bool
-) -> tuple[Tensor, float, float, float]:
-    """Train the head, then the encoder.
+def _velocity(head: nn.Module, state: ClientState) -> dict[str, Tensor]:
+    """The head optimiser's momentum, where the head is."""
+    known = state.head_velocity
+    return {name: known[name].to(own.device) for name, own in trainable(head) if name in known}
 
-    Returns:
-        The mean gradient, the losses F(k) and F(0), and the time at the encoder's first step.
-    """
+
+def _train(
+    local: LocalRound,
+    initial_loss: float | None,
+    norm_layer: tuple[slice, ...],
+    random_model: bool,
+    start: float,
+) -> Report:
+    """Train the head, then the encoder. The report's times are measured from ``start``."""
     client, encoder, head, instruction = local.client, local.encoder, local.head, local.instruction
     training = instruction.training
     method = method_of(training)
@@ -176,10 +162,23 @@ def _train(
         exact_loss = None
         if training.loss_estimate == "exact":
             exact_loss = mean_loss(client, encoder, head, training, random_model=random_model)
-        head_end = perf_counter()
+        head_seconds = perf_counter() - start
         with record_function("encoder steps"):
             gradient, batch_loss = method.train_encoder(local)
-    return gradient, batch_loss if exact_loss is None else exact_loss, initial_loss, head_end
+    return Report(
+        client=client.id,
+        task=client.task.name,
+        gradient=gradient,
+        loss=batch_loss if exact_loss is None else exact_loss,
+        initial_loss=initial_loss,
+        grad_norm=norm_over(gradient, norm_layer).item(),
+        num_examples=size(client.train_data),
+        buffers=buffers_of(encoder) if instruction.buffers else {},
+        seconds=perf_counter() - start,
+        round=instruction.round,
+        head_seconds=head_seconds,
+        loss_floor=client.task.loss_floor,
+    )
 
 
 def load_model(
@@ -233,11 +232,6 @@ def naming(client: str, what: str) -> Iterator[None]:
         raise ClientError(f"client '{client}': {what}: {described(error)}") from error
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are."""
-    return next(module.parameters()).device
-
-
 @torch.no_grad()
 def mean_loss(
     client: Client,
@@ -256,7 +250,7 @@ def mean_loss(
     modes, buffers = (encoder.training, head.training), (buffers_of(encoder), buffers_of(head))
     encoder.train()
     head.train()
-    batches, device = loss_batches(client, training), device_of(encoder)
+    batches, device = loss_batches(client, training), next(encoder.parameters()).device
     generators = Generators.now(device)
 
     def loss(indices: np.ndarray) -> float:
@@ -291,10 +285,8 @@ def guess_loss(client: Client, encoder: nn.Module, head: nn.Module, training: Tr
     targets = [take(client.train_data, indices)[1] for indices in loss_batches(client, training)]
     answer = constant_answer(client.task, tuple(output.shape[1:]), output.dtype, targets, even=True)
     if answer is None:
-        raise FederationError(
-            f"client '{client.id}': initial_loss = 'guess': what a constant answer is to its task "
-            "is not known"
-        )
+        what = "what a constant answer is to its task is not known"
+        raise FederationError(f"client '{client.id}': initial_loss = 'guess': {what}")
     loss = client.task.loss
     return fmean(loss(answer.expand(len(batch), *answer.shape), batch).item() for batch in targets)
 
@@ -328,7 +320,8 @@ def evaluate_client(
     """
     if client.test_data is None:
         raise FederationError(f"client '{client.id}' has no test data")
-    with naming(client.id, "testing"), seeded(seed, 0, client.id, "test", device_of(encoder)):
+    device = next(encoder.parameters()).device
+    with naming(client.id, "testing"), seeded(seed, 0, client.id, "test", device):
         return evaluate(client.task, encoder, head, client.test_data, batch_size)
 
 

@@ -38,9 +38,9 @@ NOT_BY_NUMBER = (Mapping, IterableDataset, str, bytes, np.ndarray, Tensor)
 
 WEIGHTS = "; weights of examples belong into the target{}, where the loss reads them"
 
+COLUMNS = "for the columns of the inputs, and of the targets"
 HINTS = {
-    "DataFrame": "give torch.tensor(frame.to_numpy()) for the columns of the inputs, and of the "
-    "targets",
+    "DataFrame": f"give torch.tensor(frame.to_numpy()) {COLUMNS}",
     "ndarray": "give a pair of tensors: torch.from_numpy(array)",
     "Tensor": "give the targets too",
 }

@@ -131,11 +131,8 @@ def _scored(
     whole = [metric for metric in task.metrics if not metric.batched]
     batched = [metric for metric in task.metrics if metric.batched]
     all_outputs, all_targets = _Kept(count), _Kept(count)
-    total, sums, failed = (
-        0.0,
-        dict.fromkeys((metric.name for metric in batched), 0.0),
-        dict[str, str](),
-    )
+    total, failed = 0.0, dict[str, str]()
+    sums = dict.fromkeys((metric.name for metric in batched), 0.0)
     for inputs, targets in in_batches(data, batch_size):
         outputs = answer(inputs)
         if whole:

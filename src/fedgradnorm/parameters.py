@@ -70,9 +70,8 @@ def default_norm_layer(module: nn.Module) -> str:
     """
     names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
     if not names:
-        raise FederationError(
-            "norm_layer: the encoder has no layer with a weight matrix; name the parameters to use"
-        )
+        why = "the encoder has no layer with a weight matrix; name the parameters to use"
+        raise FederationError(f"norm_layer: {why}")
     layer, _, parameter = names[-1].rpartition(".")
     return layer or parameter
 
@@ -113,10 +112,8 @@ def norm_layer_slices(
 
 def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
     """The 2-norms n_i = ‖∇_ω̃ F_i‖₂ of parts of flat gradients ``(..., P)``, in double precision."""
-    norms = [
-        torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64)
-        for part in slices
-    ]
+    parts, double = [gradients[..., part] for part in slices], torch.float64
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=double) for part in parts]
     return torch.stack(norms).square().sum(dim=0).sqrt()
 
 

@@ -90,18 +90,16 @@ class Task:
             raise FederationError(f"task: expected a name, found {self.name!r}")
         if isinstance(self.metrics, list):
             object.__setattr__(self, "metrics", tuple(self.metrics))
-        why = self._misfit_of_functions() or self._misfit_of_metrics() or self._misfit_of_numbers()
-        if why:
+        if why := self._misfit():
             raise FederationError(f"task '{self.name}': {why}")
 
-    def _misfit_of_functions(self) -> str:
-        """What is wrong with the head or the loss; empty if nothing is."""
-        head, loss = self.head, self.loss
+    def _misfit(self) -> str | None:
+        """What is wrong with an argument, or None."""
+        head, loss, metrics = self.head, self.loss, self.metrics
+        floor, guess = self.loss_floor, self.guess
         if isinstance(head, nn.Module):
-            return (
-                "head: expected a function (in_features) -> nn.Module, found a module: "
-                "lambda features: module"
-            )
+            expected = "expected a function (in_features) -> nn.Module"
+            return f"head: {expected}, found a module: lambda features: module"
         if not callable(head):
             return f"head: expected a function (in_features) -> nn.Module, found {head!r:.100}"
         if not callable(loss):
@@ -111,29 +109,17 @@ class Task:
             return f"loss: expected a function, found the class {name}: {name}()"
         if isinstance(loss, nn.Module) and any(part.requires_grad for part in loss.parameters()):
             return "loss: it has parameters, which nothing would train: expected them in the head"
-        return ""
-
-    def _misfit_of_metrics(self) -> str:
-        metrics = self.metrics
-        are_metrics = isinstance(metrics, tuple) and all(isinstance(m, Metric) for m in metrics)
-        if not are_metrics:
+        if not isinstance(metrics, tuple) or not all(isinstance(m, Metric) for m in metrics):
             return f"metrics: expected a tuple of Metric, found {metrics!r:.100}"
         names = [metric.name for metric in metrics]
         if len(set(names)) < len(names):
             return f"its metrics need different names, found {names}"
-        return ""
-
-    def _misfit_of_numbers(self) -> str:
-        floor, guess = self.loss_floor, self.guess
         if not _is_number(floor) or not math.isfinite(floor):
             return f"loss_floor: expected a finite number, found {floor!r:.100}"
-        if guess is None or isinstance(guess, Tensor):
-            return ""
-        if _is_number(guess):
-            bad = not math.isfinite(guess)
-            return f"guess: expected a finite number, found {guess}" if bad else ""
-        if callable(guess):
-            return ""
+        if _is_number(guess) and not math.isfinite(guess):
+            return f"guess: expected a finite number, found {guess}"
+        if guess is None or isinstance(guess, Tensor) or callable(guess) or _is_number(guess):
+            return None
         expected = "a tensor, a number or a function of the targets"
         return f"guess: expected {expected}, found {guess!r:.100}"
 

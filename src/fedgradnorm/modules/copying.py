@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from itertools import chain
 from types import BuiltinMethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedgradnorm.errors import FederationError, FedGradNormError, described
 from fedgradnorm.modules.comparing import (
@@ -19,7 +18,7 @@ from fedgradnorm.modules.comparing import (
     is_value,
     plain_attributes,
 )
-from fedgradnorm.modules.tensors import have_memory_in_common, held_tensors
+from fedgradnorm.modules.tensors import have_memory_in_common, held_tensors, tensors_of
 from fedgradnorm.parameters import trainable
 
 
@@ -187,7 +186,7 @@ def _not_followed(module: nn.Module) -> dict[str, object]:
     """By name, a key for each of a module's parts that a copy does not follow."""
     keys: dict[str, object] = {}
     for prefix, part in module.named_modules():
-        for name, tensor in _tensors_of(part).items():
+        for name, tensor in tensors_of(part).items():
             state = id(tensor), tensor._version, tensor.requires_grad
             keys[f"{prefix}.{name}".strip(".")] = state
         keys[prefix or "the layers"] = [(name, id(child)) for name, child in part.named_children()]
@@ -195,16 +194,6 @@ def _not_followed(module: nn.Module) -> dict[str, object]:
             hooks = getattr(part, name, {}).values()
             keys[f"{prefix}.{name}".strip(".")] = [id(hook) for hook in hooks]
     return keys
-
-
-def _tensors_of(part: nn.Module) -> dict[str, Tensor]:
-    """The parameters, buffers and tensors in attributes of a module, without those of its parts."""
-    named = chain(
-        part.named_parameters(recurse=False, remove_duplicate=False),
-        part.named_buffers(recurse=False, remove_duplicate=False),
-        ((name, value) for name, value in vars(part).items() if isinstance(value, Tensor)),
-    )
-    return dict(named)
 
 
 def duplicate(module: nn.Module) -> nn.Module:
@@ -238,7 +227,7 @@ def _deep_copy(value: Any) -> Any:
 def _uncopyable(module: nn.Module) -> str:
     """The name of the first attribute that cannot be copied, for an error."""
     for prefix, part in module.named_modules():
-        for name, value in {**vars(part), **_tensors_of(part)}.items():
+        for name, value in {**vars(part), **tensors_of(part)}.items():
             if isinstance(value, nn.Module) or name == "_modules" or is_plain(value):
                 continue
             if _deep_copy(value) is value:

@@ -1,7 +1,7 @@
 """All tensors of a module, by name, and the memory that they lie in."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ def held_tensors(module: nn.Module) -> dict[str, Tensor]:
             if value.grad_fn is None:
                 tensors.setdefault(f"{prefix}.{name}".removeprefix("."), value)
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def tensors_of(part: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module themselves, not detached, and without those of its parts."""
+    attributes = ((name, value) for name, value in vars(part).items() if isinstance(value, Tensor))
+    parameters = part.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = part.named_buffers(recurse=False, remove_duplicate=False)
+    return dict(chain(parameters, buffers, attributes))
 
 
 @torch.no_grad()
@@ -115,18 +123,11 @@ def reads_tensors_of(original: nn.Module, call: Callable[[], object]) -> bool:
 
     A copy of the module does so if a hook or a stored function leads back to the original.
     """
-    reads = _Reads(_tensors_in(original))
+    parts = [tensors_of(part).values() for part in original.modules()]
+    reads = _Reads(chain.from_iterable(parts))
     with reads:
         call()
     return reads.happened
-
-
-def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    """The tensor objects of a module themselves, not detached."""
-    yield from module.parameters()
-    yield from module.buffers()
-    for part in module.modules():
-        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
 class _Reads(TorchFunctionMode):
