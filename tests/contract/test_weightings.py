@@ -13,7 +13,7 @@ from fedgradnorm import WeightingState
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import Component
 from fedgradnorm.registry import BUILT_INS, build, resolve
-from tests.helpers import report
+from tests.helpers import examples, report
 
 NAMES = sorted(BUILT_INS["weighting"])
 EVERY_WEIGHTING = pytest.mark.parametrize("name", NAMES)
@@ -26,7 +26,7 @@ SIGNED = {"imtl_g"}
 
 NUMBERS = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
 GRADIENTS = st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=1, max_size=5)
-FEW = settings(max_examples=40)
+FEW = settings(max_examples=examples(12))
 ROUNDS = st.lists(
     st.dictionaries(
         st.sampled_from("abcd"), st.tuples(st.floats(1e-6, 1e6), st.floats(0, 1e3)), min_size=1

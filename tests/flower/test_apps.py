@@ -16,10 +16,10 @@ from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.runs.folder import Run
-from tests.faults.test_resume import contents
 from tests.flower.lazy import opened
 from tests.flower.nodes import Wire, in_round, lost, raising
 from tests.helpers import timeless
+from tests.runs import contents
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fedgradnorm.FedGradNormWarning"

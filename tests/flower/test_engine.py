@@ -17,9 +17,9 @@ from fedgradnorm.flower.engine import CODES, Limits
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.messages import Instruction
 from fedgradnorm.runs.folder import STATUS, Run
-from tests.faults.test_resume import contents
 from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
 from tests.helpers import batch_norm_encoder, small_federation, timeless
+from tests.runs import contents
 
 
 def plain(result):
