@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from fedgradnorm.config import Component, validated
 from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
 
-__all__ = ["BUILT_INS", "build", "check_name", "describe", "name_of", "resolve", "resolved"]
+__all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
 
 Part = TypeVar("Part", bound=Component)
 
@@ -90,24 +90,19 @@ TABLES = {"method": "train.method"}
 """By kind, the table of a configuration that names such a part, where it is not called as the kind is."""
 
 
-def check_name(kind: str, name: str) -> None:
-    """Raise ConfigError for a name that is neither built in nor ``module:attribute``; no import."""
-    known = BUILT_INS[kind]
-    if name not in known and ":" not in name:
-        raise ConfigError(
-            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)}"
-            " (your own: 'module:attribute')"
-        )
-
-
 def resolve(kind: str, name: str) -> Any:
     """The object of this name.
 
     Raises:
         ConfigError: an unknown name, or a module or attribute that cannot be imported.
     """
-    check_name(kind, name)
-    module, _, attribute = BUILT_INS[kind].get(name, name).partition(":")
+    known = BUILT_INS[kind]
+    target = known.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')"
+        )
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
@@ -172,6 +167,12 @@ def name_of(kind: str, made_by: type) -> str:
     """The name under which a class is found: that of a built-in, or ``module:attribute``."""
     target = f"{made_by.__module__}:{made_by.__qualname__}"
     return next((name for name, known in BUILT_INS[kind].items() if known == target), target)
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise ConfigError for an unknown name, without importing a part of a known name."""
+    if name not in BUILT_INS[kind] and ":" not in name:
+        resolve(kind, name)  # it raises, and names the known ones
 
 
 def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:

@@ -41,10 +41,12 @@ def run(
     ] = False,
 ) -> None:
     """Train the federation that a configuration describes, and write the run's folder."""
-    from fedgradnorm.build import resolve_config
     from fedgradnorm.config import load_config
 
     settings = load_config(config, overrides or [])
+
+    from fedgradnorm.build import resolve_config
+
     resolve_config(settings)  # here, because most errors in names and options come without torch
     folder = Path(settings.run.dir or f"runs/{config.stem}").expanduser()
     table = settings.run.model_copy(update={"dir": str(folder)})
