@@ -75,6 +75,11 @@ def test_an_error_in_a_configuration_needs_no_torch(tmp_path, content, words, me
     assert message in output
 
 
+def test_an_error_quotes_a_path_as_it_is(tmp_path):
+    _, output = answer(tmp_path, "run", ":bug:.toml")
+    assert output.startswith("error: config file :bug:.toml: expected")
+
+
 def test_an_error_in_a_study_needs_no_torch(tmp_path):
     Path(tmp_path / "my.toml").write_text("seed = [0]")
     code, output = answer(tmp_path, "compare", "my.toml")

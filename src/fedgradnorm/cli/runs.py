@@ -13,6 +13,13 @@ from rich.text import Text
 from fedgradnorm.cli import terminal
 from fedgradnorm.errors import ClientError
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that take precedence over the file, such as train.num_rounds=5.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 
 
@@ -20,13 +27,7 @@ def run(
     config: Annotated[
         Path, typer.Argument(help="The configuration, a TOML file such as configs/demo.toml.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Settings that take precedence over the file, such as train.num_rounds=5.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")
     ] = False,
