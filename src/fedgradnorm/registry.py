@@ -116,10 +116,8 @@ def check_name(kind: str, name: str) -> None:
     """Raise ConfigError for a name that is neither built in nor ``module:attribute``; no import."""
     known = BUILT_INS[kind]
     if name not in known and ":" not in name:
-        raise ConfigError(
-            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)}"
-            " (your own: 'module:attribute')"
-        )
+        hint = f"{nearest(name, known)} (your own: 'module:attribute')"
+        raise ConfigError(f"{_table(kind)}.name: there is no {kind} '{name}'; {hint}")
 
 
 def resolve(kind: str, name: str) -> Any:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from fedgradnorm import StoppedError
 from fedgradnorm.errors import ConfigError, printable
@@ -50,7 +51,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("fedgradnorm.cli.terminal.console", Console(width=400))
 
 
 def certificate(path, days):
