@@ -19,7 +19,7 @@ __all__ = ["Median"]
 class Median(Aggregation):
     """In each coordinate the median of the weighted gradients.
 
-    Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
 
     The median of an even number is the mean of the middle two. It tolerates anything from fewer
     than half of the clients, but it assumes that honest clients want about the same. If only one

@@ -24,7 +24,7 @@ ROUNDING = 1e-9  # so that 0.3 of 10 clients are 3
 class TrimmedMean(Aggregation):
     """In each coordinate the mean of the weighted gradients without a share of them at either end.
 
-    Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
 
     The share ``trim`` is rounded up to whole clients. The mean tolerates anything from as many
     clients as are cut at one end. Like the median, but less so, it treats what a single task alone
