@@ -1,18 +1,15 @@
 """The mean of weighted gradients, of which none is much longer than most."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.weighting.base import Reports, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedgradnorm.messages import Report
 
 __all__ = ["ClippedMean"]
 
@@ -46,7 +43,7 @@ class ClippedMean(Aggregation):
 
     clip: Annotated[float, Field(gt=0)] = 1.0
 
-    def __call__(self, reports: "Sequence[Report]", weights: Weights) -> "Tensor":
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         import torch
 
