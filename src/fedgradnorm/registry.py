@@ -72,7 +72,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "uncertainty": "fedgradnorm.weighting.uncertainty:Uncertainty",
     },
     "engine": {
-        "flower-local": "fedgradnorm.flower.engine:FlowerLocalEngine",
+        "flower-local": "fedgradnorm.flower.local_engine:FlowerLocalEngine",
         "reference": "fedgradnorm.engines.reference:ReferenceEngine",
         "vectorized": "fedgradnorm.engines.vectorized:VectorizedEngine",
     },

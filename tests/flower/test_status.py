@@ -15,11 +15,18 @@ from flwr.app import Error, Message
 from fedgradnorm import FedGradNormWarning, RunError, StoppedError
 from fedgradnorm.config import RunConfig
 from fedgradnorm.flower import status as status_module
-from fedgradnorm.flower.engine import CODE_KINDS, CODES
+from fedgradnorm.flower.replies import CODE_KINDS, CODES
 from fedgradnorm.flower.status import KINDS, beside, read_status, why_gone
 from fedgradnorm.runs.folder import Run, alone_in, being_written
-from tests.flower.nodes import Site, changed, in_round, lost, raising
-from tests.flower.test_engine import with_nan, without_arrays
+from tests.flower.nodes import (
+    Site,
+    changed,
+    in_round,
+    lost,
+    raising,
+    with_nan,
+    without_arrays,
+)
 from tests.helpers import small_federation
 
 
@@ -257,7 +264,7 @@ def test_notes_are_kept_with_their_round(site, tmp_path):
     engine = site.engine()
 
     def act(_):
-        engine._note("b", "its data changed")
+        engine.notes.add("b", "its data changed")
 
     site.train(tmp_path / "run", num_rounds=30, on_round=act, engine=engine, eval_every=30)
     b = read_status(tmp_path / "run").clients["b"]
