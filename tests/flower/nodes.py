@@ -10,8 +10,9 @@ from fedgradnorm.callbacks.base import Functions
 from fedgradnorm.config import RunConfig, RunSettings, TrainConfig
 from fedgradnorm.flower import GridEngine, LocalGrid
 from fedgradnorm.flower.client import Node
+from fedgradnorm.flower.layout import Layout
 from fedgradnorm.flower.limits import Limits
-from fedgradnorm.flower.messages import Layout, control_of
+from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.states import MemoryStates
 from fedgradnorm.flower.training import train_on_grid

@@ -285,7 +285,7 @@ def test_a_run_of_the_simulation_is_not_taken_over(tmp_path):
     for words in ("", "train.num_rounds=5"):
         with pytest.raises(
             RunError,
-            match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1",
+            match="its clients are not on other machines: `fedgradnorm resume` resumes it; start_round = 1",
         ):
             place.deployed(settings=words)
     assert contents(tmp_path / "run") == before

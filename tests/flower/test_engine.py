@@ -773,7 +773,7 @@ def test_other_settings_than_those_of_the_run_are_refused(tmp_path):
     site.train(tmp_path / "run", num_rounds=2)
     with pytest.raises(
         ConfigError,
-        match=r"goes on with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)",
+        match=r"is resumed with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)",
     ):
         site.train(tmp_path / "run", num_rounds=3, head_lr=0.5)
 
@@ -785,7 +785,7 @@ def test_damaged_checkpoints_are_not_begun_over_unasked(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(
         RunError,
-        match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew",
+        match="damaged.*no sound checkpoint is left to resume from: start_round = 1 begins anew",
     ):
         site.train(tmp_path / "run", num_rounds=3)
     assert len(site.train(tmp_path / "run", num_rounds=3, start_round=1).rows) == 9
@@ -801,7 +801,7 @@ def test_results_without_a_checkpoint_are_not_begun_over_unasked(tmp_path, left)
     before = contents(run)
     with pytest.raises(
         RunError,
-        match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew",
+        match="there are results of a run, and no checkpoint is left to resume from: start_round = 1 begins anew",
     ):
         site.train(run, num_rounds=3)
     assert contents(run) == before

@@ -17,23 +17,18 @@ from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import FedGradNormError, MessageError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower import LocalGrid
+from fedgradnorm.flower.layout import Layout, arrays_of, tensors_of
 from fedgradnorm.flower.messages import (
     VERSIONS,
     Control,
     Greeting,
-    Layout,
-    arrays_of,
     control_of,
-    evaluation_reply,
     greeting_of,
     greeting_reply,
-    read_evaluation,
     read_instruction,
-    read_report,
-    report_reply,
-    tensors_of,
     training_of,
 )
+from fedgradnorm.flower.reports import evaluation_reply, read_evaluation, read_report, report_reply
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import flatten, load_flat
 from tests.flower.nodes import Site

@@ -146,7 +146,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     assert code == 1
     assert f"{run}: training, round 1 of 5; " in out
     assert re.fullmatch(
-        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it goes on from its checkpoint\n",
+        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it resumes from its checkpoint\n",
         err,
     )
     with alone_in(run):

@@ -5,7 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from fedgradnorm.flower.messages import Greeting, Refusal, one_line
+from fedgradnorm.flower.messages import Greeting, Refusal
+from fedgradnorm.flower.records import one_line
 
 __all__ = ["Attendance"]
 

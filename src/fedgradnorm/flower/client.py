@@ -25,22 +25,19 @@ from fedgradnorm.errors import (
     require,
 )
 from fedgradnorm.federation import CLIENT_ID, Client, Federation
+from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
 from fedgradnorm.flower.messages import (
     VERSIONS,
     Control,
     Greeting,
-    Layout,
     Refusal,
-    buffers_in,
     control_of,
-    encoder_of,
-    evaluation_reply,
     greeting_reply,
     read_instruction,
     refusal_reply,
-    report_reply,
     training_of,
 )
+from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
 from fedgradnorm.identity import data_record, same_data
 from fedgradnorm.parameters import buffers_of, norm_layer_slices

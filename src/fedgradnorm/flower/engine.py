@@ -15,27 +15,19 @@ from fedgradnorm.errors import MessageError, StoppedError
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.flower.attendance import Attendance
 from fedgradnorm.flower.exchange import Exchange, exchange, node_ids
+from fedgradnorm.flower.layout import Layout, arrays_of
 from fedgradnorm.flower.limits import SHORTEST, Limits
 from fedgradnorm.flower.local_grid import LocalGrid
-from fedgradnorm.flower.messages import (
-    ARRAYS,
-    BUFFERS,
-    CONFIG,
-    CONTROL,
-    Control,
-    Layout,
-    arrays_of,
-    one_line,
-    read_evaluation,
-    read_report,
-    reply_of,
-)
+from fedgradnorm.flower.messages import Control
 from fedgradnorm.flower.notes import Notes
+from fedgradnorm.flower.records import ARRAYS, BUFFERS, CONFIG, CONTROL, one_line
 from fedgradnorm.flower.replies import Answers, sort_replies
+from fedgradnorm.flower.reports import read_evaluation, read_report, reply_of
 from fedgradnorm.flower.rests import Rests
 from fedgradnorm.flower.roster import Roster
 from fedgradnorm.flower.rounds import Rounds
-from fedgradnorm.flower.status import Failure, Watcher
+from fedgradnorm.flower.status import Failure
+from fedgradnorm.flower.watcher import Watcher
 from fedgradnorm.messages import Instruction, Report
 
 __all__ = ["GridEngine"]

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from fedgradnorm.errors import StoppedError, described
 from fedgradnorm.flower.local_grid import LocalGrid
-from fedgradnorm.flower.messages import REFUSAL
+from fedgradnorm.flower.records import REFUSAL
 
 __all__ = ["Exchange", "exchange", "node_ids"]
 

@@ -22,22 +22,10 @@ from fedgradnorm.flower.client import (
     state_dir,
     wrong_client,
 )
-from fedgradnorm.flower.messages import (
-    ARRAYS,
-    CONFIG,
-    METRICS,
-    VERSIONS,
-    Control,
-    Greeting,
-    Layout,
-    arrays_of,
-    control_of,
-    encoder_of,
-    evaluation_reply,
-    greeting_reply,
-    report_reply,
-    tensors_of,
-)
+from fedgradnorm.flower.layout import Layout, arrays_of, encoder_of, tensors_of
+from fedgradnorm.flower.messages import VERSIONS, Control, Greeting, control_of, greeting_reply
+from fedgradnorm.flower.records import ARRAYS, CONFIG, METRICS
+from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.roster import module_of
 from fedgradnorm.flower.states import Beginning, StateFiles, States, begin
 from fedgradnorm.messages import Report

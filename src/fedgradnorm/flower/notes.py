@@ -3,7 +3,8 @@
 import logging
 
 from fedgradnorm.errors import MessageError
-from fedgradnorm.flower.messages import VERSIONS, Greeting, Reply
+from fedgradnorm.flower.messages import VERSIONS, Greeting
+from fedgradnorm.flower.reports import Reply
 
 __all__ = ["Notes"]
 

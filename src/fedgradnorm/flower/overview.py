@@ -244,7 +244,7 @@ def warnings_on(overview: Overview, now: float) -> list[str]:
     lines = list(overview.faults)
     if overview.gone:
         again = "start the run again, with server/run.sh or its Flower app"
-        lines.append(f"{overview.gone}: {again}; it goes on from its checkpoint")
+        lines.append(f"{overview.gone}: {again}; it resumes from its checkpoint")
     strangers = {} if overview.status is None else overview.status.strangers
     lines += [f"node {node} stays out: {why}" for node, why in strangers.items()]
     renew = "docs/deploy.md of fedgradnorm says how to renew it"

@@ -8,7 +8,8 @@ from flwr.app import Message
 
 from fedgradnorm.errors import MessageError
 from fedgradnorm.flower.exchange import Exchange
-from fedgradnorm.flower.messages import Greeting, Refusal, greeting_of, one_line, refusal_in
+from fedgradnorm.flower.messages import Greeting, Refusal, greeting_of, refusal_in
+from fedgradnorm.flower.records import one_line
 from fedgradnorm.flower.status import Failure, Kind
 
 __all__ = ["CODES", "CODE_KINDS", "Answers", "sort_replies"]

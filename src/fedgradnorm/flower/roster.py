@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members, absent, absent_client
-from fedgradnorm.flower.messages import Greeting, Refusal, arrays_of
+from fedgradnorm.flower.layout import arrays_of
+from fedgradnorm.flower.messages import Greeting, Refusal
 from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task

@@ -12,8 +12,8 @@ from fedgradnorm.config import load_config
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.flower.client import SHARED, table_of
 from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.flower.layout import Layout
 from fedgradnorm.flower.limits import Limits
-from fedgradnorm.flower.messages import Layout
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.training import train_on_grid
 

@@ -30,8 +30,8 @@ from fedgradnorm.config import (
 )
 from fedgradnorm.errors import ConfigError, StoppedError, require
 from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.flower.layout import Layout, arrays_of, tensors_of
 from fedgradnorm.flower.limits import Limits
-from fedgradnorm.flower.messages import Layout, arrays_of, tensors_of
 from fedgradnorm.flower.roster import Roster, module_of
 from fedgradnorm.flower.training import new_experiment, train_on_grid
 from fedgradnorm.messages import Instruction

@@ -220,12 +220,12 @@ def _check_resumable(folder: Path, done: int, faults: Sequence[str]) -> None:
     """Raise RunError for a run that no checkpoint resumes, unless nothing of it would be lost."""
     opened = Run(folder)
     if opened.config.run.experiment is None:
-        why = "its clients are not on other machines: `fedgradnorm resume` goes on with it"
+        why = "its clients are not on other machines: `fedgradnorm resume` resumes it"
         raise RunError(f"{folder}: {why}; {ANEW}")
     if faults:
-        raise RunError(f"{faults[0]}; no sound checkpoint is left to go on from: {ANEW}")
+        raise RunError(f"{faults[0]}; no sound checkpoint is left to resume from: {ANEW}")
     if not done and opened.has_results():
-        why = "there are results of a run, and no checkpoint is left to go on from"
+        why = "there are results of a run, and no checkpoint is left to resume from"
         raise RunError(f"{folder}: {why}: {ANEW}")
 
 
@@ -248,7 +248,7 @@ def _checkpoint_before(folder: Path, start_round: int, done: int) -> Checkpoint:
 def _check_unchanged(opened: Run, config: RunConfig) -> None:
     changed = changes(opened.config.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
-        rule = f"a run goes on with the settings that it began with ({ANEW})"
+        rule = f"a run is resumed with the settings that it began with ({ANEW})"
         raise ConfigError(f"{opened.folder}: {rule}; changed: {changed}")
 
 
