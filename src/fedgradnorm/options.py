@@ -68,13 +68,10 @@ def options_model(maker: Callable[..., Any], given: tuple[str, ...] = ()) -> typ
 
 
 def _model(maker: Callable[..., Any], given: tuple[str, ...]) -> type[BaseModel]:
-    name = getattr(maker, "__name__", type(maker).__name__)
     try:
         parameters = inspect.signature(maker, eval_str=True).parameters
     except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(
-            f"{name!r}: expected a class or function with options: {error}"
-        ) from error
+        raise ConfigError(f"its options cannot be read: {error}") from error
     factories = {
         field.name: Field(default_factory=field.default_factory)
         for field in (dataclasses.fields(maker) if dataclasses.is_dataclass(maker) else ())
@@ -93,5 +90,5 @@ def _model(maker: Callable[..., Any], given: tuple[str, ...]) -> type[BaseModel]
                 default,
             )
     config = ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True)
-    model: type[BaseModel] = create_model(name, __config__=config, **fields)
+    model: type[BaseModel] = create_model("Options", __config__=config, **fields)
     return model

@@ -261,7 +261,7 @@ def _options_model(kind: str, name: str) -> type[BaseModel]:
     try:
         model = options_model(maker, GIVEN[kind])
     except ConfigError as error:
-        raise ConfigError(f"{table}.name: {error}") from error
+        raise ConfigError(f"{table}.name: '{name}': {error}") from error
     for option in RESERVED.get(kind, {"name"}) & model.model_fields.keys():
         reason = f"an option '{option}', which the table [{table}] keeps for itself"
         raise ConfigError(f"{table}.name: '{name}' has {reason}")
