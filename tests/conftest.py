@@ -5,16 +5,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.terminal import TerminalReporter
 from hypothesis import settings
 
 from fedgradnorm import cli
+from tests.helpers import PROFILE, QUICK_EXAMPLES
 
-# One kernel thread: on small tensors, and with other tests beside it, more of them only wait for one another.
+# On small tensors, and beside other tests, several kernel threads only wait for one another.
 torch.set_num_threads(1)
-settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("default")
 # An error of ours in the fast engine is raised, and not taken for a model that has no shortcut.
 os.environ["FEDGRADNORM_STRICT"] = "1"
+for profile, number in (("quick", QUICK_EXAMPLES), ("thorough", 10 * QUICK_EXAMPLES)):
+    settings.register_profile(
+        profile, max_examples=number, deadline=None, derandomize=bool(os.environ.get("CI"))
+    )
+settings.load_profile(PROFILE)
+
+SLOW = ("tests/deployment", "tests/fuzz", "tests/studies", "tests/faults", "tests/parity")
+"""Folders whose tests start first, in this order, so that no worker is left alone with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        folder = "/".join(item.nodeid.split("/")[:2])
+        return SLOW.index(folder) if folder in SLOW else len(SLOW)
+
+    items.sort(key=rank)
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """How many inputs the fuzz tests tried, and how many of them were refused."""
+    for report in terminalreporter.getreports(""):
+        for name, value in report.user_properties if report.when == "teardown" else ():
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 @pytest.fixture(autouse=True)

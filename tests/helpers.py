@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,15 @@ from torch.nn import functional
 
 from fedgradnorm import Client, Federation, Metric, Task
 from fedgradnorm.messages import Report
+
+PROFILE = os.environ.get("FEDGRADNORM_HYPOTHESIS", "quick")
+"""How many examples Hypothesis tries: ``quick``, or ten times as many, ``thorough``."""
+QUICK_EXAMPLES = 30
+
+
+def examples(number: int) -> int:
+    """How many examples a costly property is tried with, of which this is the number for ``quick``."""
+    return number if PROFILE == "quick" else 10 * number
 
 
 def report(

@@ -270,7 +270,7 @@ class Federation(Members):
         """What the encoder's factory gives, its lazy parameters with the shapes that an input gives them."""
         made = self.encoder()
         if isinstance(made, nn.Module) and is_lazy(made):
-            _materialise(made, self._example_of(self.clients[0]), "encoder")
+            _materialise(made, self.example_of(self.clients[0]), "encoder")
         return made
 
     @cached_property
@@ -318,7 +318,7 @@ class Federation(Members):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one input."""
-        return tuple(self._example_of(self.clients[0]).shape[1:])
+        return tuple(self.example_of(self.clients[0]).shape[1:])
 
     @cached_property
     def num_features(self) -> int:
@@ -327,7 +327,7 @@ class Federation(Members):
 
     @cached_property
     def _example_features(self) -> Tensor:
-        return _encode(self.make_encoder(seed=0), self._example_of(self.clients[0]))
+        return _encode(self.make_encoder(seed=0), self.example_of(self.clients[0]))
 
     @cached_property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -429,7 +429,12 @@ class Federation(Members):
                     f"client '{id}': metric '{metric}' cannot be taken of its test data, and will be missing: {why}"
                 )
 
-    def _example_of(self, client: Client) -> Tensor:
+    def example_of(self, client: Client) -> Tensor:
+        """One input of a client as a batch of one, shape ``(1, ...)``.
+
+        Raises:
+            FederationError: the client's data cannot be read.
+        """
         if self.example is not None:
             return self.example
         try:
@@ -443,7 +448,7 @@ class Federation(Members):
 
     def _check_encoder(self, client: Client, encoder: nn.Module) -> Tensor:
         """The features of an example of a client."""
-        example = self._example_of(client)
+        example = self.example_of(client)
         try:
             features = _encode(encoder, example)
         except Exception as error:  # the user's own code may raise anything

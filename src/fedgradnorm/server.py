@@ -141,7 +141,7 @@ def _run_step(
 ) -> tuple[ServerState, RoundRecord]:
     """All of a round, or one step of it where it is in lockstep."""
     before = engine.client_states
-    only_summed = isinstance(aggregate, Mean) and not getattr(weighting, "reads_gradients", True)
+    only_summed = isinstance(aggregate, Mean) and not weighting.reads_gradients
     for attempt in range(training.max_retries + 1):
         instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
         replies = sorted(

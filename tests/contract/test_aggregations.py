@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedgradnorm import ConfigError, Weights
 from fedgradnorm.config import Component
 from fedgradnorm.registry import BUILT_INS, build, resolve
-from tests.helpers import report
+from tests.helpers import examples, report
 
 NAMES = sorted(BUILT_INS["aggregation"])
 ROBUST = ["clipped_mean", "median", "trimmed_mean"]
@@ -27,7 +27,7 @@ CLIENTS = st.lists(
 )  # of each a gradient and a weight
 SCALES = st.floats(0.1, 10)
 
-FEW = settings(max_examples=30)
+FEW = settings(max_examples=examples(10))
 
 
 def make(name):

@@ -13,7 +13,7 @@ from fedgradnorm import WeightingState
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import Component
 from fedgradnorm.registry import BUILT_INS, build, resolve
-from tests.helpers import report
+from tests.helpers import examples, report
 
 NAMES = sorted(BUILT_INS["weighting"])
 EVERY_WEIGHTING = pytest.mark.parametrize("name", NAMES)
@@ -26,7 +26,7 @@ SIGNED = {"imtl_g"}
 
 NUMBERS = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
 GRADIENTS = st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=1, max_size=5)
-FEW = settings(max_examples=40)
+FEW = settings(max_examples=examples(12))
 ROUNDS = st.lists(
     st.dictionaries(
         st.sampled_from("abcd"), st.tuples(st.floats(1e-6, 1e6), st.floats(0, 1e3)), min_size=1
@@ -185,7 +185,7 @@ def test_nothing_to_learn_and_losses_of_any_sign_are_no_trouble(name, rounds):
 
 
 def needs_losses(name):
-    return getattr(make(name), "needs_positive_losses", False)
+    return make(name).needs_positive_losses
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if needs_losses(name)])

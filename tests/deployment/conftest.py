@@ -2,6 +2,7 @@ import contextlib
 
 import pytest
 
+from tests.deployment.client_apps import started
 from tests.deployment.processes import Deployment
 
 
@@ -16,3 +17,10 @@ def deploy(tmp_path):
             return deployment
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def client_apps(tmp_path_factory):
+    """A folder with a ``flwr-clientapp`` that starts at once."""
+    with started(tmp_path_factory.mktemp("apps") / "bin") as folder:
+        yield folder

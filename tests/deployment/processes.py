@@ -20,6 +20,9 @@ from fedgradnorm.runs.folder import Run
 PATIENCE = 600.0
 """Seconds until a condition that never comes true is an error: machines can be slow, so nothing is ever waited for by the clock alone."""
 
+AGAIN = 12.0
+"""Seconds between starts of a node that the SuperLink refuses: each costs seconds of CPU time."""
+
 
 class Deployment:
     """A folder and its processes."""
@@ -56,6 +59,11 @@ class Deployment:
                 path.read_text(),
             )
         )
+
+    def fork_client_apps(self, client: str, programs: Path) -> None:
+        """Let a node start its client's part with the `flwr-clientapp` of this folder."""
+        with (self.folder / f"nodes/{client}/node.env").open("a") as file:
+            file.write(f'PATH="{programs}:$PATH"\n')
 
     def use_superlink_port(self, port: int) -> None:
         """Let the SuperLink listen elsewhere on 127.0.0.1."""
@@ -128,10 +136,14 @@ class Deployment:
     def restart_node(self, client: str) -> None:
         """Start a node that was killed, as systemd does: it is refused until the SuperLink takes the old one for gone."""
         before = self.log("superlink").count("Activated node_id")
+        next_start = 0.0
 
         def connected() -> bool:
-            if client not in self.processes or self.processes[client].poll() is not None:
+            nonlocal next_start
+            ended = client not in self.processes or self.processes[client].poll() is not None
+            if ended and time.monotonic() >= next_start:
                 self.start(client, f"nodes/{client}/supernode.sh")
+                next_start = time.monotonic() + AGAIN
             return self.log("superlink").count("Activated node_id") > before
 
         wait_until(connected, f"{client} is connected again")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.report import write_report
-from fedgradnorm.run import run
-from tests.deployment import misbehaving
+from tests.deployment import lazy_digits, misbehaving
 from tests.deployment.processes import PATIENCE, free_ports, wait_until
 
 pytestmark = pytest.mark.deployment
@@ -26,28 +26,11 @@ FIGURES = (
     "metric",
 )
 DIGITS = (
-    "federation.name=digits",
-    'federation.tasks=["class", "parity"]',
-    "train.num_rounds=4",
+    "federation.name=lazy_digits:make",
+    "train.num_rounds=3",
     "train.eval_every=9",
     "train.head_steps=3",
     "train.encoder_steps=3",
-)
-RADCOM = (
-    *(
-        "federation.name=radcom",
-        'federation.tasks=["modulation", "anomaly"]',
-        "federation.snapshots=5",
-        "federation.snr_min=-8",
-        "federation.snr_max=4",
-    ),
-    *(
-        "model.name=mlp",
-        "model.hidden=[16, 8]",
-        "train.num_rounds=2",
-        "train.eval_every=2",
-        "train.batch_size=16",
-    ),
 )
 
 
@@ -89,84 +72,81 @@ def assert_heads_are_at_home(deployment, run):
         )
 
 
-@pytest.mark.xdist_group("deployment")
-def test_digits_give_the_same_numbers_across_processes_even_if_the_superlink_is_killed_between(
-    deploy,
+def own_federation(module, monkeypatch):
+    """Let this process find a module with a federation, as the deployed app does."""
+    monkeypatch.syspath_prepend(str(Path(module.__file__).parent))
+    return module.__file__
+
+
+def test_a_run_across_processes_gives_the_same_numbers_through_kills_and_lost_states(
+    deploy, client_apps, monkeypatch
 ):
+    module = own_federation(lazy_digits, monkeypatch)
     deployment = deploy("digits", *DIGITS)
+    shutil.copy(module, deployment.folder / "app")
+    deployment.set("nodes/parity/node.env", "LOST_STATE", "newest")
+    deployment.fork_client_apps("parity", client_apps)
     local = deployment.start("local", "local.py")
     wait_until(
         lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready"
     )
-    first = deployment.start_run()
-    wait_until(lambda: deployment.round() >= 2 or first.poll() is not None, "two rounds")
-    deployment.kill_superlink_of("local")
-    deployment.kill("run")
-    done = (
-        deployment.saved_round()
-    )  # the SuperLink may have ended between a round's lines and its checkpoint
-    before = [row for row in deployment.run.rows() if row["round"] <= done]
-    assert 1 <= done < 4
-    deployment.start_superlink()
-    run = deployment.finish(deployment.start_run())
-    assert f"going on after round {done} of 4" in deployment.log("run")
-    assert [row for row in run.rows() if row["round"] <= done] == before
-    reference = in_process(deployment, "reference")
-    assert_same(run, reference)
-    assert_same(run, in_process(deployment, "flower-local"))
-    assert all(row["dropped"] is None for row in run.rows())
-    assert write_report([run], deployment.folder / "report.html").stat().st_size > 1000
-    assert_heads_are_at_home(deployment, run)
+    check_a_killed_superlink(deployment)
+    check_a_lost_state(deployment)
     deployment.kill("superlink")
     local.send_signal(signal.SIGINT)
     local.wait(timeout=PATIENCE)
     assert not deployment.left_over()
 
 
-@pytest.mark.xdist_group("deployment")
-def test_radcom_gives_the_same_numbers_across_processes_and_goes_back_without_a_state_that_is_lost(
-    deploy,
-):
-    deployment = deploy("radcom", *RADCOM)
-    deployment.set("nodes/anomaly/node.env", "LOST_STATE", "newest")
+def check_a_killed_superlink(deployment):
+    """A run whose SuperLink is killed and started again is the run of one process."""
+    first = deployment.start_run()
+    wait_until(lambda: deployment.round() >= 1 or first.poll() is not None, "a round")
+    deployment.kill_superlink_of("local")
+    deployment.kill("run")
+    done = (
+        deployment.saved_round()
+    )  # the SuperLink may have ended between a round's lines and its checkpoint
+    before = [row for row in deployment.run.rows() if row["round"] <= done]
+    assert 1 <= done < 3
     deployment.start_superlink()
-    deployment.do("server/register.sh")
-    deployment.start_nodes()
     run = deployment.finish(deployment.start_run())
+    assert f"going on after round {done} of 3" in deployment.log("run")
+    assert [row for row in run.rows() if row["round"] <= done] == before
     assert_same(run, in_process(deployment, "reference"))
     assert_same(run, in_process(deployment, "flower-local"))
+    assert all(row["dropped"] is None for row in run.rows())
+    assert write_report([run], deployment.folder / "report.html").stat().st_size > 1000
     assert_heads_are_at_home(deployment, run)
 
-    before = run.rows()
-    (lost,) = (deployment.folder / "nodes/anomaly/state").rglob("round-00000001.safetensors")
-    lost.unlink()
-    rows = deployment.finish(deployment.start_run("--run-config", "start-round=2")).rows()
+
+def check_a_lost_state(deployment):
+    """The run goes back to a round of which a client has lost its state and all before it."""
+    before = deployment.run.rows()
+    states = (deployment.folder / "nodes/parity/state").rglob("round-*.safetensors")
+    for path in sorted(states)[:-1]:
+        path.unlink()
+    rows = deployment.finish(deployment.start_run("--run-config", "start-round=3")).rows()
     log = deployment.log("run")
-    assert "the rounds after round 1 are undone: their lines and checkpoints are in " in log
-    assert (
-        "client anomaly: its state of round 1 is lost: it trained with a fresh head and its F(0) of "
-        in log
-    )
-    assert (run.folder / "undone/1/metrics.jsonl").exists()
-    assert rows[:2] == before[:2]
-    again = {row["client"]: row for row in rows[2:]}
-    assert {id: row["dropped"] for id, row in again.items()} == {
-        "modulation": None,
-        "anomaly": None,
-    }
-    assert any("is lost" in note for note in again["anomaly"]["notes"])
-    assert again["anomaly"]["initial_loss"] == next(
-        row["initial_loss"] for row in before if row["client"] == "anomaly"
-    )
-    assert again["modulation"]["loss"] == pytest.approx(
-        before[2]["loss"] if before[2]["client"] == "modulation" else before[3]["loss"], rel=1e-5
-    )
+    assert "the rounds after round 2 are undone: their lines and checkpoints are in " in log
+    lost = "client parity: its state of round 2 is lost: it trained with a fresh head and its F(0) "
+    assert lost in log
+    assert (deployment.run.folder / "undone/1/metrics.jsonl").exists()
+    assert rows[:4] == before[:4]
+    again = {row["client"]: row for row in rows[4:]}
+    assert {id: row["dropped"] for id, row in again.items()} == {"class": None, "parity": None}
+    assert any("is lost" in note for note in again["parity"]["notes"])
+    of_before = {row["client"]: row for row in before[4:]}
+    assert again["parity"]["initial_loss"] == of_before["parity"]["initial_loss"]
+    assert again["class"]["loss"] == pytest.approx(of_before["class"]["loss"], rel=1e-5)
 
 
-def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, monkeypatch):
+def test_faults_end_no_run_and_cost_no_more_than_their_rounds(
+    deploy, client_apps, tmp_path, monkeypatch
+):
     notes = tmp_path / "notes"
     notes.mkdir()
-    monkeypatch.syspath_prepend(str(Path(misbehaving.__file__).parent))
+    module = own_federation(misbehaving, monkeypatch)
     faults = (
         "federation.faults.a.2=raise",
         "federation.faults.b.2=spoil",
@@ -181,7 +161,9 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(deploy, tmp_path, 
         "train.batch_size=8",
     )
     deployment = deploy("faults", *settings, *faults)
-    shutil.copy(misbehaving.__file__, deployment.folder / "app")
+    shutil.copy(module, deployment.folder / "app")
+    deployment.fork_client_apps("b", client_apps)
+    deployment.fork_client_apps("c", client_apps)
     other = deploy("other", *settings)  # another deployment, with a CA and keys of its own
     strangers = {"nobody": "nobody", "double": "a", "unknown-ca": "c", "unregistered": "c"}
     for (name, client), port in zip(strangers.items(), free_ports(len(strangers)), strict=True):

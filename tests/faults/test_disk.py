@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import run
 from fedgradnorm.runs.checkpoint import load_newest
 from fedgradnorm.runs.folder import Run
-from tests.faults.test_kill import launcher, lines, outcome
+from tests.launcher import launcher
+from tests.runs import lines, outcome
 
 ROUNDS, EVERY, CLIENTS = 60, 5, 4
 CONFIG = f"""

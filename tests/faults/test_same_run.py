@@ -29,13 +29,13 @@ from fedgradnorm import (
     resume,
     train,
 )
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import run
 from fedgradnorm.runs.folder import Run
-from tests.faults.test_kill import launcher, lines
-from tests.faults.test_resume import QUICK as WORDS
-from tests.faults.test_resume import after, contents
 from tests.helpers import accuracy, small_encoder
+from tests.launcher import launcher
+from tests.runs import QUICK as WORDS
+from tests.runs import after, contents, lines
 
 QUICK = {"num_rounds": 4, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
 ACCURACY = Metric("accuracy", accuracy, higher_is_better=True)

@@ -16,7 +16,7 @@ from fedgradnorm.engine_wrappers import FaultyEngine
 from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.messages import Instruction
 from fedgradnorm.server import initial_state, instruct, run_round, screen
-from tests.helpers import batch_norm_encoder, report, small_federation
+from tests.helpers import batch_norm_encoder, examples, report, small_federation
 
 TRAINING = TrainConfig(head_steps=1, encoder_steps=1, head_momentum=0.5, batch_size=8)
 ROUND = 5
@@ -339,7 +339,7 @@ def play(rounds, method, aggregate, ratio):
     METHODS,
     ids=lambda method: f"{method.solver}-{method.group_by}-{method.normalize}-{method.gamma:g}",
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(12))
 @given(
     rounds=HOSTILE,
     ratio=st.sampled_from([None, 3.0]),
@@ -360,7 +360,7 @@ def test_weights_stay_finite_positive_and_sum_to_the_number_of_clients_whatever_
     [Mean(), ClippedMean(), Median(), TrimmedMean()],
     ids=lambda one: type(one).__name__,
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(12))
 @given(rounds=HOSTILE, ratio=st.sampled_from([None, 3.0]))
 def test_the_encoder_stays_finite_whatever_comes_in(aggregate, rounds, ratio):
     """An encoder that is infinite once stays so for good: every later gradient is NaN."""

@@ -5,14 +5,13 @@ import torch
 from torch import nn
 
 from fedgradnorm import ConfigError, FederationError, StoppedError, train
+from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
-from fedgradnorm.run import resume, run
 from fedgradnorm.runs.folder import Run
-from tests.faults.test_kill import outcome
-from tests.faults.test_resume import QUICK as SMALL
-from tests.faults.test_resume import after, contents
 from tests.helpers import small_encoder, small_federation, timeless
+from tests.runs import QUICK as SMALL
+from tests.runs import after, contents, outcome
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fedgradnorm.FedGradNormWarning"

@@ -1,8 +1,8 @@
 """Everything that comes from outside, damaged: only a FedGradNormError may come out, in time, and no other file may change.
 
-The inputs are shared out over the targets below; a normal run tries some 2,600. A long run, with 100,000:
+The inputs are shared out over the targets below; a normal run tries some 1,000. A long run, with 100,000:
 
-    FEDGRADNORM_FUZZ_EXAMPLES=100000 pytest tests/fuzz -q
+    FEDGRADNORM_FUZZ_EXAMPLES=100000 pytest tests/fuzz/test_fuzz.py -q -n 2
 """
 
 import copy
@@ -38,23 +38,23 @@ from rich.console import Console
 from safetensors.torch import load, save
 
 from fedgradnorm.aggregation.mean import Mean
+from fedgradnorm.api import train
 from fedgradnorm.build import resolve_config
 from fedgradnorm.config import RunConfig, TrainConfig, load_config
 from fedgradnorm.errors import FedGradNormError
 from fedgradnorm.federations import mtfl
-from fedgradnorm.federations.mtfl_images import read_faces
+from fedgradnorm.federations.mtfl_annotations import read_faces
 from fedgradnorm.federations.radcom_hdf5 import read_hdf5
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.report import comparison_table, write_report
-from fedgradnorm.run import train
 from fedgradnorm.runs.checkpoint import load_checkpoint, load_newest
 from fedgradnorm.runs.folder import Run, RunWriter
 from fedgradnorm.runs.models import load_model
 from fedgradnorm.server import ServerState, advance, screen
 from fedgradnorm.weighting.fedgradnorm import FedGradNorm
-from tests.helpers import small_federation
+from tests.helpers import examples, small_federation
 
-TOTAL = int(os.environ.get("FEDGRADNORM_FUZZ_EXAMPLES", "2000"))
+TOTAL = int(os.environ.get("FEDGRADNORM_FUZZ_EXAMPLES", examples(800)))
 SHARES = {
     "config files": 14,
     "overrides": 12,
@@ -70,17 +70,47 @@ SHARES = {
     "reports": 14,
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
-SECONDS = 20
-"""No input takes longer, on a busy machine either."""
+SECONDS, PATIENCE = 20, 600
+"""The CPU time that no input takes, and the time after which one is taken for stuck."""
 
+TARGETS: dict[str, str] = {}
+"""The target of each test."""
 TRIED: Counter[str] = Counter()
 REFUSED: Counter[str] = Counter()
 FAILED: Counter[str] = Counter()
 
 
+def inputs_for(target: str) -> int:
+    return max(1, math.ceil(TOTAL * SHARES[target] / sum(SHARES.values())))
+
+
 def fuzzing(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    number = max(1, math.ceil(TOTAL * SHARES[target] / sum(SHARES.values())))
-    return settings(max_examples=number, deadline=None, suppress_health_check=list(HealthCheck))
+    """Marks a test as that of a target, and says how many inputs it tries."""
+    limits = settings(
+        max_examples=inputs_for(target), deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        TARGETS[test.__name__] = target
+        return limits(test)
+
+    return mark
+
+
+@pytest.fixture(autouse=True)
+def enough_inputs(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Iterator[None]:
+    """After a test: how many inputs it tried, and that they were as many as they should be."""
+    target = TARGETS.get(request.node.originalname)
+    for counter in (TRIED, REFUSED, FAILED):
+        counter.clear()
+    yield
+    if target is not None:
+        tried = f"{TRIED[target]}, {REFUSED[target]} of them refused, {FAILED.total()} failures"
+        record_property(f"fuzzed {target}", tried)
+        # A known failure is all that Hypothesis tries again.
+        assert FAILED or TRIED[target] >= inputs_for(target)
 
 
 class TooLongError(BaseException):
@@ -160,8 +190,9 @@ class Sandbox:
         """Try one input: a FedGradNormError is an answer, anything else a failure."""
         TRIED[target] += 1
         WATCH.seen.clear()
-        before = signal.signal(signal.SIGALRM, _too_long)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        before = {number: signal.signal(number, _too_long) for number in TIMERS}
+        for timer, seconds in TIMERS.values():
+            signal.setitimer(timer, seconds)
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("FEDGRADNORM_CACHE", str(self.given / "cache"))
@@ -176,8 +207,9 @@ class Sandbox:
             raise
         finally:
             WATCH.folder = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            for number, (timer, _) in TIMERS.items():
+                signal.setitimer(timer, 0)
+                signal.signal(number, before[number])
         touched = WATCH.seen or [
             path.name for path in self.path.iterdir() if path.name not in ("given", "canary")
         ]
@@ -186,8 +218,14 @@ class Sandbox:
             raise AssertionError(f"touched: {touched}")
 
 
-def _too_long(*_: object) -> None:
-    raise TooLongError(f"longer than {SECONDS} s")
+TIMERS = {
+    signal.SIGPROF: (signal.ITIMER_PROF, SECONDS),
+    signal.SIGALRM: (signal.ITIMER_REAL, PATIENCE),
+}
+
+
+def _too_long(number: int, _: object) -> None:
+    raise TooLongError(f"longer than {TIMERS[signal.Signals(number)][1]} s")
 
 
 @pytest.fixture(scope="module")
@@ -1367,21 +1405,5 @@ def _go_on(sound: list[Report], sent: Mapping[str, torch.Tensor], training: Trai
         assert (buffer.shape, buffer.dtype) == (sent[name].shape, sent[name].dtype)
 
 
-def test_every_target_was_tried(request: pytest.FixtureRequest) -> None:
-    """The last test: how many inputs were tried, and what they found."""
-    tried, failures = sum(TRIED.values()), sum(FAILED.values())
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    if reporter is not None and capture is not None:
-        with capture.global_and_fixture_disabled():
-            reporter.write_line("")
-            reporter.write_line(f"fuzzed inputs tried: {tried}, failures: {failures}")
-            for target in SHARES:
-                reporter.write_line(
-                    f"  {target}: {TRIED[target]}, {REFUSED[target]} of them refused"
-                )
-            for failure, number in FAILED.items():
-                reporter.write_line(f"  failure in {failure}, {number} times")
-    if set(TRIED) != set(SHARES):
-        pytest.skip("only some of the targets ran here")
-    assert FAILED or tried >= min(TOTAL, 2000)  # a known failure is all that Hypothesis tries again
+def test_every_target_has_a_test() -> None:
+    assert sorted(TARGETS.values()) == sorted(SHARES)

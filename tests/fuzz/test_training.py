@@ -1,6 +1,6 @@
 """Training what users bring, drawn at random: each run ends with the same numbers on both engines, or with an error that names the client.
 
-A normal run tries 600 federations. A long one, with 20,000:
+A normal run tries 240 federations. A long one, with 20,000:
 
     FEDGRADNORM_FUZZ_FEDERATIONS=20000 pytest tests/fuzz/test_training.py -q -n 2
 """
@@ -26,9 +26,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 from fedgradnorm import Client, Federation, FedGradNorm, FedGradNormError, Metric, Task, train
-from tests.helpers import small_task
+from tests.helpers import examples, small_task
 
-TOTAL = int(os.environ.get("FEDGRADNORM_FUZZ_FEDERATIONS", "600"))
+TOTAL = int(os.environ.get("FEDGRADNORM_FUZZ_FEDERATIONS", examples(240)))
 PARTS = 4
 """The examples are shared out over so many tests, which can run side by side."""
 

@@ -78,7 +78,7 @@ def test_a_number_may_name_a_folder():
         (["trian.num_rounds=5"], "unknown key 'trian'; did you mean 'train'?"),
         (
             ["train.num_rounds=0"],
-            "train.num_rounds: expected greater than or equal to 1, found 0 on the command line",
+            "train.num_rounds: expected a number of at least 1, found 0 on the command line",
         ),
         (["train.num_rounds=many"], "train.num_rounds: expected a valid integer"),
         (["train.encoder_lr=nan"], "train.encoder_lr: expected"),
@@ -214,7 +214,8 @@ def test_a_table_without_a_name_keeps_the_default_part():
         (
             "method",
             Component(name="tests.helpers:small_encoder"),
-            "train.method.name: 'tests.helpers:small_encoder' makes no method",
+            "train.method.name: 'tests.helpers:small_encoder' makes an object of type Sequential, not a valid method: "
+            "derive it from fedgradnorm.training.Method",
         ),
     ],
 )

@@ -16,11 +16,11 @@ from fedgradnorm import (
     resume,
     train,
 )
+from fedgradnorm.api import run
 from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
-from fedgradnorm.run import run
 from fedgradnorm.runs.folder import Run
 from fedgradnorm.runs.summary import rounds_to, silent_texts
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_federation, timeless

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import tomli_w
 from filelock import FileLock, Timeout
@@ -53,7 +53,7 @@ __all__ = [
     "being_written",
     "check_free",
     "create_run",
-    "how_to_go_on",
+    "how_to_resume",
     "load_config_of",
     "lock_of",
     "put_back",
@@ -66,14 +66,6 @@ __all__ = [
 CHECKPOINTS, PROFILE, UNDONE = "checkpoints", "profile", "undone"
 LOCK_TIMEOUT = 5.0
 """Seconds that a run waits for another one in its folder to end, such as one that was just killed."""
-CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
-    "loss",
-    "inverse_training_rate",
-    "grad_norm",
-    "weight",
-    "metric",
-)
-"""What goes to TensorBoard."""
 STATUS = "status.json"
 ENTRIES = {
     *("config.toml", "members.json", "metrics.jsonl", "summary.json", STATUS),
@@ -109,12 +101,6 @@ class RunWriter:
         with self._writing(), ExitStack() as undo:
             self._metrics = undo.enter_context((folder / "metrics.jsonl").open("a+b"))
             self._metrics.truncate(_end_of_round(self._metrics, folder, round))
-            events = folder / "tensorboard"
-            self._tensorboard = (
-                _tensorboard_writer(events, purge_step=round + 1)
-                if config.run.tensorboard
-                else None
-            )
             undo.pop_all()
 
     def __enter__(self) -> Self:
@@ -130,23 +116,14 @@ class RunWriter:
             suppress(OSError) if error is not None else self._writing()
         ):  # what an error left unsaid is not worth a second one
             self._metrics.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
 
     def write_round(self, rows: Sequence[Row]) -> None:
-        """Add a round's lines to metrics.jsonl and its figures to TensorBoard."""
+        """Add a round's lines to metrics.jsonl."""
         with self._writing():
             self._metrics.write(
                 "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
             )
             self._metrics.flush()
-            if self._tensorboard is not None:
-                for row in rows:
-                    for key in CURVES:
-                        if row[key] is not None:
-                            self._tensorboard.add_scalar(
-                                f"{key}/{row['client']}", row[key], row["round"]
-                            )
 
     def write_members(self, members: MembersRecord) -> None:
         """Write members.json."""
@@ -160,14 +137,18 @@ class RunWriter:
         members: MembersRecord,
         seconds: float,
         costs: Mapping[str, float],
-    ) -> None:
-        """Write a checkpoint, after the lines that belong to it are on the disk."""
+    ) -> Path:
+        """Write a checkpoint, after the lines that belong to it are on the disk.
+
+        Returns:
+            Its path.
+        """
         with self._writing():
             os.fsync(self._metrics.fileno())
             checkpoint = Checkpoint(
                 server, clients, self.config.model_dump(mode="json"), members, seconds, costs
             )
-            save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
+            return save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.run.keep)
 
     def write_models(self, encoder: nn.Module, states: Mapping[str, ClientState]) -> None:
         """Save the encoder's state and every client's head, with the encoder buffers, and the encoder, of its own."""
@@ -198,7 +179,7 @@ class RunWriter:
         except OSError as error:
             raise RunError(
                 f"run folder {self.folder}: cannot be written: {error.strerror or error}. Its last checkpoint is sound; "
-                f"when it can be written again: {how_to_go_on(self.folder, self.config)}"
+                f"when it can be written again: {how_to_resume(self.folder, self.config)}"
             ) from error
 
 
@@ -389,11 +370,11 @@ def write_config(folder: Path, config: RunConfig) -> None:
         write_atomically(folder / "config.toml", _toml_of(config))
     except OSError as error:
         raise RunError(
-            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: {how_to_go_on(folder, config)}"
+            f"run folder {folder}: cannot be written: {error.strerror or error}; when it can be: {how_to_resume(folder, config)}"
         ) from error
 
 
-def how_to_go_on(folder: Path, config: RunConfig) -> str:
+def how_to_resume(folder: Path, config: RunConfig) -> str:
     """How a run is gone on with: by a command, or where its clients are on other machines by its Flower app."""
     return (
         f"fedgradnorm resume {folder}"
@@ -650,11 +631,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     write_atomically(
         path, to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
     )
-
-
-def _tensorboard_writer(folder: Path, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=purge_step)

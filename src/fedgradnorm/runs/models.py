@@ -8,19 +8,23 @@ from torch import Tensor, nn
 
 from fedgradnorm.build import build_federation
 from fedgradnorm.client import evaluate_client, load_head
+from fedgradnorm.client import load_model as load_client
 from fedgradnorm.errors import FederationError, RunError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federation import Federation
 from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_models
 from fedgradnorm.modules import load_held
 from fedgradnorm.parameters import load_buffers, load_flat
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.folder import CHECKPOINTS, Run
 
 __all__ = ["check_client_id", "evaluate_run", "federation_of", "joined", "load_model"]
 
 
 def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
-    """The whole model of a client from a run's folder: the shared or its own encoder, with the client's own buffers, and its head.
+    """The model of a client from a run's folder: the encoder that it uses, and its head.
+
+    The models of a run that was killed, and has none yet, come from its newest checkpoint.
 
     Args:
         run: the run's folder.
@@ -76,6 +80,12 @@ def _loaded(opened: Run, client: str, federation: Federation) -> nn.Module:
     member = federation.client(client)
     seed = opened.config.train.seed
     encoder, head = federation.make_encoder(seed), federation.make_head(member, seed)
+    if not (opened.folder / "models" / "encoder.safetensors").exists():
+        checkpoint, _, _ = load_newest(opened.folder / CHECKPOINTS)
+        if checkpoint is not None and client in checkpoint.clients:
+            state, server = checkpoint.clients[client], checkpoint.server
+            load_client(encoder, head, state, server.encoder, server.buffers)
+            return joined(encoder, head)
     saved = opened.tensors(f"heads/{client}.safetensors")
     try:
         shared = opened.tensors("encoder.safetensors")

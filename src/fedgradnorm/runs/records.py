@@ -92,7 +92,7 @@ class ClientRecord(TypedDict):
     head: list[tuple[str, tuple[int, ...]]] | None
     train: DataRecord | None
     test: DataRecord | None
-    percent: NotRequired[bool]
+    percent: bool
     loss_floor: NotRequired[FiniteFloat | None]
     modules: NotRequired[list[str] | None]
     model: NotRequired[ModelRecord | None]
@@ -109,7 +109,7 @@ class MembersRecord(TypedDict):
     encoder: list[tuple[str, tuple[int, ...]]]
     fixed: dict[str, list[FiniteFloat]]
     clients: dict[str, ClientRecord]
-    buffers: NotRequired[str]
+    buffers: str
     norm_layer: NotRequired[list[str] | None]
     modules: NotRequired[list[str] | None]
 

@@ -1,68 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
-<title>$title</title>
-<style>
-$style
-  h4 { font-size: 1rem; margin: 1.1rem 0 .2rem; overflow-wrap: anywhere; }
-  .question { font-size: 1.08rem; color: #555b63; }
-  .answers { font-size: 1.08rem; }
-  .answers ul, .note ul { margin: .3rem 0; padding-left: 1.2rem; max-width: 62rem; }
-  .answers h3 { margin: .7rem 0 0; }
-  .answers details { font-size: .95rem; }
-  .legend { align-items: center; }
-  button.key { font: inherit; border: 0; background: none; padding: .1rem .2rem; cursor: pointer; }
-  button.key:focus-visible { outline: 2px solid #1c1f23; }
-  button.key[aria-pressed=false] { opacity: .38; text-decoration: line-through; }
-  .key svg { flex: none; }
-  .hint { color: #555b63; font-size: .85rem; }
-  caption { text-align: left; color: #555b63; padding-bottom: .3rem; }
-  th small, td small { font-weight: 400; color: #555b63; font-size: .82rem; white-space: nowrap; }
-  th small { white-space: normal; display: inline-block; max-width: 9.5rem; }
-  table.speed td, table.speed th { vertical-align: top; }
-  .better { background: #d9eaf5; }
-  .worse { background: #fce3cf; }
-  td.left, th.left { text-align: left; }
-  td.absent { text-align: left; color: #555b63; font-style: italic; }
-  table.methods td, table.methods th { vertical-align: top; }
-  dl { display: grid; grid-template-columns: max-content minmax(0, 52rem); gap: .25rem 1rem; margin: .3rem 0; font-size: .9rem; }
-  dt { font-weight: 600; }
-  dd { margin: 0; }
-  table.speed td, table.speed th { padding: .22rem .45rem; }
-  .forests { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 370px), 1fr)); gap: 1.1rem 1.6rem; margin: 1.2rem 0 0; }
-  .charts.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-  @media (max-width: 900px) { .legend { position: static; } .charts.three { grid-template-columns: minmax(0, 1fr); } }
-  .chart { height: 230px; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="question">$question</p>
-<div class="answers">$answers</div>
-<details class="note"><summary>How sure this is</summary>$caveats</details>
-</header>
-<div class="legend">$legend<span class="hint">$hint</span></div>
-<main>
-<noscript><p>The charts need JavaScript; the tables hold their figures.</p></noscript>
-$variants
-<h2>$tuning_title</h2>
-$tuning
-<h2>$runs_title</h2>
-$cells
-<h2>The words</h2>
-$terms
-<h2>The methods</h2>
-<div class="scroll">$methods</div>
-<h2>Settings</h2>
-<details><summary>The study</summary>$settings</details>
-</main>
-<script>$plotly</script>
-<script type="application/json" id="data">$data</script>
-<script>
 (function () {
   "use strict";
   var data = JSON.parse(document.getElementById("data").textContent), looks = data.looks;
@@ -161,6 +96,3 @@ $terms
   });
   draw();
 })();
-</script>
-</body>
-</html>

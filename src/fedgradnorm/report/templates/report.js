@@ -1,39 +1,8 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="findings">$findings</p>
-<p class="note">$caveat</p>
-</header>
-<div class="legend">$legend</div>
-<main>
-<h2>Runs</h2>
-<div class="scroll">$runs</div>
-$dropped
-$notes
-<h2>Results by task</h2>
-<div class="scroll">$table</div>
-<p class="note">$explanation</p>
-<h2>Round by round</h2>
-<noscript><p>The charts need JavaScript; the tables above hold their last values.</p></noscript>
-$tasks
-<h2>Settings</h2>
-$settings
-</main>
-<script>$plotly</script>
-<script type="application/json" id="charts">$charts</script>
-<script>
 (function () {
   "use strict";
+  // Plotly reads names as HTML.
+  function text(name) { return name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); }
+
   function faded(colour) {
     var parts = [1, 3, 5].map(function (at) { return parseInt(colour.slice(at, at + 2), 16); });
     return "rgba(" + parts.join(",") + ",0.16)";
@@ -48,7 +17,7 @@ $settings
       guess: { mode: "lines", line: { color: line.colour, width: 1.4, dash: "4px,3px" } },
       band: { mode: "lines", line: { color: line.colour, width: 0 }, fillcolor: faded(line.colour), hoverinfo: "skip" }
     };
-    var base = { type: "scatter", x: line.x, y: y, name: line.name, showlegend: false, connectgaps: false };
+    var base = { type: "scatter", x: line.x, y: y, name: text(line.name), showlegend: false, connectgaps: false };
     if (line.kind !== "band") base.hovertemplate = "%{fullData.name}<br>round %{x}: %{y:.4~g}<extra></extra>";
     return Object.assign(base, styles[line.kind], extra);
   }
@@ -95,6 +64,3 @@ $settings
     document.querySelectorAll("details").forEach(function (details) { details.open = true; });
   });
 })();
-</script>
-</body>
-</html>
