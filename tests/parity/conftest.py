@@ -1,4 +1,4 @@
-"""Which executor the programs have: ``--executor=python`` runs all parity tests without TorchScript.
+"""The programs' executor: ``--executor=python`` runs all parity tests without TorchScript.
 
 By default the quick ones run with both, the others with TorchScript.
 """

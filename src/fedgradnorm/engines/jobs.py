@@ -59,7 +59,7 @@ def each(
     items: Sequence[object],
     *more: Iterable[object],
 ) -> Iterator[Done]:
-    """What the work returns for each item, in order, by so many threads with so many kernel threads."""
+    """The work's result for each item, in order. Each worker has so many kernel threads."""
     with kernel_threads(kernels):
         if min(workers, len(items)) <= 1:
             yield from map(work, items, *more)

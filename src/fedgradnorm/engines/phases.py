@@ -1,4 +1,4 @@
-"""The phases of a client's round as programs: SGD steps on a part of a model, which read all of it."""
+"""The phases of a client's round as programs: SGD steps on a part of a model."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ It is far above rounding, which is a large share of a gradient near a minimum.
 """
 
 
-class WrongProgram(Exception):  # noqa: N818  # it says what is to be done: the round again, without it
+class WrongProgram(Exception):  # noqa: N818  # it is an answer
     """A shortcut gives other numbers than the code that it stands for.
 
     A program's step has another loss or gradient than autograd has of the model, or an example has
@@ -52,7 +52,7 @@ class Phase:
         shared: the prefixes of untrained tensors that stacked clients share: these are not stacked.
 
     Raises:
-        Exception: whatever `Program` or ``vmap`` raises on a model that cannot be traced or stacked.
+        Exception: whatever `Program` or ``vmap`` raises on such a model.
 
     Attributes:
         trained: the names of the trained parameters, in the model's order. The loss need not

@@ -284,7 +284,7 @@ def _is_bound(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _one_by_one(encoder: nn.Module, inputs: Tensor) -> bool:
-    """Whether the features of an example depend neither on the rest of its batch nor on the mode."""
+    """Whether an example's features depend neither on the rest of its batch nor on the mode."""
     if len(inputs) < 2:
         return False
     whole, parts = encoder(inputs), None

@@ -8,12 +8,12 @@ import torch
 from pydantic import ByteSize
 from torch import Tensor, nn
 
-from fedgradnorm.client import ClientState, evaluate_client, initial_state, load_model, local_update
+from fedgradnorm.client import ClientState, initial_state, local_update
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.data import size, tensors
+from fedgradnorm.data import tensors
 from fedgradnorm.engine import Engine
-from fedgradnorm.engines.failures import Attempt, is_an_answer, is_strict, unexpected
-from fedgradnorm.engines.jobs import FEWEST_STACKED, Failed, Job, chunks, each, stack_widths
+from fedgradnorm.engines.failures import is_an_answer, is_strict, unexpected
+from fedgradnorm.engines.jobs import FEWEST_STACKED, Failed, Job, each, stack_widths
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, ProgramSteps, encoded_once
 from fedgradnorm.engines.phases import WrongProgram
 from fedgradnorm.engines.placement import at_home, device_named, free_memory, instructions_on
@@ -22,25 +22,24 @@ from fedgradnorm.engines.stacked import (
     Member,
     Trained,
     outcomes,
-    stacked_evaluations,
     stacked_order,
     stacked_update,
 )
 from fedgradnorm.engines.store import GradientStore
+from fedgradnorm.engines.testing import Tested, Tests
 from fedgradnorm.engines.workspace import Workspace
 from fedgradnorm.errors import ClientError, described, require
-from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation, evaluate
-from fedgradnorm.federation import Client, Federation
+from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
+from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.randomness import Generators, quick_generator
-from fedgradnorm.threads import kernel_threads
 from fedgradnorm.training.steps import PlainSteps, Steps, encoded
 
 __all__ = ["VectorizedEngine"]
 
 CACHE_BYTES = 8 * 2**20
-"""The encoders of a stack take no more bytes than this together, so that they stay in the caches."""
+"""The encoders of a stack take at most this together, so that they stay in the caches."""
 
 THREADED_FLOPS = 5_000_000
 """Minimum floating-point operations of a step for which clients that run in Python gain from
@@ -48,9 +47,6 @@ threads: with smaller steps threads wait for the interpreter."""
 
 LARGE_FLOPS = 100_000_000
 """Minimum floating-point operations of a step for which kernels gain from several threads."""
-
-TESTED_TOGETHER = 200
-"""Number of small clients whose test data pass through the encoder at once."""
 
 TRIED = 0.25
 """The share of rounds in which a step of each kind of clients is compared with autograd."""
@@ -105,7 +101,7 @@ class VectorizedEngine(Engine):
             for client in federation.clients
         }
         self.shortcuts = Shortcuts(federation, seed, self.device)
-        self._tests_draw = False
+        self._tests = Tests(self.shortcuts)
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:
@@ -330,81 +326,5 @@ class VectorizedEngine(Engine):
         self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> dict[str, Evaluation]:
         """Test every client that has test data."""
-        with_tests = [
-            client.id for client in self.federation.clients if client.test_data is not None
-        ]
-        clients = [self.shortcuts.client(id) for id in with_tests]
         self.shortcuts.drop_changed()
-        at_once, in_turn = self._test_groups(clients, batch_size)
-        test = partial(self._test, encoder, buffers, batch_size)
-        before = Generators.now(self.device)
-        evaluations: dict[str, Evaluation] = {}
-        for group, results in zip(at_once, each(test, self.threads, 1, at_once), strict=True):
-            evaluations |= results
-            in_turn += [] if results else group
-        if Generators.now(self.device) != before:
-            # A metric may draw: then clients are tested one after another, each with its own seed.
-            before.put_back(self.device)
-            self._tests_draw, in_turn = True, clients
-        with kernel_threads(1):
-            for client in in_turn:
-                head, own = self.shortcuts.head_alone(client), self.shortcuts.own
-                load_model(own.encoder, head, self._states[client.id], encoder, buffers)
-                evaluations[client.id] = evaluate_client(
-                    client, own.encoder, head, self.seed, batch_size
-                )
-        return {client.id: evaluations[client.id] for client in clients}
-
-    def _test_groups(
-        self, clients: Sequence[Client], batch_size: int
-    ) -> tuple[list[list[Client]], list[Client]]:
-        """Which clients are tested together, and which only while no other is tested."""
-        small: dict[object, list[Client]] = {}
-        in_turn: list[Client] = []
-        at_once: list[list[Client]] = []
-        for client in clients:
-            if self._tests_small(client, batch_size) and isinstance(client.test_data, tuple):
-                inputs, _ = client.test_data
-                small.setdefault((inputs.shape[1:], inputs.dtype), []).append(client)
-            elif self._tests_alone(client):
-                in_turn.append(client)
-            else:
-                at_once.append([client])
-        at_once += [chunk for alike in small.values() for chunk in chunks(alike, TESTED_TOGETHER)]
-        return at_once, in_turn
-
-    def _tests_alone(self, client: Client) -> bool:
-        """Whether a client is tested while no other is: it may draw, or its data be a data set."""
-        plan = self.shortcuts.plan_of.get(client.id)
-        planned = plan is not None and plan.way != "alone"
-        return self._tests_draw or not planned or not isinstance(client.test_data, tuple)
-
-    def _tests_small(self, client: Client, batch_size: int) -> bool:
-        plan, data = self.shortcuts.plan_of.get(client.id), client.test_data
-        small = isinstance(data, tuple) and size(data) <= min(EVALUATION_BATCH, batch_size)
-        return small and plan is not None and plan.way == "stacked" and not self._tests_draw
-
-    def _test(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int,
-        clients: Sequence[Client],
-    ) -> dict[str, Evaluation]:
-        """The evaluations of clients that can be tested together.
-
-        None where that fails: then they have to be tested alone.
-        """
-        with Attempt("clients are tested one at a time"), self.shortcuts.workspace() as workspace:
-            if self._tests_small(clients[0], batch_size):
-                return stacked_evaluations(clients, self._states, encoder, workspace)
-            evaluations = {}
-            for client in clients:
-                head = workspace.head(client)
-                load_model(workspace.encoder, head, self._states[client.id], encoder, buffers)
-                if client.test_data is not None:
-                    evaluations[client.id] = evaluate(
-                        client.task, workspace.encoder, head, client.test_data, batch_size
-                    )
-            return evaluations
-        return {}
+        return self._tests.run(Tested(self._states, encoder, buffers, batch_size), self.threads)

@@ -16,7 +16,7 @@ DEFECTS = [
     "fedgradnorm.engines.planning.same",
     "fedgradnorm.engines.planning.stack_of",
     "fedgradnorm.engines.vectorized.stacked_update",
-    "fedgradnorm.engines.vectorized.stacked_evaluations",
+    "fedgradnorm.engines.testing._evaluations",
 ]
 
 
