@@ -36,7 +36,7 @@ FEW, SMALL = 4, 1024
 NOT_BY_NUMBER = (Mapping, IterableDataset, str, bytes, np.ndarray, Tensor)
 """Types that have a length and items, but are not a dataset of pairs."""
 
-WEIGHTS = "; weights of examples belong into the target{}, where the loss reads them"
+WEIGHTS = "; weights of examples belong in the target{}, where the loss reads them"
 
 COLUMNS = "for the columns of the inputs, and of the targets"
 HINTS = {

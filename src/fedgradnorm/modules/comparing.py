@@ -78,7 +78,7 @@ def comparable(value: Any, inside: tuple[int, ...] = ()) -> object:
     if id(value) in inside or isinstance(value, Tensor):
         return kind
     if isinstance(value, nn.Module):
-        hooks = [list(vars(value)[name].values()) for name in HOOKS]
+        hooks = [list(vars(value).get(name, {}).values()) for name in HOOKS]
         own = {name: held for name, held in vars(value).items() if name not in OF_TORCH}
         return kind, comparable([hooks, own], within)
     if isinstance(value, Mapping | list | tuple | deque):
