@@ -72,7 +72,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "uncertainty": "fedgradnorm.weighting.uncertainty:Uncertainty",
     },
     "engine": {
-        "flower-local": "fedgradnorm.flower.engine:FlowerLocalEngine",
+        "flower-local": "fedgradnorm.flower.local_engine:FlowerLocalEngine",
         "reference": "fedgradnorm.engines.reference:ReferenceEngine",
         "vectorized": "fedgradnorm.engines.vectorized:VectorizedEngine",
     },
@@ -116,10 +116,8 @@ def check_name(kind: str, name: str) -> None:
     """Raise ConfigError for a name that is neither built in nor ``module:attribute``; no import."""
     known = BUILT_INS[kind]
     if name not in known and ":" not in name:
-        raise ConfigError(
-            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)}"
-            " (your own: 'module:attribute')"
-        )
+        hint = f"{nearest(name, known)} (your own: 'module:attribute')"
+        raise ConfigError(f"{_table(kind)}.name: there is no {kind} '{name}'; {hint}")
 
 
 def resolve(kind: str, name: str) -> Any:

@@ -12,8 +12,9 @@ from fedgradnorm import StoppedError
 from fedgradnorm.flower import GridEngine
 from fedgradnorm.flower import engine as engine_module
 from fedgradnorm.flower import exchange as exchange_module
-from fedgradnorm.flower.engine import Limits
 from fedgradnorm.flower.exchange import exchange
+from fedgradnorm.flower.limits import Limits
+from fedgradnorm.flower.messages import Refusal, refusal_reply
 from fedgradnorm.flower.roster import roster_of
 from tests.flower.nodes import AT_ONCE, Site, dropped, in_round, lost, raising
 from tests.helpers import small_federation
@@ -64,7 +65,7 @@ class Apart(Grid):
 
 
 class ApartEngine(GridEngine):
-    def _message(self, content, kind, node, group, ttl=None):
+    def create_message(self, content, kind, node, group, ttl=None):
         return self.grid.create_message(
             content, kind, node, group, ttl or self.limits.round_timeout
         )
@@ -118,8 +119,17 @@ def test_who_is_only_a_little_slower_than_enough_others_counts(site):
     assert not came.early
 
 
-def test_an_error_is_an_answer_and_not_one_of_enough(site):
-    site.wire.nodes[2] = lambda message, _: Message(Error(2, "no"), reply_to=message)
+def refusing(message, _):
+    return refusal_reply(Refusal(code="wrong-client", words="no"), message)
+
+
+def failing(message, _):
+    return Message(Error(2, "no"), reply_to=message)
+
+
+@pytest.mark.parametrize("answer", [failing, refusing])
+def test_an_error_and_a_refusal_are_answers_and_not_among_the_enough(site, answer):
+    site.wire.nodes[2] = answer
     grid = Apart(site, held={3})
     came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=1.5, enough=2)
     assert len(came.replies) == 2
@@ -186,7 +196,7 @@ def test_what_the_superlink_fails_at_is_no_lateness_of_a_client(monkeypatch, cap
     with pytest.raises(StoppedError, match=f"a, b, c: no report: its {what}: OSError: busy"):
         site.train(engine=engine, num_rounds=3, max_retries=0)
     monkeypatch.setattr(engine.grid, name, sound)
-    assert not engine._rests.times
+    assert not engine.rests.times
     assert " of 3 exchanges, the last: OSError: busy" in caplog.text
 
 
@@ -220,7 +230,7 @@ def test_a_reply_that_is_lost_by_a_fetch_that_failed_is_no_lateness(monkeypatch)
     assert set(dropped(result.rows, "b").values()) == {
         "no report: its reply could not be fetched: OSError: busy"
     }
-    assert not engine._rests.times
+    assert not engine.rests.times
 
 
 class Stopped(BaseException):

@@ -13,10 +13,8 @@ from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from fedgradnorm.runs.checkpoint import load_newest
 from fedgradnorm.runs.folder import Run
-from tests.flower.nodes import changed, dropped, in_round, lost, untouched
-from tests.flower.own_app import Net, initial
-from tests.flower.test_engine import evaluating, with_loss
-from tests.flower.test_mod import SHARED, Own, spoil, values
+from tests.flower.nodes import changed, dropped, evaluating, in_round, lost, untouched, with_loss
+from tests.flower.own_app import SHARED, Net, Own, initial, spoil, values
 from tests.helpers import timeless
 
 
@@ -402,7 +400,9 @@ class Moved(Net):
 
     def __init__(self):
         super().__init__()
-        self.body = self._modules.pop("body")
+        body = self.body
+        del self.body
+        self.body = body
 
 
 def test_a_model_whose_layers_changed_places_does_not_go_on(tmp_path):

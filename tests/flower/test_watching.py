@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from fedgradnorm import StoppedError
 from fedgradnorm.errors import ConfigError, printable
@@ -50,7 +51,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("fedgradnorm.cli.terminal.console", Console(width=400))
 
 
 def certificate(path, days):
@@ -145,7 +146,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     assert code == 1
     assert f"{run}: training, round 1 of 5; " in out
     assert re.fullmatch(
-        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it goes on from its checkpoint\n",
+        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it resumes from its checkpoint\n",
         err,
     )
     with alone_in(run):

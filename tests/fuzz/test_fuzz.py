@@ -43,7 +43,7 @@ from fedgradnorm.build import resolve_config
 from fedgradnorm.config import RunConfig, TrainConfig, load_config
 from fedgradnorm.errors import FedGradNormError
 from fedgradnorm.federations import mtfl
-from fedgradnorm.federations.mtfl_images import read_faces
+from fedgradnorm.federations.mtfl_annotations import read_faces
 from fedgradnorm.federations.radcom_hdf5 import read_hdf5
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.report import comparison_table, write_report

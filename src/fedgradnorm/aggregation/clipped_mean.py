@@ -1,35 +1,30 @@
 """The mean of weighted gradients, of which none is much longer than most."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.weighting.base import Reports, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedgradnorm.messages import Report
 
 __all__ = ["ClippedMean"]
 
 
 @dataclass(frozen=True)
 class ClippedMean(Aggregation):
-    """The mean of u_i · min(1, clip · M / ‖u_i‖), with M the median of the ‖u_i‖.
+    """The mean of the weighted gradients u_i, each times min(1, clip · M / ‖u_i‖).
 
-    u_i are the weighted gradients.
+    Source: Karimireddy, He and Jaggi, ICML 2021, arXiv 2012.10333, in its simplest form.
 
-    Whatever a client sends, it then moves the encoder by at most ``clip`` times what a usual one
-    does. With ``clip=1`` the longer half is cut to the median length. FedGradNorm, which evens out
-    the norms itself, needs that less than equal weights do. A larger ``clip`` is closer to the
-    mean, and lets one client count for ``clip``: with few clients that is too much.
-
-    Clipping against a median norm is from Karimireddy, He and Jaggi, ICML 2021 (arXiv 2012.10333),
-    here in its simplest form.
+    M is the median of the ‖u_i‖. Whatever a client sends, it then moves the encoder by at most
+    ``clip`` times what a usual one does. With ``clip=1`` the longer half is cut to the median
+    length. FedGradNorm, which evens out the norms itself, needs that less than equal weights do. A
+    larger ``clip`` is closer to the mean, and lets one client count for ``clip``: with few clients
+    that is too much.
 
     Args:
         clip: the maximum length, in multiples of the median norm.
@@ -48,7 +43,7 @@ class ClippedMean(Aggregation):
 
     clip: Annotated[float, Field(gt=0)] = 1.0
 
-    def __call__(self, reports: "Sequence[Report]", weights: Weights) -> "Tensor":
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         import torch
 

@@ -1,16 +1,13 @@
 """The weighted mean of the clients' gradients."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.weighting.base import Reports, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedgradnorm.messages import Report
 
 __all__ = ["Mean"]
 
@@ -31,7 +28,7 @@ class Mean(Aggregation):
     tensor([0.7500, 1.0000])
     """
 
-    def __call__(self, reports: "Sequence[Report]", weights: Weights) -> "Tensor":
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         import torch
 

@@ -1,16 +1,13 @@
 """The coordinate-wise median of the weighted gradients."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.weighting.base import Reports, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedgradnorm.messages import Report
 
 __all__ = ["Median"]
 
@@ -19,7 +16,7 @@ __all__ = ["Median"]
 class Median(Aggregation):
     """In each coordinate the median of the weighted gradients.
 
-    Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
 
     The median of an even number is the mean of the middle two. It tolerates anything from fewer
     than half of the clients, but it assumes that honest clients want about the same. If only one
@@ -36,7 +33,7 @@ class Median(Aggregation):
     tensor([2.])
     """
 
-    def __call__(self, reports: "Sequence[Report]", weights: Weights) -> "Tensor":
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         ordered = weighted_gradients(reports, weights).sort(dim=0).values
         return (ordered[(len(reports) - 1) // 2] + ordered[len(reports) // 2]) / 2

@@ -1,6 +1,5 @@
 """The coordinate-wise mean of the weighted gradients without the largest and the smallest."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Annotated
@@ -8,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.weighting.base import Reports, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedgradnorm.messages import Report
 
 __all__ = ["TrimmedMean"]
 
@@ -24,7 +21,7 @@ ROUNDING = 1e-9  # so that 0.3 of 10 clients are 3
 class TrimmedMean(Aggregation):
     """In each coordinate the mean of the weighted gradients without a share of them at either end.
 
-    Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
 
     The share ``trim`` is rounded up to whole clients. The mean tolerates anything from as many
     clients as are cut at one end. Like the median, but less so, it treats what a single task alone
@@ -49,7 +46,7 @@ class TrimmedMean(Aggregation):
 
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
 
-    def __call__(self, reports: "Sequence[Report]", weights: Weights) -> "Tensor":
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         gradients = weighted_gradients(reports, weights)
         cut = min(ceil(self.trim * len(gradients) - ROUNDING), (len(gradients) - 1) // 2)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedgradnorm.cli import terminal
+from fedgradnorm.cli.runs import Overrides
 from fedgradnorm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -41,12 +42,7 @@ def _extra() -> Iterator[None]:
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the deployment.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings that take precedence over the file."
-        ),
-    ] = None,
+    overrides: Overrides = None,
     config: Annotated[
         Path | None,
         typer.Option(help="The configuration, a TOML file such as configs/digits.toml."),

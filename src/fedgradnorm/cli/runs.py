@@ -13,6 +13,13 @@ from rich.text import Text
 from fedgradnorm.cli import terminal
 from fedgradnorm.errors import ClientError
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that take precedence over the file, such as train.num_rounds=5.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 
 
@@ -20,13 +27,7 @@ def run(
     config: Annotated[
         Path, typer.Argument(help="The configuration, a TOML file such as configs/demo.toml.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Settings that take precedence over the file, such as train.num_rounds=5.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")
     ] = False,
@@ -41,10 +42,12 @@ def run(
     ] = False,
 ) -> None:
     """Train the federation that a configuration describes, and write the run's folder."""
-    from fedgradnorm.build import resolve_config
     from fedgradnorm.config import load_config
 
     settings = load_config(config, overrides or [])
+
+    from fedgradnorm.build import resolve_config
+
     resolve_config(settings)  # here, because most errors in names and options come without torch
     folder = Path(settings.run.dir or f"runs/{config.stem}").expanduser()
     table = settings.run.model_copy(update={"dir": str(folder)})

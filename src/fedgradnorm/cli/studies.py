@@ -11,6 +11,7 @@ from fedgradnorm.errors import StoppedError
 
 if TYPE_CHECKING:
     from fedgradnorm.compare.results import Results
+    from fedgradnorm.compare.spec import Study
 
 
 def compare(
@@ -53,27 +54,31 @@ def compare(
     if methods is not None:
         settings = settings.with_methods([name.strip() for name in methods.split(",")])
     folder = out or Path("runs/studies") / f"{study.stem}{'-full' if full else ''}"
+    cores = terminal.available_cores()
+    if jobs is not None and jobs > cores:
+        terminal.say(f"--jobs {jobs}: {cores} at once, as many as there are cores")
+    results, stopped = _train(settings, folder, min(jobs or cores, cores))
+    _write(results, folder)
+    if stopped is not None:
+        raise stopped
 
+
+def _train(study: "Study", folder: Path, jobs: int) -> "tuple[Results, StoppedError | None]":
+    """Train the missing runs of a study. Return its results, and the error if it was stopped."""
     from fedgradnorm.compare import study as studies
     from fedgradnorm.compare.progress import StudyProgress
 
-    cores, stopped = terminal.available_cores(), None
-    if jobs is not None and jobs > cores:
-        terminal.say(f"--jobs {jobs}: {cores} at once, as many as there are cores")
-    jobs = min(jobs or cores, cores)
     with (
         terminal.stop_on_signals() as should_stop,
         StudyProgress(terminal.console) as progress,
     ):
         try:
             results = studies.compare(
-                settings, folder, jobs=jobs, listener=progress, should_stop=should_stop
+                study, folder, jobs=jobs, listener=progress, should_stop=should_stop
             )
         except StoppedError as error:
-            results, stopped = studies.found_in(settings, folder), error
-    _write(results, folder)
-    if stopped is not None:
-        raise stopped
+            return studies.found_in(study, folder), error
+    return results, None
 
 
 def _write(results: "Results", folder: Path) -> None:

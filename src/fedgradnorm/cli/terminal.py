@@ -41,7 +41,7 @@ def warn(message: str) -> None:
 def show_error(error: Exception) -> None:
     """Print an error on standard error."""
     Console(stderr=True, soft_wrap=True).print(
-        f"error: {error}", style="red", markup=False, highlight=False
+        f"error: {error}", style="red", markup=False, highlight=False, emoji=False
     )
 
 

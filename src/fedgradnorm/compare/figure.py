@@ -22,7 +22,8 @@ def write_figure(results: Results, output: Path) -> Path:
     """Write the figure, with a row for every variant and a panel for every task.
 
     Raises:
-        RunError: matplotlib is not installed, nothing is trained yet, or the file cannot be written.
+        RunError: matplotlib is not installed, no run is trained yet, or the file cannot be
+            written.
     """
     try:
         from matplotlib import rc_context

@@ -82,8 +82,8 @@ def difference_of(method: Mapping[int, float], baseline: Mapping[int, float]) ->
 def expanded_level(count: int) -> float:
     """The level at which a percentile bootstrap contains a normal mean in 95 % of cases.
 
-    It depends on the count n of the numbers. Each of the two tails is Φ(-√(n / (n - 1)) · t), where t is the quantile of Student's
-    distribution with n - 1 degrees of freedom.
+    Each of the two tails is Φ(-√(n / (n - 1)) · t), where n is the count, and t the quantile of
+    Student's distribution with n - 1 degrees of freedom.
 
     Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
     69, 2015, section 4.3.

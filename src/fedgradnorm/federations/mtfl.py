@@ -15,13 +15,8 @@ from torch.nn import functional
 
 from fedgradnorm.errors import DataError
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.federations.mtfl_images import (
-    NUM_CLASSES,
-    NUM_COORDINATES,
-    Crop,
-    face_arrays,
-    read_faces,
-)
+from fedgradnorm.federations.mtfl_annotations import NUM_CLASSES, NUM_COORDINATES, read_faces
+from fedgradnorm.federations.mtfl_images import Crop, face_arrays
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn

@@ -1,4 +1,7 @@
-"""Metrics of a deployment for Prometheus, read from its files at each scrape: so they outlive runs and the SuperLink."""
+"""Metrics of a deployment for Prometheus.
+
+They are read from its files at each scrape, so they outlive runs and the SuperLink.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +29,12 @@ __all__ = ["DeploymentCollector", "registry_of", "serve"]
 
 
 class DeploymentCollector(Collector):
-    """Reads a deployment's files whenever it is asked, and gives what they say as metrics.
+    """Reads a deployment's files at each scrape, and gives their content as metrics.
 
     Args:
-        folder: a deployment's folder, its ``server/``, or a run's folder. With several runs it is the one that was written last.
-        run: of a deployment, the run's folder seen from ``server/``, or its name.
+        folder: a deployment's folder, its ``server/``, or a run's folder.
+        run: for a deployment, the run's folder seen from ``server/``, or its name; None: the run
+            that was written last.
     """
 
     def __init__(self, folder: Path, run: str | None = None) -> None:
@@ -42,7 +46,7 @@ class DeploymentCollector(Collector):
         up = float(overview.status is not None and not overview.faults)
         yield GaugeMetricFamily(
             "fedgradnorm_up",
-            "Whether the deployment's files could be read: 1, or 0 where one is missing or damaged.",
+            "Whether the deployment's files could be read: 1, or 0 if one is missing or damaged.",
             up,
         )
         yield _by_label(
@@ -58,14 +62,17 @@ class DeploymentCollector(Collector):
 
 
 def registry_of(folder: Path, run: str | None = None) -> CollectorRegistry:
-    """A registry with the metrics of a deployment alone."""
+    """A registry with only the metrics of a deployment."""
     registry = CollectorRegistry()
     registry.register(DeploymentCollector(folder, run))
     return registry
 
 
 def serve(folder: Path, run: str | None, host: str, port: int) -> Callable[[], None]:
-    """Answer to scrapes at ``http://host:port/metrics``, in a thread, until the function that is given back is called.
+    """Answer scrapes at ``http://host:port/metrics``, in a thread.
+
+    Returns:
+        A function that ends it.
 
     Raises:
         ConfigError: there is no such folder, or the address cannot be listened on.
@@ -178,7 +185,8 @@ def _of_last_round(overview: Overview) -> Iterator[Metric]:
     )
     rate = GaugeMetricFamily(
         "fedgradnorm_inverse_training_rate",
-        "A client's training loss in the last round as a share of its initial loss; absent without a report.",
+        "A client's training loss in the last round as a share of its initial loss; "
+        "absent without a report.",
         labels=["client", "task"],
     )
     weight = GaugeMetricFamily(

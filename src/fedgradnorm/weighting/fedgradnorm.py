@@ -23,10 +23,10 @@ ROUNDING = 1e-12
 class FedGradNorm(Weighting):
     r"""Weighted gradient norms follow how much the tasks still have to learn.
 
-    Source: Mortaheb, Vahapoglu, Ulukus, SPAWC 2022; GradNorm is by Chen et al., ICML 2018.
+    Source: Mortaheb, Vahapoglu, Ulukus, SPAWC 2022.
 
-    With n_i the gradient norm of client i over the norm layer, F̃_i its inverse training rate and S
-    the participants::
+    It is GradNorm (Chen et al., ICML 2018) at the server. With n_i the gradient norm of client i
+    over the norm layer, F̃_i its inverse training rate and S the participants::
 
         G_i = p_i n_i     Ḡ = mean over S of G_i     r_i = F̃_i / mean over S of F̃_j
         target_i = Ḡ r_i^γ
