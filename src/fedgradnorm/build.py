@@ -78,19 +78,18 @@ def build_federation(config: RunConfig) -> "Federation":
     federation: Federation = registry.build("federation", config.federation, seed=config.train.seed)
     model = config.model
     if model.name == DEFAULT_MODEL and model.options:
-        raise ConfigError(
-            f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp"
-        )
+        hint = "the default model has no options; name one, such as model.name=mlp"
+        raise ConfigError(f"model.{next(iter(model.options))}: {hint}")
     changes: dict[str, Any] = {}
     if model.name != DEFAULT_MODEL:
-        changes["encoder"] = partial(
-            registry.build, "model", model, input_shape=federation.input_shape
-        )
+        shape = federation.input_shape
+        changes["encoder"] = partial(registry.build, "model", model, input_shape=shape)
     if model.norm_layer is not None:
         changes["norm_layer"] = model.norm_layer
     if model.buffers is not None:
         changes["buffers"] = model.buffers
-    return dataclasses.replace(federation, **changes)
+    # replacing checks all heads again
+    return dataclasses.replace(federation, **changes) if changes else federation
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ __all__ = [
     "load_buffers",
     "load_flat",
     "matches",
+    "names_in",
     "norm_layer_slices",
     "norm_over",
     "trainable",
@@ -108,6 +109,15 @@ def norm_layer_slices(
             slices.append(slice(start, start + parameter.numel()))
         start += parameter.numel()
     return tuple(slices)
+
+
+def names_in(module: nn.Module, slices: Sequence[slice]) -> list[str]:
+    """The names of the parameters that lie in these parts of the flat vector."""
+    names, start = [], 0
+    for name, parameter in trainable(module):
+        names += [name] if any(part.start <= start < part.stop for part in slices) else []
+        start += parameter.numel()
+    return names
 
 
 def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:

@@ -15,7 +15,7 @@ def of_encoder(before: MembersRecord, now: MembersRecord) -> str | None:
                 "the encoder has other parameters, or in another order, than when the run began: "
                 f"{new}, was {old}"
             )
-    why = _other_modules(before.get("modules"), now.get("modules"))
+    why = _other_modules(before["modules"], now["modules"])
     return None if why is None else f"the encoder {why}"
 
 
@@ -35,12 +35,12 @@ def of_training(before: MembersRecord, now: MembersRecord) -> str | None:
     """Which part of the federation that only matters for training differs, or None."""
     if before["buffers"] != now["buffers"]:
         return f"buffers: the federation has '{now['buffers']}', and had '{before['buffers']}'"
-    old, new = before.get("norm_layer"), now.get("norm_layer")
+    old, new = before["norm_layer"], now["norm_layer"]
     if old is not None and new is not None and old != new:
         return f"norm_layer: the federation has {', '.join(new)}, and had {', '.join(old)}"
     for id, client in before["clients"].items():
-        floor = client.get("loss_floor")
-        other = now["clients"][id].get("loss_floor") if id in now["clients"] else None
+        floor = client["loss_floor"]
+        other = now["clients"][id]["loss_floor"] if id in now["clients"] else None
         if floor is not None and other is not None and floor != other:
             return f"client '{id}' has the loss_floor {other:g}, and had {floor:g}"
     return None
@@ -68,7 +68,7 @@ def _other_client(old: ClientRecord, new: ClientRecord) -> str | None:
         for layer, other in zip_longest(old["head"], new["head"]):
             if layer != other:
                 return f"has another head: {other}, was {layer}"
-    why = _other_modules(old.get("modules"), new.get("modules"))
+    why = _other_modules(old["modules"], new["modules"])
     return None if why is None else f"has another head: it {why}"
 
 
@@ -117,7 +117,7 @@ def _other_part(old: DataRecord, new: DataRecord) -> str | None:
         for part, (before, now) in zip(("inputs", "targets"), pairs, strict=True):
             if not is_close(before, now, SKETCH_SCALE):
                 return part
-    all_old, all_new = old.get("targets"), new.get("targets")
+    all_old, all_new = old["targets"], new["targets"]
     if all_old is None or all_new is None or is_close(all_old, all_new, WHOLE_SCALE):
         return None
     return "targets"
@@ -130,7 +130,7 @@ def of_models(before: MembersRecord, now: MembersRecord) -> str | None:
     """
     for id, record in before["clients"].items():
         other = now["clients"][id]
-        old, new = record.get("model"), other.get("model")
+        old, new = record["model"], other["model"]
         data, other_data = record["train"], other["train"]
         if old is None or new is None or data is None or other_data is None:
             continue

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.data import Data, size, take
-from fedgradnorm.federation import Client, Federation, Members, names_in
+from fedgradnorm.federation import Client, Federation, Members
 from fedgradnorm.identity.sketches import means, of_all, sketch, whole
 from fedgradnorm.modules import held_tensors, load_held
-from fedgradnorm.parameters import norm_layer_slices, trainable
+from fedgradnorm.parameters import names_in, norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.runs.records import ClientRecord, DataRecord, MembersRecord, ModelRecord
 
@@ -35,6 +35,8 @@ def members_record(members: Members, seed: int, *, with_data: bool = True) -> Me
         "fixed": {name: list(means(start[name][None])) for name in start if name not in trained},
         "clients": {},
         "buffers": members.buffers,
+        "norm_layer": None,
+        "modules": None,
     }
     if not isinstance(members, Federation):
         for client in members.clients:
@@ -66,6 +68,9 @@ def _record_elsewhere(members: Members, client: Client, with_data: bool) -> Clie
         "head": None,
         "train": None,
         "test": None,
+        "loss_floor": None,
+        "modules": None,
+        "model": None,
     }
 
 
@@ -104,8 +109,12 @@ def _data_record(client: str, data: Data) -> tuple[DataRecord, tuple[Tensor, Ten
     if isinstance(data, tuple):
         return {"examples": count, "sample": sketches, "targets": whole(data[1])}, examples
     if [sketch(part) for part in sample()] != sketches:
-        return {"examples": count, "sample": None}, None  # the data set draws random numbers
-    return {"examples": count, "sample": sketches}, examples
+        return {
+            "examples": count,
+            "sample": None,
+            "targets": None,
+        }, None  # the data set draws random numbers
+    return {"examples": count, "sample": sketches, "targets": None}, examples
 
 
 def data_record(client: str, data: Data) -> DataRecord | None:

@@ -121,8 +121,8 @@ def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Clie
     tasks = {row["client"]: row["task"] for row in rows}
     metrics: dict[str, tuple[str, bool, bool]] = {}
     for client in () if members is None else members["clients"].values():
-        percent = client.get("percent", False)
-        metrics[client["task"]] = client["metric"], client["higher_is_better"], percent
+        metric = client["metric"], client["higher_is_better"], client["percent"]
+        metrics[client["task"]] = metric
     return [absent_client(id, task, *metrics.get(task, ())) for id, task in tasks.items()]
 
 

@@ -27,16 +27,13 @@ def rows_of(
         state: the server's state after the round.
         record: what happened in the round.
         evaluations: the tests after the round, by client id; empty in a round without tests.
-        notes: what the engine noticed of clients, by client id.
-
-    Returns:
-        The lines. A figure that a client does not have in this round is None.
+        notes: what the engine noticed about clients, by client id.
     """
     reports = {report.client: report for report in record.reports}
     instructed = {instruction.client for instruction in record.instructions}
     method = method_of(record.instructions[0].training)
     sends = not (method.own_encoder or method.lockstep)
-    bytes_down = record.instructions[0].num_bytes if sends else 0  # the same for every client
+    bytes_down = record.instructions[0].num_bytes if sends else 0  # equal for all clients
     rows: list[Row] = []
     for client in federation.clients:
         row = _row(client, state, record, reports.get(client.id), evaluations.get(client.id))
@@ -90,5 +87,5 @@ def _row(
 
 
 def _finite(value: float) -> float | None:
-    """None where JSON has no number, so that the NaN of a diverged model is a gap in its curve."""
+    """The value, or None if it is not finite: a diverged model has a gap in its curve."""
     return value if math.isfinite(value) else None
