@@ -24,7 +24,7 @@ from fedgradnorm.errors import (
     described,
     require,
 )
-from fedgradnorm.federation import CLIENT_ID, Client, Federation
+from fedgradnorm.federation import Client, Federation
 from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
 from fedgradnorm.flower.messages import (
     VERSIONS,
@@ -40,6 +40,7 @@ from fedgradnorm.flower.messages import (
 from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
 from fedgradnorm.identity import data_record, same_data
+from fedgradnorm.members import CLIENT_ID
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
