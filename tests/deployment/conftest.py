@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from tests.deployment.client_apps import started
+from tests.deployment.forked_apps import started
 from tests.deployment.processes import Deployment
 
 
@@ -20,7 +20,7 @@ def deploy(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def client_apps(tmp_path_factory):
-    """A folder with a ``flwr-clientapp`` that starts at once."""
+def forked_apps(tmp_path_factory):
+    """A folder with programs of Flower's that start at once."""
     with started(tmp_path_factory.mktemp("apps") / "bin") as folder:
         yield folder

@@ -60,10 +60,13 @@ class Deployment:
             )
         )
 
-    def fork_client_apps(self, client: str, programs: Path) -> None:
-        """Let a node start its client's part with the `flwr-clientapp` of this folder."""
-        with (self.folder / f"nodes/{client}/node.env").open("a") as file:
-            file.write(f'PATH="{programs}:$PATH"\n')
+    def fork_apps(self, programs: Path, *clients: str) -> None:
+        """Let apps start with the programs of this folder: those of all, or of the nodes of these clients."""
+        for client in clients:
+            with (self.folder / f"nodes/{client}/node.env").open("a") as file:
+                file.write(f'PATH="{programs}:$PATH"\n')
+        if not clients:
+            self.env["PATH"] = f"{programs}:{self.env['PATH']}"
 
     def use_superlink_port(self, port: int) -> None:
         """Let the SuperLink listen elsewhere on 127.0.0.1."""

@@ -79,13 +79,13 @@ def own_federation(module, monkeypatch):
 
 
 def test_a_run_across_processes_gives_the_same_numbers_through_kills_and_lost_states(
-    deploy, client_apps, monkeypatch
+    deploy, forked_apps, monkeypatch
 ):
     module = own_federation(lazy_digits, monkeypatch)
     deployment = deploy("digits", *DIGITS)
     shutil.copy(module, deployment.folder / "app")
     deployment.set("nodes/parity/node.env", "LOST_STATE", "newest")
-    deployment.fork_client_apps("parity", client_apps)
+    deployment.fork_apps(forked_apps)
     local = deployment.start("local", "local.py")
     wait_until(
         lambda: "ready" in deployment.log("local") or local.poll() is not None, "local.py is ready"
@@ -142,7 +142,7 @@ def check_a_lost_state(deployment):
 
 
 def test_faults_end_no_run_and_cost_no_more_than_their_rounds(
-    deploy, client_apps, tmp_path, monkeypatch
+    deploy, forked_apps, tmp_path, monkeypatch
 ):
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -162,8 +162,7 @@ def test_faults_end_no_run_and_cost_no_more_than_their_rounds(
     )
     deployment = deploy("faults", *settings, *faults)
     shutil.copy(module, deployment.folder / "app")
-    deployment.fork_client_apps("b", client_apps)
-    deployment.fork_client_apps("c", client_apps)
+    deployment.fork_apps(forked_apps, "b", "c")  # the server's and a's start as Flower starts them
     other = deploy("other", *settings)  # another deployment, with a CA and keys of its own
     strangers = {"nobody": "nobody", "double": "a", "unknown-ca": "c", "unregistered": "c"}
     for (name, client), port in zip(strangers.items(), free_ports(len(strangers)), strict=True):

@@ -14,7 +14,9 @@ from fedgradnorm.runs.reader import Run
 from tests.launcher import launcher
 from tests.runs import lines, outcome
 
-ROUNDS, EVERY, CLIENTS = 60, 5, 4
+pytestmark = pytest.mark.xdist_group("disk")  # they share an undisturbed run
+
+ROUNDS, EVERY, CLIENTS = 45, 5, 4
 CONFIG = f"""
 federation = {{ name = "digits" }}
 engine = {{ name = "reference" }}

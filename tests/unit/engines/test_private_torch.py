@@ -70,11 +70,6 @@ def test_the_reference_engine_trains_without_the_modules_that_the_fast_one_impor
     assert result.stdout == "trained\n", result.stderr
 
 
-# The profiler's private import and that of the dispatch mode are to go into their functions.
-NOT_YET = {"run.py", "broadcasting.py"}
-
-
 def test_no_other_file_imports_private_modules_when_it_is_loaded():
     for path in set(ROOT.rglob("*.py")) - set(FAST):
-        if path.name not in NOT_YET:
-            assert not [name for name in modules_of(path) if is_private(name)], path
+        assert not [name for name in modules_of(path) if is_private(name)], path

@@ -1,11 +1,11 @@
-"""Flower's `flwr-clientapp`, forked from a process that has imported everything.
+"""Flower's processes of apps, forked from a process that has imported everything.
 
-Flower starts a process for every message to a node, and most of its CPU time, about four seconds, goes
-into importing torch. A node with `folder` before all else on its PATH starts a small program instead. It
-hands its words, environment and outputs to this process, which forks one that runs Flower's own code. When
-the small program is killed, so is the forked process.
+Flower starts a process for every message to a node and for every run, and most of its CPU time, four
+seconds or more, goes into importing torch. With `started`'s folder before all else on the PATH, a small
+program starts instead. It hands its words, environment and outputs to this process, which forks one that
+runs Flower's own code. When the small program is killed, so is the forked process.
 
-    python client_apps.py FOLDER
+    python forked_apps.py FOLDER
 """
 
 import json
@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -38,7 +38,7 @@ NO_CALLS = {
 
 @contextmanager
 def started(folder: Path) -> Iterator[Path]:
-    """Gives a folder with a `flwr-clientapp` whose processes are forked, as long as the block lasts."""
+    """Gives a folder with programs whose processes are forked, as long as the block lasts."""
     folder.mkdir()
     environment = {**os.environ, **NO_CALLS, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, __file__, str(folder)]
@@ -64,11 +64,9 @@ def handle(connection: socket.socket) -> None:
     os.chdir(order["folder"])
     sys.argv = order["words"]
     threading.Thread(target=die_with, args=(connection,), daemon=True).start()
-    from flwr.supernode.cli import flwr_clientapp
-
     code = 1
     try:
-        flwr_clientapp()
+        programs()[Path(sys.argv[0]).name]()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -85,10 +83,17 @@ def die_with(connection: socket.socket) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def programs() -> dict[str, Callable[[], None]]:
+    """Flower's commands."""
+    from flwr.superlink.cli import flwr_serverapp
+    from flwr.supernode.cli import flwr_clientapp
+
+    return {"flwr-clientapp": flwr_clientapp, "flwr-serverapp": flwr_serverapp}
+
+
 def main(folder: Path) -> None:
-    """Fork a process for every order, until standard input ends."""
+    """Fork a process for every order, until this one is killed."""
     import torch
-    from flwr.supernode.cli import flwr_clientapp  # noqa: F401
 
     from fedgradnorm.federations import digits
 
@@ -99,9 +104,9 @@ def main(folder: Path) -> None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(address))
     server.listen(16)
-    program = folder / "flwr-clientapp"
-    program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    program.chmod(stat.S_IRWXU)
+    for name in programs():
+        (folder / name).write_text(CLIENT.format(python=sys.executable, address=str(address)))
+        (folder / name).chmod(stat.S_IRWXU)
     print("ready", flush=True)  # noqa: T201
     while True:
         connection, _ = server.accept()
