@@ -43,8 +43,8 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.loop import begin, go_on
 from fedgradnorm.report.page import write_page
 from fedgradnorm.result import Result
-from fedgradnorm.runs.folder import Run
 from fedgradnorm.runs.models import federation_of
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.training import Method
 from fedgradnorm.weighting.base import Weighting
 

@@ -18,7 +18,7 @@ from fedgradnorm.identity import (
     of_training,
 )
 from fedgradnorm.runs.checkpoint import Checkpoint
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.summary import check_targets
 from fedgradnorm.training import method_of

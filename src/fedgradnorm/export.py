@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.errors import ConfigError, RunError, described
 from fedgradnorm.federation import Federation
-from fedgradnorm.runs.folder import Run
 from fedgradnorm.runs.models import federation_of, load_model
+from fedgradnorm.runs.reader import Run
 
 __all__ = ["export_model"]
 

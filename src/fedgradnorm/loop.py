@@ -28,22 +28,21 @@ from fedgradnorm.profiling import profiler_of
 from fedgradnorm.randomness import seeded
 from fedgradnorm.result import Result
 from fedgradnorm.runs.checkpoint import load_newest, set_aside
+from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume
 from fedgradnorm.runs.folder import (
-    CHECKPOINTS,
-    Run,
-    RunWriter,
-    alone_in,
     check_free,
     create_run,
-    how_to_resume,
     put_back,
     remove_replaced,
     replaced_by,
     set_rounds_aside,
-    write_config,
 )
+from fedgradnorm.runs.lock import alone_in
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.rows import rows_of
+from fedgradnorm.runs.settings import write_config
+from fedgradnorm.runs.writer import RunWriter
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 
-from fedgradnorm.runs.folder import PROFILE
+from fedgradnorm.runs.entries import PROFILE
 
 __all__ = ["profiler_of"]
 

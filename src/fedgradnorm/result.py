@@ -19,9 +19,11 @@ from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federation import Federation, Members
 from fedgradnorm.identity import members_record
 from fedgradnorm.parameters import load_buffers, load_flat
-from fedgradnorm.runs.folder import RunWriter, alone_in, create_run, remove_replaced
+from fedgradnorm.runs.folder import create_run, remove_replaced
+from fedgradnorm.runs.lock import alone_in
 from fedgradnorm.runs.models import check_client_id, joined
 from fedgradnorm.runs.records import Row, Summary
+from fedgradnorm.runs.writer import RunWriter
 from fedgradnorm.server import ServerState
 
 if TYPE_CHECKING:

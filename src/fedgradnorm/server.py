@@ -1,6 +1,5 @@
 """The server's half of a round: instruct, execute, screen, weigh, aggregate, advance."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -13,10 +12,11 @@ from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engine import Engine
 from fedgradnorm.errors import StoppedError, WeightingError
-from fedgradnorm.federation import Members
+from fedgradnorm.members import Members
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, flatten
-from fedgradnorm.randomness import generator, seeded
+from fedgradnorm.participants import participants
+from fedgradnorm.randomness import seeded
 from fedgradnorm.screening import LAST_NORMS, by_reason, screen
 from fedgradnorm.threads import kernel_threads
 from fedgradnorm.training import method_of
@@ -249,28 +249,6 @@ def instruct(
         Instruction(round, client, encoder, buffers, training, attempt, step, only_summed)
         for client in participants(federation, training, round)
     ]
-
-
-def participants(federation: Members, training: TrainConfig, round: int) -> list[str]:
-    """The ids of a round's participants, sorted.
-
-    They are those listed in the settings, or a share of all clients, at least one, drawn without
-    replacement.
-    """
-    if training.participants:
-        named = training.participants[min(round, len(training.participants)) - 1]
-        return sorted({federation.client(id).id for id in named})
-    ids = sorted(federation.client_ids)
-    count = max(1, round_half_up(training.fraction_train * len(ids)))
-    if count == len(ids):
-        return ids
-    random = generator(training.seed, round, "", "participants")
-    return sorted(random.choice(ids, size=count, replace=False).tolist())
-
-
-def round_half_up(number: float) -> int:
-    """The nearest whole number, halves upwards."""
-    return math.floor(number + 0.5)
 
 
 @kernel_threads(1)

@@ -17,7 +17,7 @@ from fedgradnorm.cli import main
 from fedgradnorm.errors import StoppedError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
 CONFIG = '[federation]\nname = "digits"\n[weighting]\nname = "fedgradnorm"\ngamma = 0.5\n'

@@ -16,7 +16,7 @@ from fedgradnorm import ConfigError, FedGradNorm, RunError, StoppedError, train
 from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
 from fedgradnorm.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation, timeless
 from tests.launcher import launcher, wait_until
 from tests.runs import ENCODERS, QUICK, ROUNDS, after, changed, contents, lines, outcome

@@ -11,7 +11,7 @@ from fedgradnorm import ConfigError, FedGradNormError, FedGradNormWarning, RunEr
 from fedgradnorm.flower import training
 from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.flower.lazy import opened
 from tests.flower.nodes import in_round, lost, raising
 from tests.flower.place import DIGITS, Place

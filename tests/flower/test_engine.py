@@ -17,7 +17,8 @@ from fedgradnorm.flower.limits import Limits
 from fedgradnorm.flower.replies import CODES
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.messages import Instruction
-from fedgradnorm.runs.folder import STATUS, Run
+from fedgradnorm.runs.entries import STATUS
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import (
     QUICK,
     Site,

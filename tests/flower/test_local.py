@@ -8,7 +8,7 @@ from fedgradnorm import ConfigError, FederationError, StoppedError, train
 from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_encoder, small_federation, timeless
 from tests.runs import QUICK as SMALL
 from tests.runs import after, contents, outcome

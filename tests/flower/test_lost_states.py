@@ -12,7 +12,7 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.flower.client import Node
 from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.states import LostStateError, StateFiles, begin
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import Site, dropped, in_round, lost, notes_of
 from tests.flower.own_app import Own
 from tests.flower.place import DIGITS, Place

@@ -18,7 +18,8 @@ from fedgradnorm.flower import status as status_module
 from fedgradnorm.flower import watcher as watcher_module
 from fedgradnorm.flower.replies import CODE_KINDS, CODES
 from fedgradnorm.flower.status import KINDS, beside, read_status, why_gone
-from fedgradnorm.runs.folder import Run, alone_in, being_written
+from fedgradnorm.runs.lock import alone_in, being_written
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import (
     Site,
     changed,
@@ -398,7 +399,7 @@ def test_a_run_that_waits_for_long_goes_on_saying_so(site, tmp_path, clock):
 def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):
     folder = tmp_path / "run"
     assert being_written(folder) is None  # no lock tells
-    code = f"from pathlib import Path; from fedgradnorm.runs.folder import being_written; print(being_written(Path({str(folder)!r})))"
+    code = f"from pathlib import Path; from fedgradnorm.runs.lock import being_written; print(being_written(Path({str(folder)!r})))"
 
     def seen():
         return subprocess.run(

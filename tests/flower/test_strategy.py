@@ -12,7 +12,7 @@ from fedgradnorm.flower import FedGradNorm
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import changed, dropped, evaluating, in_round, lost, untouched, with_loss
 from tests.flower.own_app import SHARED, Net, Own, initial, spoil, values
 from tests.helpers import timeless

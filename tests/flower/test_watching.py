@@ -28,7 +28,8 @@ from fedgradnorm.flower.exporter import registry_of
 from fedgradnorm.flower.init import write_deployment
 from fedgradnorm.flower.overview import look
 from fedgradnorm.flower.status import KINDS, STATES, beside, read_status
-from fedgradnorm.runs.folder import Run, alone_in
+from fedgradnorm.runs.lock import alone_in
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import Site, in_round, lost, raising
 from tests.helpers import small_federation
 

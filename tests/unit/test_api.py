@@ -7,7 +7,7 @@ from fedgradnorm import ConfigError, FedGradNorm, Method, Weighting, run, train
 from fedgradnorm.aggregation import Median
 from fedgradnorm.config import load_config
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.training import FedProx, FedRep
 from tests.helpers import small_federation, timeless
 

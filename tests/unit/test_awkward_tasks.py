@@ -26,7 +26,7 @@ from fedgradnorm import (
     train,
 )
 from fedgradnorm.report import write_report
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import accuracy, small_client, small_encoder, small_task
 
 QUICK = {"num_rounds": 4, "head_steps": 2, "encoder_steps": 2, "batch_size": 8}

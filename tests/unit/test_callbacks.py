@@ -7,7 +7,7 @@ from fedgradnorm import Callback, ConfigError, EarlyStopping, TensorBoard, resum
 from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.runs.checkpoint import load_checkpoint
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation, timeless
 
 QUICK = {"num_rounds": 4, "head_steps": 1, "encoder_steps": 1, "batch_size": 8, "eval_every": 2}

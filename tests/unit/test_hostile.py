@@ -38,7 +38,7 @@ from fedgradnorm.errors import WeightingError
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.registry import build
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import (
     accuracy,
     batch_norm_encoder,

@@ -18,7 +18,7 @@ from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
 from fedgradnorm.report.charts import MOST_LINES
 from fedgradnorm.report.looks import looks_for
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 HOSTILE = "</script><script>alert(1)</script>[bold]&"
 

@@ -10,7 +10,7 @@ from fedgradnorm.federations import digits
 from fedgradnorm.report.charts import MOST_LINES
 from fedgradnorm.report.figure import curves
 from fedgradnorm.report.looks import looks_for
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 QUICK = {"num_rounds": 4, "head_steps": 1, "encoder_steps": 1, "eval_every": 2}
 

@@ -5,7 +5,7 @@ import torch
 
 from fedgradnorm import ConfigError, FederationError, RunError, evaluate_run, load_model, train
 from fedgradnorm.report import write_report
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import batch_norm_encoder, small_client, small_federation
 
 QUICK = {"num_rounds": 4, "head_steps": 1, "encoder_steps": 1, "batch_size": 8, "eval_every": 2}

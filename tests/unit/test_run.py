@@ -21,7 +21,7 @@ from fedgradnorm.build import build_federation
 from fedgradnorm.config import load_config
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.summary import rounds_to, silent_texts
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_federation, timeless
 

@@ -94,8 +94,8 @@ def resume(
 def evaluate(folder: RunFolder) -> None:
     """Test the saved models of a run on the clients' test data."""
     from fedgradnorm.build import build_federation
-    from fedgradnorm.runs.folder import Run
     from fedgradnorm.runs.models import evaluate_run
+    from fedgradnorm.runs.reader import Run
 
     federation = build_federation(Run(folder).config)
     table = Table("client", "task", "test loss", "metrics", title=Text(str(folder)))
@@ -139,7 +139,7 @@ def report(
     from fedgradnorm.report import comparison_table, write_report
     from fedgradnorm.report.findings import silent_lines, state_lines
     from fedgradnorm.report.loading import load
-    from fedgradnorm.runs.folder import Run
+    from fedgradnorm.runs.reader import Run
 
     if output is None:
         output = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
@@ -169,7 +169,7 @@ def _show_log() -> None:
 def _show_run(folder: Path) -> None:
     """Print the figures and costs of a run that has ended, and where its report is."""
     from fedgradnorm.report import comparison_table
-    from fedgradnorm.runs.folder import Run
+    from fedgradnorm.runs.reader import Run
     from fedgradnorm.runs.summary import costs_text
 
     run = Run(folder)

@@ -12,7 +12,7 @@ from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.grid import Cell, identity
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
 __all__ = [

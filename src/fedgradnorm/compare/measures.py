@@ -8,7 +8,7 @@ from statistics import fmean
 from fedgradnorm.compare.spec import Targets
 from fedgradnorm.compare.statistics import final_value, skill, spread
 from fedgradnorm.errors import ConfigError, nearest
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MetricSummary, Row
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED, rounds_to, task_curve
 

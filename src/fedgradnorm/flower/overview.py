@@ -25,7 +25,8 @@ from fedgradnorm.flower.status import (
     read_status,
     why_gone,
 )
-from fedgradnorm.runs.folder import STATUS, Run
+from fedgradnorm.runs.entries import STATUS
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
 __all__ = [

@@ -14,7 +14,8 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fedgradnorm.errors import RunError
-from fedgradnorm.runs.folder import STATUS, being_written
+from fedgradnorm.runs.entries import STATUS
+from fedgradnorm.runs.lock import being_written
 
 __all__ = [
     "ANSWERED",

@@ -18,7 +18,9 @@ from fedgradnorm.loop import begin, go_on
 from fedgradnorm.report.page import write_page
 from fedgradnorm.result import Result
 from fedgradnorm.runs.checkpoint import Checkpoint, load_newest, sound_rounds
-from fedgradnorm.runs.folder import CHECKPOINTS, Run, alone_in
+from fedgradnorm.runs.entries import CHECKPOINTS
+from fedgradnorm.runs.lock import alone_in
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting

@@ -24,7 +24,7 @@ from fedgradnorm.flower.status import (
     beside,
     read_file,
 )
-from fedgradnorm.runs.folder import STATUS
+from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.records import Row
 
 __all__ = ["Watcher"]

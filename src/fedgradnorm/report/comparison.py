@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.loading import labels_of, read, sound
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 

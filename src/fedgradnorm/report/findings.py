@@ -7,7 +7,7 @@ from typing import Any
 from fedgradnorm.config import dotted
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
 from fedgradnorm.report.loading import Loaded
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, silent_texts
 

@@ -10,7 +10,9 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Client, absent_client
 from fedgradnorm.report.looks import looks_for
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import CHECKPOINTS, Run, being_written, lock_of
+from fedgradnorm.runs.entries import CHECKPOINTS
+from fedgradnorm.runs.lock import being_written, lock_of
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.summary import summarise
 

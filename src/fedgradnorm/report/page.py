@@ -32,7 +32,7 @@ from fedgradnorm.report.findings import (
 )
 from fedgradnorm.report.html import write_html
 from fedgradnorm.report.loading import Loaded, load, sound
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 __all__ = ["write_page", "write_report"]
 

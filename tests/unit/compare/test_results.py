@@ -26,7 +26,7 @@ from fedgradnorm.compare.tables import write_tables
 from fedgradnorm.compare.texts import difference_text, mean_text, speed_text
 from fedgradnorm.compare.titles import speed_title, task_title
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.unit.compare.studies import made_up, measured
 
 LOST = Ended("diverged", "round 3: 0 sound reports")
