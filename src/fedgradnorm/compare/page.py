@@ -162,7 +162,7 @@ class _Page:
         return _cell(mean_text(estimate), difference_text(estimate), _side(estimate), worst)
 
     def _row(self, variant: str, look: Look, cells: Sequence[_Cell]) -> dict[str, Any]:
-        """A method's figures, and why there are none where there are none."""
+        """A method's figures, or why it has none."""
         absence = self.results.absence(variant, look.name)
         return {"look": look, "absence": absence, "cells": cells}
 

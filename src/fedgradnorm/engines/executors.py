@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fedgradnorm.engines.failures import Untraceable
 from fedgradnorm.errors import described, warn
 
 __all__ = ["WARNED", "Executable", "executable_of"]
@@ -41,13 +42,28 @@ class Executable(NamedTuple):
 
 
 def executable_of(lines: Sequence[str]) -> Executable:
-    """The program of this source: by TorchScript, or else in Python, which gives one warning."""
+    """The program of this source: by TorchScript, or else in Python, which gives one warning.
+
+    Raises:
+        Untraceable: TorchScript is there, and cannot compile this source.
+    """
     try:
         return Executable(_in_torchscript(lines), in_python=False)
-    except Exception as error:  # noqa: BLE001  # however torch removes it, or forbids it
+    except Exception as error:
+        if _has_torchscript():  # an operation whose arguments it does not know
+            raise Untraceable(f"TorchScript: {described(error)}") from error
         steps = _in_python(lines)
         _warn_once(error)
         return Executable(steps, in_python=True)
+
+
+def _has_torchscript() -> bool:
+    """Whether a program of nothing compiles: torch may remove TorchScript, or forbid it."""
+    try:
+        _in_torchscript(["def steps(value: Tensor) -> Tensor:", "    return value"])
+    except Exception:  # noqa: BLE001
+        return False
+    return True
 
 
 def _in_torchscript(lines: Sequence[str]) -> Steps:

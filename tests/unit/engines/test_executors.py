@@ -8,6 +8,8 @@ import torch
 from fedgradnorm import FedGradNormWarning, train
 from fedgradnorm.engines import executors
 from fedgradnorm.engines.executors import executable_of
+from fedgradnorm.engines.failures import Untraceable
+from fedgradnorm.federations import digits
 from tests.helpers import small_federation
 
 SOURCE = [
@@ -68,3 +70,15 @@ def test_a_run_without_torchscript_has_the_same_bits_and_one_warning(monkeypatch
     for ids, result in zip(("abcdefgh", "ab"), results, strict=True):
         expected = train(small_federation(ids), **settings)
         assert torch.equal(result.state.encoder, expected.state.encoder)
+
+
+def test_a_source_that_torchscript_cannot_compile_is_not_taken_for_a_missing_torchscript():
+    unknown = [line.replace("aten.mul(v_inputs, 2.0)", "aten.mul(2.0)") for line in SOURCE]
+    with pytest.raises(Untraceable, match="TorchScript"):
+        executable_of(unknown)
+    assert not executors.WARNED.is_set()
+
+
+def test_the_digits_train_without_a_warning():
+    settings = {"num_rounds": 1, "head_steps": 1, "encoder_steps": 1}
+    assert train(digits.make(seed=0), **settings).summary["rounds"] == 1
