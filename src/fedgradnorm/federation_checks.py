@@ -17,23 +17,6 @@ from fedgradnorm.modules import (
 from fedgradnorm.parameters import names_in, norm_layer_slices, trainable
 from fedgradnorm.task import Task
 
-__all__ = [
-    "check_copied",
-    "check_example",
-    "check_factory",
-    "check_ids",
-    "check_measures",
-    "check_memory",
-    "check_reached",
-    "check_tasks",
-    "check_ties",
-    "check_types",
-    "encoded",
-    "features_of",
-    "listed",
-    "output_of",
-]
-
 
 def listed(clients: object) -> tuple[Client, ...]:
     """The clients as a tuple. Refuses anything but an iterable of at least one `Client`."""
@@ -87,11 +70,11 @@ def check_tasks(clients: Sequence[Client]) -> None:
     tasks: dict[str, Task] = {}
     for client in clients:
         first = tasks.setdefault(client.task.name, client.task)
-        one, other = (
+        names, others = (
             [(metric.name, metric.higher_is_better) for metric in task.metrics]
             for task in (first, client.task)
         )
-        if one != other:
+        if names != others:
             text = f"two tasks with different metrics have the name '{client.task.name}'"
             raise FederationError(f"client '{client.id}': {text}")
 

@@ -120,21 +120,9 @@ def test_on_round_sees_every_round():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda run: evaluate_run(run, "x"),
-            FederationError,
-            "federation: .* str$",
-        ),
-        (
-            lambda run: load_model(run, "a", "x"),
-            FederationError,
-            "federation: .* str$",
-        ),
-        (
-            lambda run: resume(run, "x"),
-            FederationError,
-            "federation: .* str$",
-        ),
+        (lambda run: evaluate_run(run, "x"), FederationError, "federation: .* str$"),
+        (lambda run: load_model(run, "a", "x"), FederationError, "federation: .* str$"),
+        (lambda run: resume(run, "x"), FederationError, "federation: .* str$"),
         *(
             (
                 lambda run, client=client: load_model(run, client, small_federation()),

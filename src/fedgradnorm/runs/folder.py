@@ -7,40 +7,17 @@ from fedgradnorm.atomic import sync_folder, write_atomically
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.runs.checkpoint import later_than
-from fedgradnorm.runs.entries import (
-    CHECKPOINTS,
-    ENTRIES,
-    PROFILE,
-    RESULTS,
-    STATUS,
-    UNDONE,
-    how_to_resume,
-    not_writable,
-    writing,
-)
-from fedgradnorm.runs.lock import alone_in, being_written, lock_of
-from fedgradnorm.runs.reader import Run
-from fedgradnorm.runs.settings import as_toml, load_config_of, write_config
-from fedgradnorm.runs.writer import RunWriter, end_of_round
+from fedgradnorm.runs.entries import CHECKPOINTS, ENTRIES, RESULTS, UNDONE, not_writable, writing
+from fedgradnorm.runs.settings import as_toml, load_config_of
+from fedgradnorm.runs.writer import end_of_round
 
 __all__ = [
-    "CHECKPOINTS",
-    "PROFILE",
-    "STATUS",
-    "Run",
-    "RunWriter",
-    "alone_in",
-    "being_written",
     "check_free",
     "create_run",
-    "how_to_resume",
-    "load_config_of",
-    "lock_of",
     "put_back",
     "remove_replaced",
     "replaced_by",
     "set_rounds_aside",
-    "write_config",
 ]
 
 
@@ -87,9 +64,8 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"run folder {str(folder)[:100]!r}: no such folder can be: {reason}"
-        ) from error
+        text = f"run folder {str(folder)[:100]!r}: such a folder cannot exist"
+        raise RunError(f"{text}: {reason}") from error
     if names is not None and folder.samefile("."):
         raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if names is None or folder.is_symlink():
@@ -138,7 +114,7 @@ def set_rounds_aside(folder: Path, round: int) -> Path | None:
         for name in RESULTS:
             if (folder / name).is_file():
                 (folder / name).rename(aside / Path(name).name)
-        for path in later:  # the newest first, so that a resumed run finds no gap
+        for path in later:  # newest first: the newest one left is always the one to resume from
             path.rename(aside / CHECKPOINTS / path.name)
         sync_folder(aside)
         sync_folder(folder / CHECKPOINTS)
