@@ -281,13 +281,15 @@ def _stepped(
     """The encoder and the optimiser's state after its step."""
     steps = 1 if method_of(training).lockstep else training.encoder_steps
     step_size = steps * training.encoder_lr * training.server_lr  # η
+    if training.server_optimizer == "sgd":  # torch.optim would load torch's compiler for it
+        if not training.server_momentum:
+            return state.encoder.add(direction, alpha=-step_size), {}
+        past = state.optimizer.get("momentum_buffer")
+        step = direction.clone() if past is None else past * training.server_momentum + direction
+        return state.encoder.add(step, alpha=-step_size), {"momentum_buffer": step}
     parameter = nn.Parameter(state.encoder.clone())
     parameter.grad = direction
-    optimizer: torch.optim.Optimizer
-    if training.server_optimizer == "adam":
-        optimizer = torch.optim.Adam([parameter], lr=step_size)
-    else:
-        optimizer = torch.optim.SGD([parameter], lr=step_size, momentum=training.server_momentum)
+    optimizer = torch.optim.Adam([parameter], lr=step_size)
     memory = optimizer.state[parameter]
     memory.update({name: tensor.clone() for name, tensor in state.optimizer.items()})
     optimizer.step()
