@@ -29,25 +29,25 @@ __all__ = ["DeploymentCollector", "registry_of", "serve"]
 
 ABOUT = {
     "up": "Whether the deployment's files could be read: 1, or 0 if one is missing or damaged.",
-    "certificate_expiry_timestamp_seconds": "When a certificate of the server expires.",
+    "certificate_expiry_timestamp_seconds": "When a server certificate expires, in unix seconds.",
     "run_info": "Which run the other metrics are of: always 1.",
     "run_state": "Whether the run is in this state: 1 or 0; gone: its process ended unnoticed.",
     "round": "Rounds that are done.",
     "rounds": "Rounds that the run has.",
-    "run_started_timestamp_seconds": "When the run was begun or last resumed.",
-    "last_round_timestamp_seconds": "When the last round ended.",
+    "run_started_timestamp_seconds": "When the run was last begun or resumed, in unix seconds.",
+    "last_round_timestamp_seconds": "When the last round ended, in unix seconds.",
     "last_round_age_seconds": "Seconds since the last round ended or the run was started.",
-    "status_timestamp_seconds": "When the run last wrote its status.json.",
+    "status_timestamp_seconds": "When the run last wrote its status.json, in unix seconds.",
     "clients": "Clients that are known.",
     "clients_connected": "Clients that are connected to the run.",
     "nodes_refused": "Nodes that stay out, such as those that claim a key that is taken.",
     "client_connected": "Whether a client is connected to the run: 1 or 0; 0 when the run is over.",
-    "client_last_seen_timestamp_seconds": "When a client last answered.",
+    "client_last_seen_timestamp_seconds": "When a client last answered, in unix seconds.",
     "loss": "A client's training loss F_i(k) in the last round; absent without a report.",
-    "inverse_training_rate": "F_i(k) / F_i(0) in the last round; absent without a report.",
+    "inverse_training_rate": "F_i(k) / F_i(0) of the last round; absent without a report.",
     "weight": "A client's weight after the last round; 1 is equal.",
 }
-"""The metrics, without their prefix ``fedgradnorm_``; timestamps are unix seconds."""
+"""The metrics, without their prefix ``fedgradnorm_``."""
 
 
 class DeploymentCollector(Collector):
