@@ -90,7 +90,7 @@ def cells(line):
     return [cell.strip() for cell in re.split("[│┃|]", line)][1:-1]
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_status_of_a_run_is_a_line_a_table_and_the_certificates(deployment, site, call):
@@ -290,7 +290,7 @@ def test_what_cannot_be_read_beside_the_status_is_warned_of(deployment, site, ca
     assert re.search(r"^warning: .*/ca\.crt: expected a certificate in PEM: ", err, flags=re.M)
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def scraped(folder):
