@@ -345,3 +345,11 @@ def test_whatever_a_users_module_raises_names_it(tmp_path, monkeypatch, module, 
     with pytest.raises(ConfigError, match=f"federation.name: 'own_part:make' {message}"):
         build("federation", Component(name="own_part:make"), seed=0)
     sys.modules.pop("own_part", None)
+
+
+def test_the_file_keeps_its_options_when_the_default_part_is_named_on_the_command_line(tmp_path):
+    (tmp_path / "a.toml").write_text("[weighting]\ngamma = 0.5\n")
+    assert load_config(tmp_path / "a.toml", ["weighting.name=fedgradnorm"]).weighting.options == {
+        "gamma": 0.5
+    }
+    assert load_config(tmp_path / "a.toml", ["weighting.name=equal"]).weighting.options == {}

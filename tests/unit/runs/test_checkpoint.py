@@ -16,10 +16,19 @@ from fedgradnorm.runs.checkpoint import (
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
+MEMBERS = {
+    "encoder": [],
+    "fixed": {},
+    "clients": {},
+    "buffers": "local",
+    "norm_layer": None,
+    "modules": None,
+}
+
 
 def checkpoint(round, seconds=0.0):
     server = ServerState(round, torch.zeros(3), {}, WeightingState({"a": 1.0}))
-    return Checkpoint(server, {}, {}, {"encoder": [], "fixed": {}, "clients": {}}, seconds)
+    return Checkpoint(server, {}, {}, MEMBERS, seconds)
 
 
 def save(folder, keep, *rounds):
