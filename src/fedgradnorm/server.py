@@ -135,10 +135,9 @@ def _run_step(
         instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
         # sorted, so that sums do not depend on the engine
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))
-        reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
-        for client, why in engine.failures.items():
-            if dropped.get(client) == "no report":
-                dropped[client] = f"no report: {why}"
+        reports, dropped = screen(
+            replies, instructions, state.norms, training.max_update_ratio, engine.failures
+        )
         if len(reports) >= training.min_clients:
             # a client whose report is dropped starts the next round as it started this one
             heard = {reply.client for reply in replies if reply.round == state.round + 1}

@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     code, out, err = call("flower", "status", deployment)
     assert (code, err) == (1, "")
     assert (
-        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to go on: start its Flower app again; the last"
+        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to resume: start its Flower app again; the last"
         in out
     )
     edit(run / "status.json", state="training", reason=None)
