@@ -34,6 +34,17 @@ class FedGradNormError(Exception):
     result: Any = None
     """The `Result` of the completed rounds, if training has begun."""
 
+    hint = ""
+    """How to resume the run that the error has ended; the error says it behind its reason."""
+
+    @property
+    def reason(self) -> str:
+        """What the error says, without the hint."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.hint}" if self.hint else self.reason
+
 
 class FedGradNormWarning(UserWarning):
     """A run continues, with something that its user should know."""

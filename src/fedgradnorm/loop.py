@@ -303,11 +303,10 @@ class _Loop:
         self._saved = session.round
 
     def _fail(self, error: BaseException) -> None:
-        """Keep the rounds that are done, tell callbacks, and tell with the error what is kept.
+        """Keep the rounds that are done, tell callbacks, and add to the error what is kept.
 
         Raises:
             RunError: the folder cannot be written.
-            FedGradNormError: the error again, with its text completed, where it is one.
         """
         session, hint = self.session, ""
         session.error = error
@@ -321,12 +320,11 @@ class _Loop:
                 error.add_note(f"a callback's on_end raised {described(another)}")
         if isinstance(error, RunError):
             return
-        result = session.result() if session.history else None
         if isinstance(error, FedGradNormError):
-            completed = type(error)(f"{error}; {hint}" if hint else str(error))
-            raise _attach(completed, result) from error.__cause__
-        error.add_note(f"{session.round} rounds are done" + (f"; {hint}" if hint else ""))
-        _attach(error, result)
+            error.hint = hint
+        else:
+            error.add_note(f"{session.round} rounds are done" + (f"; {hint}" if hint else ""))
+        _attach(error, session.result() if session.history else None)
 
     def _keep(self) -> str:
         """Write what is done to the run's folder.
@@ -349,11 +347,10 @@ class _Loop:
         return f"to resume: {how_to_resume(folder, self.session.config)}"
 
 
-def _attach(error: BaseException, result: Result | None) -> BaseException:
-    """The error, with the result of the rounds that are done as its attribute ``result``."""
+def _attach(error: BaseException, result: Result | None) -> None:
+    """Give the error the result of the rounds that are done, as its attribute ``result``."""
     with suppress(AttributeError):  # some errors take no attributes
         error.result = result  # type: ignore[attr-defined]
-    return error
 
 
 @contextmanager

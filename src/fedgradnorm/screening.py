@@ -23,6 +23,7 @@ def screen(
     instructions: Sequence[Instruction],
     norms: Mapping[str, Sequence[float]],
     max_update_ratio: float | None = None,
+    failures: Mapping[str, str] = {},
 ) -> tuple[list[Report], dict[str, str]]:
     """The sound reports of this round, and for every other instructed client the reason.
 
@@ -35,6 +36,7 @@ def screen(
             client's last ones. As long as the client has fewer than three, the median is over all
             last ones and the others' of this round. Gradients of length 0 do not count. None: no
             gradient is too long.
+        failures: why clients sent no report, as far as the engine knows.
     """
     reports, dropped = {}, {}
     by_sender: dict[tuple[str, int], list[Report]] = {}
@@ -42,7 +44,7 @@ def screen(
         by_sender.setdefault((reply.client, reply.round), []).append(reply)
     for instruction in instructions:
         own = by_sender.get((instruction.client, instruction.round), [])
-        reason = _fault(own, instruction)
+        reason = _fault(own, instruction, failures.get(instruction.client))
         if reason is None:
             reports[instruction.client] = own[0]
         else:
@@ -54,10 +56,12 @@ def screen(
     return list(reports.values()), dropped
 
 
-def _fault(own: Sequence[Report], instruction: Instruction) -> str | None:
+def _fault(own: Sequence[Report], instruction: Instruction, failure: str | None) -> str | None:
     """Why a client's reports of this round do not count, or None."""
-    if len(own) != 1:
-        return f"{len(own)} reports" if own else "no report"
+    if not own:
+        return "no report" if failure is None else f"no report: {failure}"
+    if len(own) > 1:
+        return f"{len(own)} reports"
     return _misfit(own[0], instruction) or _wrong_number(own[0])
 
 

@@ -135,10 +135,9 @@ def _run_step(
         instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
         # sorted, so that sums do not depend on the engine
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))
-        reports, dropped = screen(replies, instructions, state.norms, training.max_update_ratio)
-        for client, why in engine.failures.items():
-            if dropped.get(client) == "no report":
-                dropped[client] = f"no report: {why}"
+        reports, dropped = screen(
+            replies, instructions, state.norms, training.max_update_ratio, engine.failures
+        )
         if len(reports) >= training.min_clients:
             # a client whose report is dropped starts the next round as it started this one
             heard = {reply.client for reply in replies if reply.round == state.round + 1}
@@ -281,13 +280,15 @@ def _stepped(
     """The encoder and the optimiser's state after its step."""
     steps = 1 if method_of(training).lockstep else training.encoder_steps
     step_size = steps * training.encoder_lr * training.server_lr  # η
+    if training.server_optimizer == "sgd":  # torch.optim would load torch's compiler for it
+        if not training.server_momentum:
+            return state.encoder.add(direction, alpha=-step_size), {}
+        past = state.optimizer.get("momentum_buffer")
+        step = direction.clone() if past is None else past * training.server_momentum + direction
+        return state.encoder.add(step, alpha=-step_size), {"momentum_buffer": step}
     parameter = nn.Parameter(state.encoder.clone())
     parameter.grad = direction
-    optimizer: torch.optim.Optimizer
-    if training.server_optimizer == "adam":
-        optimizer = torch.optim.Adam([parameter], lr=step_size)
-    else:
-        optimizer = torch.optim.SGD([parameter], lr=step_size, momentum=training.server_momentum)
+    optimizer = torch.optim.Adam([parameter], lr=step_size)
     memory = optimizer.state[parameter]
     memory.update({name: tensor.clone() for name, tensor in state.optimizer.items()})
     optimizer.step()

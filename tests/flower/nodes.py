@@ -1,4 +1,4 @@
-"""Nodes in this process that fail as they are told, and a grid that writes down what is sent."""
+"""Nodes in this process that fail as told, a grid that records messages, and their twists."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,10 @@ AT_ONCE = {"node_timeout": 0, "poll": 0.001, "ask_again": 0}
 
 
 class Wire(LocalGrid):
-    """A grid through whose messages go as bytes, as between machines. A twist stands between it and a node's training."""
+    """A grid that sends messages as bytes, as between machines.
+
+    A twist stands between the grid and a node's training.
+    """
 
     def __init__(self, nodes=(), contexts=None):
         super().__init__(dict(nodes), contexts)
@@ -206,7 +209,7 @@ def with_loss(loss):
 
 
 def notes_of(during):
-    """The notes of every round, by round and client: `during` is an ``on_round`` to be called as well."""
+    """The notes of every round, by round and client; `during` is an ``on_round`` that is called too."""
     seen = {}
 
     def note(rows):

@@ -1,4 +1,4 @@
-"""The ready apps: a Federation from a configuration file, one client a node, as if every message came to a new process."""
+"""The ready apps: a federation from a configuration file, with one client on each node."""
 
 import fcntl
 import shutil

@@ -1,4 +1,4 @@
-"""What the server is told when a client's training data or versions are not what they were; the data stay where they are."""
+"""What the server is told when a client's training data or versions change."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning"
 
 
 class Watched(Site):
-    """A site whose nodes watch their data, and whose states are in files. Every message comes to a new process."""
+    """A site whose nodes watch their data and keep states in files, as new processes would."""
 
     def __init__(self, folder):
         self.own = {}
@@ -199,7 +199,7 @@ def test_data_that_cannot_be_looked_at_fail_no_round(tmp_path, monkeypatch):
     assert not dropped(site.train(num_rounds=3).rows, "b")
 
 
-# ------------------------------------------------------------------------------------------------ versions
+# ----------------------------------------------------------------------------------------- versions
 
 
 def running(site, number, **versions):

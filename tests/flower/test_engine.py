@@ -43,7 +43,7 @@ def plain(result):
     return result.state.encoder.tolist(), buffers, result.state.weighting, timeless(result.rows)
 
 
-# ------------------------------------------------------------------------------------------------ no failure
+# --------------------------------------------------------------------------------------- no failure
 
 
 @pytest.mark.parametrize("buffers", ["local", "averaged"])
@@ -79,7 +79,7 @@ def test_clients_keep_what_a_checkpoint_may_ask_for_and_no_more():
     assert {tuple(store.by_round) for store in site.stores.values()} == {(4, 5, 6, 7)}
 
 
-# ------------------------------------------------------------------------------------------------ failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def as_other_client(content):
@@ -451,7 +451,7 @@ def test_every_code_of_flower_is_in_words():
     assert codes == CODES.keys()
 
 
-# ------------------------------------------------------------------------------------------------ who takes part
+# ----------------------------------------------------------------------------------- who takes part
 
 
 def at(round, act):
@@ -719,7 +719,7 @@ def test_clients_without_test_data_are_not_asked():
     )
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 def after(rounds):

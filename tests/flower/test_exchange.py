@@ -1,4 +1,4 @@
-"""Messages out and replies back: what is late holds nobody up, and enough answers shorten the wait for the others."""
+"""Messages and replies: a late reply delays no other, and enough answers shorten the wait."""
 
 import math
 import threading
@@ -26,7 +26,10 @@ LONG = 600.0
 
 
 class Apart(Grid):
-    """A site's wire behind calls that wait, as Flower's do while a reply is on its way: for ``held`` nodes, until ``release`` is set."""
+    """A site's wire behind calls that wait, as Flower's do while a reply is on its way.
+
+    They wait for ``held`` nodes, until ``release`` is set.
+    """
 
     def __init__(self, site, held=()):
         self.wire, self.held, self.release = site.wire, set(held), threading.Event()
@@ -202,7 +205,7 @@ def test_what_the_superlink_fails_at_is_no_lateness_of_a_client(monkeypatch, cap
 
 @pytest.mark.usefixtures("at_once")
 def test_a_reply_that_is_lost_by_a_fetch_that_failed_is_no_lateness(monkeypatch):
-    """The SuperLink deletes a reply when it hands it out; who asks again is told that the message has expired."""
+    """The SuperLink deletes a reply when it gives it out; then it says that the message expired."""
     site = Site(small_federation())
     engine = apart_engine(site, round_timeout=LONG)
     engine.wait(3)
@@ -307,7 +310,7 @@ def test_fewer_than_the_sound_reports_that_a_round_needs_are_never_enough():
         site.train(engine=engine, num_rounds=1, min_clients=3, max_retries=0)
 
 
-# ------------------------------------------------------------------------------------------------ rests
+# -------------------------------------------------------------------------------------------- rests
 
 
 def test_a_client_that_is_late_again_and_again_rests_for_twice_as_long_each_time(caplog):

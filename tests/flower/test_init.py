@@ -440,7 +440,7 @@ def test_no_service_can_take_all_memory(folder):
 
 
 def started_front(folder, *programs, **settings):
-    """What a front is called with where only these programs are on the PATH, besides those of the system that front.sh needs."""
+    """How a front is started where the PATH has only these programs, and those that front.sh needs."""
     path = folder / "server/superlink.env"
     path.write_text(
         "".join([path.read_text(), *(f"{key}={value}\n" for key, value in settings.items())])

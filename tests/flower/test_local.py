@@ -118,7 +118,7 @@ def test_resumed_is_uninterrupted(words, back, tmp_path):
         *words,
     ]
     done(*words, f"run.dir={tmp_path / 'whole'}")
-    with pytest.raises(StoppedError, match="to go on: fedgradnorm resume"):
+    with pytest.raises(StoppedError, match="to resume: fedgradnorm resume"):
         run(load_config(None, [*words, f"run.dir={tmp_path / 'run'}"]), should_stop=after(5))
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3 - back :]:
         path.unlink()

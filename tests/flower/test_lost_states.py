@@ -1,4 +1,4 @@
-"""A client whose state is lost: it refuses, or goes on from its newest one, or with a fresh head; the server is told."""
+"""A client whose state is lost: it refuses, or uses its newest state or a fresh head."""
 
 import shutil
 from dataclasses import replace
@@ -24,7 +24,7 @@ OPTIONS = {"num_rounds": 6, "eval_every": 1, "head_momentum": 0.9}
 
 
 class Forgetful(Site):
-    """A site whose nodes have a policy for lost states. Client b loses some of its states after a round."""
+    """A site whose nodes have a policy for lost states; client b loses states after a round."""
 
     def __init__(self, policy, **options):
         self.policy = policy
@@ -52,7 +52,7 @@ class Forgetful(Site):
 
 
 def begun(site):
-    """The F(0) and the base of every message for training to b, and what its replies say of their beginning."""
+    """The base and F(0) of every message for training to b, and what its replies say they began with."""
     asked, said = [], []
     for one in site.wire.messages:
         if one.metadata.message_type != "train":
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_no_report(said, why):
     assert dropped(site.train(num_rounds=3).rows, "b") == {2: f"no report: {why}"}
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_damaged_files_are_lost_and_those_of_others_or_beyond_reach_are_not(tmp_path):
@@ -295,7 +295,7 @@ def test_an_unknown_word_for_it_keeps_a_node_out(tmp_path):
         place.deployed()
 
 
-# ------------------------------------------------------------------------------------------------ a user's own app
+# --------------------------------------------------------------------------------- a user's own app
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def message(content, kind="train"):
     return LocalGrid({}).create_message(content, kind, 2, "1")
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 def frozen():
@@ -220,7 +220,7 @@ def test_a_pickle_is_not_opened(tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-# ------------------------------------------------------------------------------------------------ anything at all
+# ---------------------------------------------------------------------------------- anything at all
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 INTEGERS, FLOATS = st.integers(-(2**63), 2**63 - 1), st.floats()

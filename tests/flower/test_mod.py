@@ -158,7 +158,7 @@ def test_initial_arrays_may_come_without_a_head():
     assert values(Own().start(2, arrays=encoder).arrays) == values(Own().start(2).arrays)
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def context_of(**node_config):

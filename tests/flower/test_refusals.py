@@ -1,4 +1,4 @@
-"""A node that is refused explains the absence of the client that it was refused as, and of no other."""
+"""A refused node explains the absence of the client that it was refused as, and of no other."""
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict

@@ -393,7 +393,7 @@ def test_a_run_that_waits_for_long_goes_on_saying_so(site, tmp_path, clock):
     assert len(set(written)) >= 3
 
 
-# ------------------------------------------------------------------------------------------------ who writes
+# --------------------------------------------------------------------------------------- who writes
 
 
 def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):

@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
     return own.start(6, strategy=strategy(run_dir=folder)), folder, own
 
 
-# ------------------------------------------------------------------------------------------------ a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 def test_training_goes_down_and_weights_move(whole):
@@ -161,7 +161,7 @@ def test_aggregating_before_anything_was_sent_is_an_error():
         strategy().aggregate_train(1, [])
 
 
-# ------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("name", BUILT_INS["weighting"])
@@ -310,7 +310,7 @@ def test_arrays_without_an_encoder_are_refused():
         strategy().start(Own().wire, ArrayRecord(mixed))
 
 
-# ------------------------------------------------------------------------------------------------ stop and go on
+# ----------------------------------------------------------------------------------- stop and go on
 
 
 def stop_after(rounds):

@@ -90,7 +90,7 @@ def cells(line):
     return [cell.strip() for cell in re.split("[│┃|]", line)][1:-1]
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_status_of_a_run_is_a_line_a_table_and_the_certificates(deployment, site, call):
@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     code, out, err = call("flower", "status", deployment)
     assert (code, err) == (1, "")
     assert (
-        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to go on: start its Flower app again; the last"
+        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to resume: start its Flower app again; the last"
         in out
     )
     edit(run / "status.json", state="training", reason=None)
@@ -290,7 +290,7 @@ def test_what_cannot_be_read_beside_the_status_is_warned_of(deployment, site, ca
     assert re.search(r"^warning: .*/ca\.crt: expected a certificate in PEM: ", err, flags=re.M)
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def scraped(folder):

@@ -138,7 +138,7 @@ def end_of(
     try:
         train_cell(order, on_round, stop)
     except StoppedError as error:
-        return None if asked else Ended("diverged", str(error).partition("; to go on:")[0])
+        return None if asked else Ended("diverged", error.reason)
     except FedGradNormError as error:
         return Ended("failed", str(error))
     except Exception as error:  # noqa: BLE001  # from a user's own part; the other cells go on

@@ -5,6 +5,7 @@ interpreter's lock, so threads do not wait for each other. Python runs the same 
 same order, with the same results, and needs nothing that torch may remove.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from threading import Event
@@ -14,14 +15,18 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fedgradnorm.engines.failures import Untraceable
 from fedgradnorm.errors import described, warn
 
 __all__ = ["WARNED", "Executable", "executable_of"]
 
+log = logging.getLogger(__name__)
+
 Steps: TypeAlias = Callable[..., Tensor]
 
 NAME, OPERATION = re.compile(r"\bv_\w+"), re.compile(r"\btorch\.ops\.aten\.(\w+)\(")
+SMALLEST = ("def steps() -> Tensor:", "    return torch.zeros(1)")
+"""A program that every TorchScript can run."""
+
 WARNED = Event()
 """Set once this process was warned that TorchScript is missing."""
 
@@ -42,26 +47,24 @@ class Executable(NamedTuple):
 
 
 def executable_of(lines: Sequence[str]) -> Executable:
-    """The program of this source: by TorchScript, or else in Python, which gives one warning.
+    """The program of this source: by TorchScript, or else in Python.
 
-    Raises:
-        Untraceable: TorchScript is there, and cannot compile this source.
+    Where TorchScript runs no program at all, one warning says so.
     """
     try:
         return Executable(_in_torchscript(lines), in_python=False)
-    except Exception as error:
-        if _has_torchscript():  # an operation whose arguments it does not know
-            raise Untraceable(f"TorchScript: {described(error)}") from error
-        steps = _in_python(lines)
-        _warn_once(error)
-        return Executable(steps, in_python=True)
+    except Exception as error:  # noqa: BLE001  # however torch removes it, or forbids it
+        if _has_torchscript():
+            log.info("TorchScript cannot run a program, Python does: %s", described(error))
+        else:
+            _warn_once(error)
+        return Executable(_in_python(lines), in_python=True)
 
 
 def _has_torchscript() -> bool:
-    """Whether a program of nothing compiles: torch may remove TorchScript, or forbid it."""
     try:
-        _in_torchscript(["def steps(value: Tensor) -> Tensor:", "    return value"])
-    except Exception:  # noqa: BLE001
+        _in_torchscript(SMALLEST)
+    except Exception:  # noqa: BLE001  # as above
         return False
     return True
 

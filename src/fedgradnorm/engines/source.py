@@ -153,12 +153,25 @@ def _operation(node: Node) -> str:
         return f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
     if isinstance(node.target, OpOverload):
         named = (f"{name}={_literal(value)}" for name, value in node.kwargs.items())
-        words = ", ".join([*map(_literal, node.args), *named])
+        words = ", ".join([*_arguments(node), *named])
         # A batch may lie in memory in another way than the one that was traced.
         view = node.target is torch.ops.aten.view.default and not writes(node.graph)
         name = "aten::reshape" if view else node.target._schema.name
         return f"{_name(node)} = torch.ops.{name.replace('::', '.')}({words})"
     raise Untraceable(f"{node.target} is not an operation of torch")
+
+
+def _arguments(node: Node) -> list[str]:
+    """A node's positional arguments as source.
+
+    ``vmap`` traces a number beside a stacked tensor as a copy of that number: here it is a tensor,
+    with all its digits.
+    """
+    words = [_literal(argument) for argument in node.args]
+    if node.target is torch.ops.aten._to_copy.default and not isinstance(node.args[0], Node):
+        kind = ", dtype=torch.float64" if isinstance(node.args[0], float) else ""
+        words[0] = f"torch.tensor({words[0]}{kind})"
+    return words
 
 
 def _name(node: Node) -> str:

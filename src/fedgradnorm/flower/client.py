@@ -37,6 +37,7 @@ from fedgradnorm.flower.messages import (
     refusal_reply,
     training_of,
 )
+from fedgradnorm.flower.records import one_line
 from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
 from fedgradnorm.identity import data_record, same_data
@@ -165,8 +166,8 @@ class Node:
 
 def wrong_client(message: Message, asked: str, client: str) -> Message:
     """The answer of a client's node to a message that is for another client."""
-    words = f"a message for client '{asked}' came to client '{client}'"
-    log.warning(words)
+    words = one_line(f"a message for client '{asked}' came to client '{client}'")
+    log.warning("%s", words)
     return refusal_reply(Refusal(code="wrong-client", words=words, client=asked), message)
 
 

@@ -86,18 +86,14 @@ class GridEngine(Engine):
         self.messages: dict[str, Message] = {}
         self.attendance, self.notes = Attendance(roster.admit, limits.ask_again), Notes()
         self.rounds = Rounds(keep)
-        self.rests, self._test_rests, self._tests = (
-            Rests(limits.max_rest),
-            Rests(limits.max_rest),
-            0,
-        )
+        self.rests, self._test_rests = Rests(limits.max_rest), Rests(limits.max_rest)
         patience = max(limits.node_timeout, limits.round_timeout, limits.greeting_timeout)
         self.watcher = Watcher(roster, patience)
         self._failures: dict[str, Failure] = {}
         self._untested: set[str] = set()
         self._late: set[int] = set()
         self._sent: Mapping[str, Tensor] = {}
-        self._round, self._attempt, self._training = 0, 0, ""
+        self._round, self._attempt, self._tests, self._training = 0, 0, 0, ""
 
     @property
     def clients(self) -> list[str]:
