@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -429,6 +430,7 @@ def test_a_command_is_refused_while_another_one_runs_and_its_lines_are_its_own(t
         try:
             while first.poll() is None and not lines(folder):
                 time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)  # it has the folder, whether it computes or not
             code, _, error = launcher().call(tmp_path, "resume", folder)
         finally:
             first.kill()
