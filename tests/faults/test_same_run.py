@@ -34,7 +34,7 @@ from fedgradnorm.config import load_config
 from fedgradnorm.run import run
 from fedgradnorm.runs.folder import Run
 from tests.helpers import accuracy, small_encoder
-from tests.launcher import launcher
+from tests.launcher import PATIENCE, launcher
 from tests.runs import QUICK as WORDS
 from tests.runs import after, contents, lines
 
@@ -407,7 +407,8 @@ def test_a_folder_that_cannot_be_written_is_not_said_to_be_in_use():
         train(federation(), run_dir="/proc/run", **QUICK)
 
 
-def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path):
+def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedgradnorm.runs.folder.LOCK_TIMEOUT", PATIENCE)
     folder = stopped(tmp_path / "run", federation())
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
     lock.acquire()
