@@ -14,13 +14,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fedgradnorm.progress
-import fedgradnorm.run
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
 
+import fedgradnorm.callbacks.progress_bar
 import fedgradnorm.cli
+import fedgradnorm.loop
 import fedgradnorm.report
 from fedgradnorm.federations import digits
 

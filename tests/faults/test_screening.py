@@ -302,6 +302,7 @@ class Hostile:
 
     def __init__(self, rounds):
         self.rounds, self.client_states = iter(rounds), dict.fromkeys("abc", ClientState({}))
+        self.failures = {}
 
     def restore(self, states):
         pass
