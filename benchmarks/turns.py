@@ -24,7 +24,7 @@ from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import EngineConfig, TrainConfig
 from fedgradnorm.parameters import norm_layer_slices, norm_over
 from fedgradnorm.registry import BUILT_INS, build
-from fedgradnorm.run import rows_of
+from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal, FedGradNorm
 

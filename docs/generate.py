@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the code: `python docs/generate.py`. A test holds the page against what this makes."""
+"""Write docs/configuration.md from the code: `python docs/generate.py`. A test compares them."""
 
 import inspect
 import re
@@ -25,14 +25,14 @@ from fedgradnorm.registry import BUILT_INS, describe, resolve
 
 STUDY = """## A study
 
-`fedgradnorm compare STUDY.toml` trains every method with every seed, after it has tuned the step sizes of each on the same grid and
-on other seeds.
+`fedgradnorm compare STUDY.toml` first tunes the step sizes of every method on the same grid, with
+other seeds. Then it trains every method with every seed of the study.
 
 ```toml
 title = "Three radio tasks"
 config = "../configs/demo.toml"       # relative to the study's file
 seeds = [0, 1, 2, 3, 4, 5, 6, 7]      # fewer than six give no interval
-base.train.num_rounds = 100           # over that file, in every run
+base.train.num_rounds = 100           # overrides that file, in every run
 
 [tuning]
 seeds = [100]
@@ -44,65 +44,64 @@ name = "equal"
 weighting.name = "equal"
 
 [[methods]]
-name = "FedGradNorm, γ = 0.5"         # whatever a run may set makes a method
+name = "FedGradNorm, γ = 0.5"         # a method is any settings of a run
 weighting.name = "fedgradnorm"
 weighting.gamma = 0.5
 
-[[variants]]                          # optional: all methods once more, under other settings
+[[variants]]                          # optional: all methods again, under other settings
 name = "signal has a tenth of the data"
 federation.sizes.signal = 0.1
 
-[full]                                # what --full changes: keys of the study, or settings of its base
+[full]                                # changes by --full: keys of the study or settings of its base
 train.num_rounds = 300
 ```
 
-Several studies can share their methods: `methods_file = "methods.toml"` names a file of `[[methods]]`, and `methods` then takes names
-beside tables, such as `methods = ["equal", "nash_mtl"]`; without it, all of the file's.
+Several studies can share their methods. `methods_file = "methods.toml"` names a file of
+`[[methods]]`, and `methods` may then contain their names, such as `methods = ["equal",
+"nash_mtl"]`. Without `methods`, the study has all methods of the file.
 
-Words on the command line win: `seeds=[0,1]` for the study, `train.num_rounds=5` for its base. A cell is a run's folder under the
-study's, named by its settings: called again, the command trains what is missing, and a changed setting is another cell. `--jobs` cells
-are trained at once, each in one thread, and no more than there are cores. A study that is stopped (Ctrl-C) writes its tables and page of
-what there is.
+Command-line arguments take precedence: `seeds=[0,1]` for the study, `train.num_rounds=5` for its
+base. A cell is a run's folder in the study's folder, named by its settings. The same command
+trains only the cells that are missing; a changed setting makes another cell. `--jobs` cells are
+trained at a time, each in one thread, and at most as many as there are cores. A study that is
+stopped (Ctrl-C) writes the tables and the page of its results so far.
 """
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-This page is made by `python docs/generate.py`.
+`python docs/generate.py` writes this page.
 
-A run is a TOML file and words from the command line, which win over the file, which wins over the defaults here:
+A run has a TOML file and command-line arguments. The arguments take precedence over the file, and
+the file over the defaults here:
 
 ```
 fedgradnorm run configs/digits.toml train.num_rounds=5 weighting.gamma=0.5 run.dir=runs/first
 ```
 
-A word's value is read as TOML, or as plain text where it is none. A word that names another part, such as `weighting.name=equal`,
-drops the options that the file gives to its own. An unknown key, or a value out of range, is an error before anything is read or written.
-`federation`, `model`, `weighting`, `aggregation`, `engine` and `train.method` take the name of a built-in part, or `module:attribute` of
-your own, installed or in the current folder; the other keys of the table are its options.
+An argument's value is read as TOML, or as plain text if it is not TOML. An argument that names
+another part, such as `weighting.name=equal`, drops the options of the file's part. An unknown key
+or a value out of range is an error before anything is read or written. `federation`, `model`,
+`weighting`, `aggregation`, `engine` and `train.method` take the name of a built-in part, or the
+`module:attribute` of your own part, which is installed or in the current folder. The other keys of
+the table are its options.
 """
 
 
 def text_of(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    value = (
-        list(value)
-        if isinstance(value, tuple)
-        else value.name
-        if isinstance(value, Component)
-        else value
-    )
-    if isinstance(value, BaseModel) or (
-        isinstance(value, list) and any(isinstance(one, BaseModel) for one in value)
-    ):
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, Component):
+        value = value.name
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, BaseModel) for item in items):
         return "see below"
-    return (
-        "none"
-        if value is None
-        else f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
-    )
+    if value is None:
+        return "none"
+    return f"`{value!r}`".replace("'", '"').replace("True", "true").replace("False", "false")
 
 
 def table(rows: list[tuple[str, Any, str]]) -> str:
@@ -121,7 +120,7 @@ def fields_of(model: type[BaseModel]) -> list[tuple[str, Any, str]]:
 
 
 def argument_docs(made_by: Any) -> dict[str, str]:
-    """What the section "Args" of a docstring says of each argument."""
+    """By argument, its text in the section "Args" of a docstring."""
     _, _, section = (inspect.getdoc(made_by) or "").partition("\nArgs:\n")
     section = re.split(r"\n(?=\S)", section)[0]
     return dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section, flags=re.M))
@@ -131,7 +130,8 @@ def part(kind: str, name: str, table_of_kind: str = "") -> str:
     summary, options = describe(kind, name)
     documented = argument_docs(resolve(kind, name))
     rows = [(key, default, documented[key].replace("``", "`")) for key, default in options.items()]
-    return f'### `{table_of_kind or kind}.name = "{name}"`\n\n{summary}\n\n{table(rows) if rows else "No options."}'
+    heading = f'### `{table_of_kind or kind}.name = "{name}"`'
+    return f"{heading}\n\n{summary}\n\n{table(rows) if rows else 'No options.'}"
 
 
 def page() -> str:

@@ -1,20 +1,25 @@
-r"""Study (g): do the weights converge exponentially? A federation whose fixed point is known. `python -m studies.convergence`.
+r"""Study (g): do the weights converge exponentially? `python -m studies.convergence`.
 
-Client i pulls the encoder's output ω, a vector, to points y of its own (a linear encoder on the constant input 1, no head)::
+The federation has a known fixed point. Client i pulls the encoder's output ω, a vector, to its
+points y (a linear encoder on the constant input 1, no head)::
 
-    F_i(ω) = (s_i / 2) mean_y ‖ω - y‖² = (s_i / 2) (x_i² + v_i)      x_i = ‖ω - ȳ_i‖,  v_i the variance of its points
+    F_i(ω) = (s_i / 2) mean_y ‖ω - y‖² = (s_i / 2) (x_i² + v_i),
 
-so Σ p_i F_i is strongly convex in ω for every p. Where neither ω nor p moves any more,
+with x_i = ‖ω - ȳ_i‖ and v_i the variance of its points,
+so Σ p_i F_i is strongly convex in ω for every p. At a fixed point of ω and p,
 
-    Σ p_i g_i = 0  with  g_i = s_i (ω - ȳ_i),  n_i = s_i x_i        and        p_i n_i = c · (F_i(ω) / F_i(0))^γ  for one c.
+    Σ p_i g_i = 0  with  g_i = s_i (ω - ȳ_i),  n_i = s_i x_i,
+    p_i n_i = c · (F_i(ω) / F_i(0))^γ  for one c.
 
-The second puts p into the first, and the scales s_i cancel: with u_i the unit vector from ȳ_i to ω,
+The second determines p. In the first, the scales s_i then cancel: with u_i the unit vector from ȳ_i
+to ω,
 
     Σ_i ((x_i² + v_i) / (x_i(0)² + v_i))^γ u_i = 0,
 
-which says that ω minimises Σ_i φ_i(‖ω - ȳ_i‖) with φ_i' = ((x² + v_i) / (x_i(0)² + v_i))^γ: each φ_i is convex and rises, so the sum is
-convex, and ω* is its only minimiser (for points that are not on one line). p* follows from the second condition. With γ = 0 this is the
-geometric median of the ȳ_i. Nothing here uses the weighting's code, so p* is an independent value to measure ‖p_k - p*‖ against.
+so ω minimises Σ_i φ_i(‖ω - ȳ_i‖) with φ_i' = ((x² + v_i) / (x_i(0)² + v_i))^γ. Each φ_i is convex
+and rises, so the sum is convex, and ω* is its only minimiser (for points that are not on one line).
+p* follows from the second condition. With γ = 0, ω* is the geometric median of the ȳ_i. Nothing
+here uses the weighting's code, so p* is an independent reference for ‖p_k - p*‖.
 """
 
 import argparse
@@ -45,12 +50,12 @@ BATCH = 8
 SEEDS = 10
 NOISE = 0.5
 ENOUGH = 1e-4
-"""The fit ends where the distance is so small a share of the first one: single precision ends not far below."""
+"""The fit ends at this share of the first distance: single precision ends not far below."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to train, and a name for it."""
+    """A way to train and its name. If it is noisy, steps are taken on mini-batches."""
 
     name: str
     method: FedGradNorm
@@ -69,14 +74,22 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """The quadratics: scales s_i, shape ``(N,)``, and the clients' points, shape ``(N, examples, d)``."""
+    """The quadratics.
+
+    Attributes:
+        scales: s_i, shape ``(N,)``.
+        points: the clients' points, shape ``(N, examples, d)``.
+    """
 
     scales: np.ndarray
     points: np.ndarray
 
 
 def problem_of(seed: int, noise: float) -> Problem:
-    """A random problem: scales between 0.3 and 3, centres around 0, and points around them with this standard deviation."""
+    """A random problem: scales between 0.3 and 3, and centres around 0.
+
+    ``noise`` is the standard deviation of the points around their centres.
+    """
     rng = np.random.default_rng([seed, 20])
     scales = 0.3 * 10 ** rng.uniform(size=CLIENTS)
     centres = rng.standard_normal((CLIENTS, 1, DIMENSION))
@@ -88,24 +101,24 @@ def fixed_point(problem: Problem, start: np.ndarray, gamma: float) -> tuple[np.n
 
     Args:
         problem: the quadratics.
-        start: the encoder's output before the first round, shape ``(d,)``, which F_i(0) depends on.
+        start: the encoder's output before the first round, shape ``(d,)``. F_i(0) depends on it.
         gamma: γ.
 
     Raises:
-        RuntimeError: the solver did not get there.
+        RuntimeError: the solver did not converge.
     """
     centres = problem.points.mean(axis=1)
     variances = ((problem.points - centres[:, None]) ** 2).sum(axis=2).mean(axis=1)
     initial = ((start - centres) ** 2).sum(axis=1) + variances
 
     def rates(omega: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (((omega - centres) ** 2).sum(axis=1) + variances) / initial
-        return found
+        ratios: np.ndarray = (((omega - centres) ** 2).sum(axis=1) + variances) / initial
+        return ratios
 
     def slope(omega: np.ndarray) -> np.ndarray:
         away = omega - centres
-        found: np.ndarray = (rates(omega) ** gamma / np.linalg.norm(away, axis=1)) @ away
-        return found
+        gradient: np.ndarray = (rates(omega) ** gamma / np.linalg.norm(away, axis=1)) @ away
+        return gradient
 
     solution = root(slope, centres.mean(axis=0), tol=1e-13)
     if not solution.success:
@@ -116,28 +129,25 @@ def fixed_point(problem: Problem, start: np.ndarray, gamma: float) -> tuple[np.n
 
 
 def federation_of(problem: Problem) -> Federation:
-    """The quadratics as clients, each a task of its own."""
+    """The quadratics as clients, each with another task."""
 
     def loss(outputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         return scale / 2 * ((outputs - targets) ** 2).sum(dim=1).mean()
 
-    clients = [
-        Client(
-            f"c{index}",
-            Task(f"task {index}", lambda _: nn.Identity(), partial(loss, scale=float(scale))),
-            (torch.ones(EXAMPLES, 1), torch.from_numpy(points).float()),
-        )
-        for index, (scale, points) in enumerate(zip(problem.scales, problem.points, strict=True))
-    ]
+    clients = []
+    for index, (scale, points) in enumerate(zip(problem.scales, problem.points, strict=True)):
+        scaled = partial(loss, scale=float(scale))
+        data = (torch.ones(EXAMPLES, 1), torch.from_numpy(points).float())
+        task = Task(f"task {index}", lambda _: nn.Identity(), scaled)
+        clients.append(Client(f"c{index}", task, data))
     return Federation(clients, lambda: nn.Linear(1, DIMENSION, bias=False))
 
 
 def start_of(federation: Federation, seed: int) -> np.ndarray:
     """The encoder's output before the first round, shape ``(d,)``."""
-    output: np.ndarray = (
-        federation.make_encoder(seed)(torch.ones(1, 1)).detach().double().numpy()[0]
-    )
-    return output
+    outputs = federation.make_encoder(seed)(torch.ones(1, 1))
+    start: np.ndarray = outputs.detach().double().numpy()[0]
+    return start
 
 
 def distances(setting: Setting, seed: int, rounds: int = ROUNDS) -> np.ndarray:
@@ -157,19 +167,20 @@ def distances(setting: Setting, seed: int, rounds: int = ROUNDS) -> np.ndarray:
         engine="reference",
     ).rows
     weights = np.array([row["weight"] for row in rows]).reshape(rounds, CLIENTS)
-    found: np.ndarray = np.linalg.norm(np.vstack([np.ones(CLIENTS), weights]) - optimum, axis=1)
-    return found
+    weights = np.vstack([np.ones(CLIENTS), weights])
+    away: np.ndarray = np.linalg.norm(weights - optimum, axis=1)
+    return away
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a curve of distances shows.
+    """The exponential fit of a curve of distances.
 
     Attributes:
         rate: ρ of the fitted C ρ^k, per round.
-        straight: R² of that fit in the logarithm: 1 is exponential.
-        floor: where the distance ends, as a share of the first one: the median of the last tenth.
-        rounds: how many rounds the approach took.
+        straight: R² of that fit in the logarithm. 1 is exponential.
+        floor: the final distance as a share of the first one: the median of the last tenth.
+        rounds: the number of rounds of the approach.
     """
 
     rate: float
@@ -179,7 +190,7 @@ class Fit:
 
 
 def fit_of(curve: np.ndarray) -> Fit:
-    """Fit C ρ^k to the later half of the approach: of the rounds before the curve is near where it ends, or all but there."""
+    """Fit C ρ^k to the later half of the approach: the rounds before the curve is near its end."""
     floor = float(np.median(curve[-max(1, len(curve) // 10) :]))
     near = curve <= max(ENOUGH * curve[0], 3 * floor)
     rounds = max(6, int(np.argmax(near)) if near.any() else len(curve))
@@ -197,7 +208,10 @@ def fit_of(curve: np.ndarray) -> Fit:
 
 
 def predicted_rate(problem: Problem, start: np.ndarray, method: FedGradNorm) -> float:
-    """The rate of `exact` without noise near the fixed point: the spectral radius of the round's derivative there, by differences."""
+    """The rate of `exact` without noise near the fixed point.
+
+    It is the spectral radius of the round's derivative there, by differences.
+    """
     centres = problem.points.mean(axis=1)
     variances = ((problem.points - centres[:, None]) ** 2).sum(axis=2).mean(axis=1)
     initial = ((start - centres) ** 2).sum(axis=1) + variances
@@ -220,12 +234,12 @@ def predicted_rate(problem: Problem, start: np.ndarray, method: FedGradNorm) -> 
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found for a setting: every seed's curve, and 95 % intervals over the seeds.
+class Outcome:
+    """The curves of a setting by seed, and 95 % intervals over the seeds.
 
     Attributes:
-        rate: of the fits; None where the curves do not go down to the fixed point, and a fit would say nothing.
-        predicted: what the derivative says, the mean over the seeds; None but for `exact` without noise.
+        rate: of the fits; None if the curves do not reach the fixed point.
+        predicted: `predicted_rate`, the mean over the seeds; None except for `exact` without noise.
     """
 
     setting: Setting
@@ -236,79 +250,77 @@ class Found:
     predicted: float | None
 
 
-def found_for(setting: Setting, seeds: Sequence[int], rounds: int) -> Found:
+def outcome_of(setting: Setting, seeds: Sequence[int], rounds: int) -> Outcome:
     """Train with every seed."""
     curves = np.array([distances(setting, seed, rounds) for seed in seeds])
     fits = tuple(fit_of(curve) for curve in curves)
     converges = all(fit.floor < ENOUGH for fit in fits)
     predicted = None
     if setting.method.solver == "exact" and not setting.noisy:
-        problems = [problem_of(seed, NOISE) for seed in seeds]
-        starts = [
-            start_of(federation_of(problem), seed)
-            for problem, seed in zip(problems, seeds, strict=True)
-        ]
+        problems = {seed: problem_of(seed, NOISE) for seed in seeds}
         predicted = fmean(
-            predicted_rate(problem, start, setting.method)
-            for problem, start in zip(problems, starts, strict=True)
+            predicted_rate(problem, start_of(federation_of(problem), seed), setting.method)
+            for seed, problem in problems.items()
         )
     rate = _interval([fit.rate for fit in fits]) if converges else None
-    return Found(setting, curves, fits, _interval([fit.floor for fit in fits]), rate, predicted)
+    return Outcome(setting, curves, fits, _interval([fit.floor for fit in fits]), rate, predicted)
 
 
 def _interval(values: Sequence[float]) -> Interval:
     """The mean over the seeds, with the bootstrap interval that `fedgradnorm compare` uses."""
-    found = difference_of(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
-    assert found is not None  # noqa: S101  # there is a seed
-    return found
+    interval = difference_of(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
+    assert interval is not None  # noqa: S101  # there is a seed
+    return interval
 
 
-def table_of(found: Sequence[Found]) -> str:
+def table_of(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table."""
     lines = [
-        "| setting | distance at the end, share of the first | rate ρ per round | predicted | R² of the exponential |",
+        "| setting | distance at the end, share of the first | rate ρ per round | predicted "
+        "| R² of the exponential |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for one in found:
-        floor = (
-            _text(one.floor, 100, "%.2g") + " %" if one.rate is None else f"< {100 * ENOUGH:g} %"
-        )
-        rate = "does not converge" if one.rate is None else _text(one.rate, 1, "%.3f")
-        predicted = "–" if one.predicted is None else f"{one.predicted:.3f}"
-        straight = "–" if one.rate is None else f"{fmean(fit.straight for fit in one.fits):.3f}"
-        lines.append(f"| {one.setting.name} | {floor} | {rate} | {predicted} | {straight} |")
+    for outcome in outcomes:
+        floor, rate, straight = f"< {100 * ENOUGH:g} %", "does not converge", "–"
+        if outcome.rate is None:
+            floor = f"{_text(outcome.floor, 100, '%.2g')} %"
+        else:
+            rate = _text(outcome.rate, 1, "%.3f")
+            straight = f"{fmean(fit.straight for fit in outcome.fits):.3f}"
+        predicted = "–" if outcome.predicted is None else f"{outcome.predicted:.3f}"
+        lines.append(f"| {outcome.setting.name} | {floor} | {rate} | {predicted} | {straight} |")
     return "\n".join(lines) + "\n"
 
 
-def _text(found: Interval, factor: float, digits: str) -> str:
-    text = digits % (factor * found.mean)
-    if found.low is None or found.high is None:
+def _text(interval: Interval, factor: float, digits: str) -> str:
+    text = digits % (factor * interval.mean)
+    if interval.low is None or interval.high is None:
         return text
-    return f"{text} ({digits % (factor * found.low)} to {digits % (factor * found.high)})"
+    return f"{text} ({digits % (factor * interval.low)} to {digits % (factor * interval.high)})"
 
 
-def chart_of(found: Sequence[Found]) -> Figure:
-    """The median over the seeds of ‖p_k - p*‖ as a share of the first distance, on a logarithmic axis."""
-    there = [one.setting.name for one in found if one.rate is not None]
+def chart_of(outcomes: Sequence[Outcome]) -> Figure:
+    """The median over the seeds of ‖p_k - p*‖, as a share of the first, on a logarithmic axis."""
+    converging = [outcome.setting.name for outcome in outcomes if outcome.rate is not None]
+    names = " and ".join(converging) or "None"
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(
-        f"{' and '.join(there) if there else 'None'}: to p* at an exponential rate; the others stop short of it",
-        fontsize=11,
+        f"{names}: to p* at an exponential rate; the others stop short of it", fontsize=11
     )
     axes.set_xlabel("round k")
     axes.set_ylabel("‖p_k − p*‖, share of the first (median)")
     axes.set_yscale("log")
     axes.set_ylim(1e-6, 1.5)
     axes.grid(axis="y", color="#e6e8eb")
-    for at, one in enumerate(found):
-        look = looks_for([f"fedgradnorm {one.setting.method.solver}"])[0]
-        dash = DASHES[2 if one.setting.noisy else at % 2]
+    for at, outcome in enumerate(outcomes):
+        look = looks_for([f"fedgradnorm {outcome.setting.method.solver}"])[0]
+        dash = DASHES[2 if outcome.setting.noisy else at % 2]
         axes.plot(
-            np.median(one.curves / one.curves[:, :1], axis=0),
+            np.median(outcome.curves / outcome.curves[:, :1], axis=0),
             color=look.colour,
             linestyle=(0, dash) if dash else "-",
-            label=one.setting.name,
+            label=outcome.setting.name,
         )
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -316,28 +328,31 @@ def chart_of(found: Sequence[Found]) -> Figure:
 
 def main() -> None:
     """Train, and write results.md, results.json and chart.svg."""
-    parser = argparse.ArgumentParser(
-        description="Do the weights converge exponentially? A federation whose fixed point is known."
-    )
+    question = "Do the weights converge exponentially? The federation has a known fixed point."
+    parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--out", type=Path, default=Path("runs/studies/convergence"))
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="the number of seeds")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--full", action="store_true", help="40 seeds and 2,000 rounds")
-    asked = parser.parse_args()
-    seeds, rounds = (40, 2000) if asked.full else (asked.seeds, asked.rounds)
+    given = parser.parse_args()
+    seeds, rounds = (40, 2000) if given.full else (given.seeds, given.rounds)
     torch.set_num_threads(1)
-    found = [found_for(setting, range(seeds), rounds) for setting in SETTINGS]
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "results.md").write_text(table_of(found), encoding="utf-8")
-    save_svg(chart_of(found), asked.out / "chart.svg")
+    outcomes = [outcome_of(setting, range(seeds), rounds) for setting in SETTINGS]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "results.md").write_text(table_of(outcomes), encoding="utf-8")
+    save_svg(chart_of(outcomes), given.out / "chart.svg")
     curves = [
-        {"setting": one.setting.name, "distances": one.curves.tolist(), "predicted": one.predicted}
-        for one in found
+        {
+            "setting": outcome.setting.name,
+            "distances": outcome.curves.tolist(),
+            "predicted": outcome.predicted,
+        }
+        for outcome in outcomes
     ]
-    (asked.out / "results.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    (given.out / "results.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    print(table_of(found))
+    print(table_of(outcomes))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedgradnorm import Federation
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import (
     batch_norm_encoder,
     dropout_encoder,

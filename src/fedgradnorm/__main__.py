@@ -1,4 +1,4 @@
-"""``python -m fedgradnorm``: the command line."""
+"""Run the command line with ``python -m fedgradnorm``."""
 
 from fedgradnorm.cli import main
 

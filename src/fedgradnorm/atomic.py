@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever is killed when."""
+"""Files that are written whole or not at all, even if the process is killed."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,12 @@ __all__ = ["sync_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside in the same folder, bring it to the disk, and rename: readers see the old file or the new one.
+    """Write a temporary file in the same folder, sync it to the disk, and rename it.
+
+    Readers see the old file or the new one.
 
     Raises:
-        OSError: a full disk, a read-only folder, and the like; the old file is as it was.
+        OSError: the disk is full, the folder read-only, and the like; the old file is unchanged.
     """
     aside = path.with_name(f".{path.name}.writing")
     try:
@@ -26,7 +28,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, so that a rename in it outlives a power cut."""
+    """Sync a folder's entries to the disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,12 +4,15 @@ import dataclasses
 import platform
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedgradnorm import registry
-from fedgradnorm.config import RunConfig, TrainConfig, WeightingConfig
+from fedgradnorm.config import Component, RunConfig, TrainConfig, WeightingConfig
 from fedgradnorm.errors import ConfigError, RunError
-from fedgradnorm.federation import Federation
+
+if TYPE_CHECKING:  # so that settings are checked without torch
+    from fedgradnorm.federation import Federation
+    from fedgradnorm.training.base import Method
 
 __all__ = [
     "IN_PYTHON",
@@ -25,22 +28,26 @@ DEFAULT_MODEL = "default"
 
 
 def resolve_config(config: RunConfig) -> RunConfig:
-    """The configuration with the defaults of every part's options filled in, and the method's weighting where it names none."""
+    """The configuration with the defaults of every part's options filled in.
+
+    If it names no weighting, the method's own one is filled in too. All names are checked before a
+    part is imported, and the parts that need torch come last, so that errors come early.
+
+    Raises:
+        ConfigError: an unknown name or option, or a value of the wrong type.
+    """
+    kinds = ("weighting", "aggregation", "federation", "engine", "model")
+    parts: dict[str, Component] = {kind: getattr(config, kind) for kind in kinds}
+    if config.model.name == DEFAULT_MODEL:
+        del parts["model"]
+    for kind, part in {"method": config.train.method, **parts}.items():
+        registry.check_name(kind, part.name)
+    training = resolve_training(config.train)
     if "name" not in config.weighting.model_fields_set:
-        config = config.model_copy(
-            update={
-                "weighting": WeightingConfig(
-                    name=default_weighting(config.train), **config.weighting.options
-                )
-            }
-        )
-    parts = {
-        kind: registry.resolved(kind, getattr(config, kind))
-        for kind in ("federation", "weighting", "aggregation", "engine")
-    }
-    if config.model.name != DEFAULT_MODEL:
-        parts["model"] = registry.resolved("model", config.model)
-    return config.model_copy(update={**parts, "train": resolve_training(config.train)})
+        options = config.weighting.options
+        parts["weighting"] = WeightingConfig(name=default_weighting(training), **options)
+    resolved = {kind: registry.resolved(kind, part) for kind, part in parts.items()}
+    return config.model_copy(update={**resolved, "train": training})
 
 
 def default_weighting(training: TrainConfig) -> str:
@@ -49,8 +56,8 @@ def default_weighting(training: TrainConfig) -> str:
     >>> default_weighting(TrainConfig(method="fedavg")), default_weighting(TrainConfig())
     ('examples', 'fedgradnorm')
     """
-    own: str | None = getattr(registry.resolve("method", training.method.name), "weighting", None)
-    return own or WeightingConfig().name
+    method: type[Method] = registry.resolve("method", training.method.name)
+    return method.weighting or WeightingConfig().name
 
 
 def resolve_training(training: TrainConfig) -> TrainConfig:
@@ -58,7 +65,7 @@ def resolve_training(training: TrainConfig) -> TrainConfig:
     return training.model_copy(update={"method": registry.resolved("method", training.method)})
 
 
-def build_federation(config: RunConfig) -> Federation:
+def build_federation(config: RunConfig) -> "Federation":
     """The federation that a configuration describes, with the encoder of its table ``[model]``.
 
     Raises:
@@ -71,19 +78,18 @@ def build_federation(config: RunConfig) -> Federation:
     federation: Federation = registry.build("federation", config.federation, seed=config.train.seed)
     model = config.model
     if model.name == DEFAULT_MODEL and model.options:
-        raise ConfigError(
-            f"model.{next(iter(model.options))}: the default model has no options; name one, such as model.name=mlp"
-        )
+        hint = "the default model has no options; name one, such as model.name=mlp"
+        raise ConfigError(f"model.{next(iter(model.options))}: {hint}")
     changes: dict[str, Any] = {}
     if model.name != DEFAULT_MODEL:
-        changes["encoder"] = partial(
-            registry.build, "model", model, input_shape=federation.input_shape
-        )
+        shape = federation.input_shape
+        changes["encoder"] = partial(registry.build, "model", model, input_shape=shape)
     if model.norm_layer is not None:
         changes["norm_layer"] = model.norm_layer
     if model.buffers is not None:
         changes["buffers"] = model.buffers
-    return dataclasses.replace(federation, **changes)
+    # replacing checks all heads again
+    return dataclasses.replace(federation, **changes) if changes else federation
 
 
 def versions() -> dict[str, str]:

@@ -45,7 +45,7 @@ __all__ = [
 
 
 FEWEST_BATCHES = 64
-"""A loss that is drawn anew for every batch, as with dropout, is the mean over at least so many."""
+"""A loss with random numbers, as with dropout, is the mean over at least this many batches."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class ClientState:
         initial_loss: F_i(0); None until the first local step.
         encoder_buffers: the client's own encoder buffers, when they are local; empty otherwise.
         head_velocity: the head optimiser's momentum, by parameter name; empty without momentum.
-        round: the last round that it was trained in; 0 before the first.
-        encoder: the client's own trainable encoder parameters, flat, shape ``(P,)``, where its method keeps them; None where it goes on
-            from the server's.
+        round: the last round that the client was trained in; 0 before the first.
+        encoder: the client's own trainable encoder parameters, flat, shape ``(P,)``, if its method
+            keeps them; None if it starts every round from the server's.
     """
 
     head: Mapping[str, Tensor]
@@ -73,7 +73,7 @@ class ClientState:
 def initial_state(
     federation: Federation, client: Client, seed: int, encoder_buffers: Mapping[str, Tensor]
 ) -> ClientState:
-    """A client's state before its first round: its head as initialised, and the encoder's initial buffers if they are local."""
+    """A client's state before its first round: the initial head, and buffers if they are local."""
     buffers = encoder_buffers if federation.buffers == "local" else {}
     return ClientState(head=_snapshot(federation.make_head(client, seed)), encoder_buffers=buffers)
 
@@ -89,65 +89,83 @@ def local_update(
     steps: Steps | None = None,
     random_model: bool = True,
 ) -> tuple[Report, ClientState]:
-    """One round at one client: train its head and the encoder, as the method in the settings says.
+    """One round at one client: train its head and the encoder with the method in the settings.
 
     Args:
-        client: who trains.
-        encoder: scratch space; its parameters and buffers are overwritten with the instruction's and the state's.
-        head: scratch space; overwritten with the state's.
+        client: the client.
+        encoder: scratch space; overwritten with the instruction's and the state's tensors.
+        head: scratch space; overwritten with the state's tensors.
         norm_layer: where the norm layer ω̃ lies in the flat encoder.
         state: the client's state after its last round.
         instruction: what the server sent.
-        steps: how steps are computed; by default as `PlainSteps`.
-        random_model: whether the user's code may draw random numbers, as dropout does; False leaves the global generators alone.
+        steps: how steps are computed; by default `PlainSteps`.
+        random_model: whether the user's code may draw random numbers, as dropout does. If False,
+            the global generators are left alone.
 
     Returns:
         The report for the server, and the client's next state.
 
     Raises:
-        ClientError: whatever the user's own code raises.
+        ClientError: the user's own code raised an error.
     """
-    start, training = perf_counter(), instruction.training
-    method = method_of(training)
-    purpose = "" if instruction.step is None else f" {instruction.step}"
-
-    def drawing(what: str, round: int) -> AbstractContextManager[None]:
-        if not random_model:
-            return nullcontext()
-        return seeded(training.seed, round, client.id, what, instruction.encoder.device)
-
+    start = perf_counter()
     with naming(client.id, f"training in round {instruction.round}"):
         load_model(encoder, head, state, instruction.encoder, instruction.buffers)
-        initial_loss = state.initial_loss
-        if initial_loss is None:
-            with drawing("initial loss", 0):
-                initial_loss = initial_loss_of(
-                    client, encoder, head, training, random_model=random_model
-                )
-        encoder.train()
-        head.train()
-        velocity = {
-            name: state.head_velocity[name].to(parameter.device)
-            for name, parameter in trainable(head)
-            if name in state.head_velocity
-        }
+        velocity = _velocity(head, state)
         local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
-        with drawing("dropout" + purpose, instruction.round):
-            with record_function("head steps"):
-                method.train_head(local)
-            exact = training.loss_estimate == "exact"
-            exact_loss = (
-                mean_loss(client, encoder, head, training, random_model=random_model)
-                if exact
-                else None
-            )
-            head_seconds = perf_counter() - start
-            with record_function("encoder steps"):
-                gradient, batch_loss = method.train_encoder(local)
+        report = _train(local, state.initial_loss, norm_layer, random_model, start)
+    return report, ClientState(
+        head=_snapshot(head, state.head),
+        initial_loss=report.initial_loss,
+        encoder_buffers={} if instruction.buffers else buffers_of(encoder),
+        head_velocity=local.velocity,
+        round=instruction.round,
+        encoder=flatten(encoder) if method_of(instruction.training).own_encoder else None,
+    )
 
-    buffers = buffers_of(encoder)
-    shares_buffers = bool(instruction.buffers)
-    report = Report(
+
+def _velocity(head: nn.Module, state: ClientState) -> dict[str, Tensor]:
+    """The head optimiser's momentum, where the head is."""
+    known = state.head_velocity
+    return {name: known[name].to(own.device) for name, own in trainable(head) if name in known}
+
+
+def _train(
+    local: LocalRound,
+    initial_loss: float | None,
+    norm_layer: tuple[slice, ...],
+    random_model: bool,
+    start: float,
+) -> Report:
+    """Train the head, then the encoder. The report's times are measured from ``start``."""
+    client, encoder, head, instruction = local.client, local.encoder, local.head, local.instruction
+    training = instruction.training
+    method = method_of(training)
+
+    def drawing(purpose: str, round: int) -> AbstractContextManager[None]:
+        if not random_model:
+            return nullcontext()
+        return seeded(training.seed, round, client.id, purpose, instruction.encoder.device)
+
+    if initial_loss is None:
+        with drawing("initial loss", 0):
+            if training.initial_loss == "guess":
+                initial_loss = guess_loss(client, encoder, head, training)
+            else:
+                initial_loss = mean_loss(client, encoder, head, training, random_model=random_model)
+    encoder.train()
+    head.train()
+    step = "" if instruction.step is None else f" {instruction.step}"
+    with drawing("dropout" + step, instruction.round):
+        with record_function("head steps"):
+            method.train_head(local)
+        exact_loss = None
+        if training.loss_estimate == "exact":
+            exact_loss = mean_loss(client, encoder, head, training, random_model=random_model)
+        head_seconds = perf_counter() - start
+        with record_function("encoder steps"):
+            gradient, batch_loss = method.train_encoder(local)
+    return Report(
         client=client.id,
         task=client.task.name,
         gradient=gradient,
@@ -155,20 +173,11 @@ def local_update(
         initial_loss=initial_loss,
         grad_norm=norm_over(gradient, norm_layer).item(),
         num_examples=size(client.train_data),
-        buffers=buffers if shares_buffers else {},
+        buffers=buffers_of(encoder) if instruction.buffers else {},
         seconds=perf_counter() - start,
         round=instruction.round,
         head_seconds=head_seconds,
         loss_floor=client.task.loss_floor,
-    )
-    own_encoder = flatten(encoder) if method.own_encoder else None
-    return report, ClientState(
-        _snapshot(head, state.head),
-        initial_loss,
-        {} if shares_buffers else buffers,
-        local.velocity,
-        instruction.round,
-        own_encoder,
     )
 
 
@@ -179,10 +188,10 @@ def load_model(
     vector: Tensor,
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """Put a client's model together in place: the shared or its own encoder, the shared or its own buffers, and its head.
+    """Load a client's model in place: its head, and the shared or its own encoder and buffers.
 
     Raises:
-        FederationError: the state is of another head.
+        FederationError: the state belongs to another head.
     """
     follow(encoder, head)
     load_flat(encoder, vector if state.encoder is None else state.encoder)
@@ -192,50 +201,35 @@ def load_model(
 
 @torch.no_grad()
 def load_head(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a head's tensors into it, in place. Raises FederationError where they are those of another one."""
-    needed = dict(head.named_parameters()).keys() | dict(head.named_buffers()).keys()
+    """Copy a head's tensors into it, in place.
+
+    Raises:
+        FederationError: they belong to another head.
+    """
+    needed = {name for name, _ in (*head.named_parameters(), *head.named_buffers())}
     for name, own in held_tensors(head).items():
-        if name in tensors and tensors[name].shape == own.shape:
-            own.copy_(tensors[name])
+        given = tensors.get(name)
+        if given is not None and given.shape == own.shape:
+            own.copy_(given)
         elif name in needed:
-            found = (
-                f"it of shape {tuple(tensors[name].shape)}"
-                if name in tensors
-                else f"{sorted(tensors)[:10]}"
-            )
-            raise FederationError(
-                f"head: expected '{name}' of shape {tuple(own.shape)}, found {found}"
-            )
+            found = sorted(tensors)[:10] if given is None else f"it of shape {tuple(given.shape)}"
+            expected = f"'{name}' of shape {tuple(own.shape)}"
+            raise FederationError(f"head: expected {expected}, found {found}")
 
 
 @contextmanager
 def naming(client: str, what: str) -> Iterator[None]:
-    """Let an error of the user's own code name the client, and what it was doing. Raises ClientError."""
+    """Let an error of the user's own code name the client and what it was doing.
+
+    Raises:
+        ClientError: the user's own code raised an error.
+    """
     try:
         yield
     except FedGradNormError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ClientError(f"client '{client}': {what}: {described(error)}") from error
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are."""
-    return next(module.parameters()).device
-
-
-def initial_loss_of(
-    client: Client,
-    encoder: nn.Module,
-    head: nn.Module,
-    training: TrainConfig,
-    *,
-    random_model: bool,
-) -> float:
-    """F(0): the mean training loss, or with ``initial_loss = "guess"`` that of the constant answer."""
-    if training.initial_loss == "guess":
-        return guess_loss(client, encoder, head, training)
-    return mean_loss(client, encoder, head, training, random_model=random_model)
 
 
 @torch.no_grad()
@@ -247,29 +241,26 @@ def mean_loss(
     *,
     random_model: bool = True,
 ) -> float:
-    """The mean training loss over the batches of `loss_batches`, as F(k) is: in training mode. Modes and buffers are put back.
+    """The mean training loss in training mode over the batches of `loss_batches`.
 
-    A client with few examples has few batches, so where the model or the loss draws random numbers they are taken several times. Without
-    ``random_model`` that is not asked, for other threads may use the generators.
+    It is F(0), and an exact F(k). Modes and buffers are restored. A client with few examples has
+    few batches; they are taken several times if the model or the loss draws random numbers. Without
+    ``random_model`` that is not looked at, because other threads may use the generators.
     """
     modes, buffers = (encoder.training, head.training), (buffers_of(encoder), buffers_of(head))
     encoder.train()
     head.train()
-    batches, drawn = loss_batches(client, training), Generators.now(device_of(encoder))
+    batches, device = loss_batches(client, training), next(encoder.parameters()).device
+    generators = Generators.now(device)
 
     def loss(indices: np.ndarray) -> float:
         inputs, targets = take(client.train_data, indices)
         return float(client.task.loss(head(encoder(inputs)), targets))
 
     losses = [loss(indices) for indices in batches]
-    if (
-        random_model
-        and len(batches) < FEWEST_BATCHES
-        and Generators.now(device_of(encoder)) != drawn
-    ):
-        losses += [
-            loss(batches[number % len(batches)]) for number in range(len(batches), FEWEST_BATCHES)
-        ]
+    if random_model and len(batches) < FEWEST_BATCHES and Generators.now(device) != generators:
+        numbers = range(len(batches), FEWEST_BATCHES)
+        losses += [loss(batches[number % len(batches)]) for number in numbers]
     for module, mode, before in zip((encoder, head), modes, buffers, strict=True):
         module.train(mode)
         load_buffers(module, before.items())
@@ -280,7 +271,8 @@ def mean_loss(
 def guess_loss(client: Client, encoder: nn.Module, head: nn.Module, training: TrainConfig) -> float:
     """The training loss of the constant answer.
 
-    It is log C for C classes, else the loss of the mean target (for an absolute error of the median), or of the task's own `Task.guess`.
+    It is log C for C classes, else the loss of the mean target, or for an absolute error of the
+    median target, or of the task's own `Task.guess`.
 
     Raises:
         FederationError: it is not known what a constant answer is.
@@ -293,30 +285,27 @@ def guess_loss(client: Client, encoder: nn.Module, head: nn.Module, training: Tr
     targets = [take(client.train_data, indices)[1] for indices in loss_batches(client, training)]
     answer = constant_answer(client.task, tuple(output.shape[1:]), output.dtype, targets, even=True)
     if answer is None:
-        raise FederationError(
-            f"client '{client.id}': initial_loss = 'guess': what a constant answer is to its task is not known"
-        )
-    return fmean(
-        client.task.loss(answer.expand(len(batch), *answer.shape), batch).item()
-        for batch in targets
-    )
+        what = "what a constant answer is to its task is not known"
+        raise FederationError(f"client '{client.id}': initial_loss = 'guess': {what}")
+    loss = client.task.loss
+    return fmean(loss(answer.expand(len(batch), *answer.shape), batch).item() for batch in targets)
 
 
 def loss_batches(client: Client, training: TrainConfig) -> np.ndarray:
-    """The examples of F(0), and of an exact F(k): always the same ones, in batches as in training.
+    """The examples of F(0) and of an exact F(k): always the same ones, in batches as in training.
 
     Returns:
-        Indices of at most ``loss_examples`` different examples in a random order, but at least a batch, shape ``(batches, batch)``.
+        Indices of different examples in a random order, shape ``(batches, batch)``: at most
+        ``loss_examples`` of them, but at least one batch.
     """
     examples = size(client.train_data)
     batch = min(training.batch_size, examples)
     count = max(min(training.loss_examples, examples) // batch, 1) * batch
     rng = generator(training.seed, 0, client.id, "loss examples")
-    order = (
-        distinct(rng, examples, count)
-        if draws_few(examples, count)
-        else rng.permutation(examples)[:count]
-    )
+    if draws_few(examples, count):
+        order = distinct(rng, examples, count)
+    else:
+        order = rng.permutation(examples)[:count]
     return order.reshape(-1, batch)
 
 
@@ -326,19 +315,17 @@ def evaluate_client(
     """The loss and the metrics over a client's test data, with the generators seeded.
 
     Raises:
-        ClientError: whatever the user's own code raises.
-        FederationError: a client without test data.
+        ClientError: the user's own code raised an error.
+        FederationError: the client has no test data.
     """
     if client.test_data is None:
         raise FederationError(f"client '{client.id}' has no test data")
-    with naming(client.id, "testing"), seeded(seed, 0, client.id, "test", device_of(encoder)):
+    device = next(encoder.parameters()).device
+    with naming(client.id, "testing"), seeded(seed, 0, client.id, "test", device):
         return evaluate(client.task, encoder, head, client.test_data, batch_size)
 
 
-def _snapshot(head: nn.Module, of: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Copies of a head's tensors: of all, or of those that it had when training began."""
-    return {
-        name: tensor.clone()
-        for name, tensor in held_tensors(head).items()
-        if of is None or name in of
-    }
+def _snapshot(head: nn.Module, names: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of a head's tensors: all, or those with these names."""
+    tensors = held_tensors(head).items()
+    return {name: tensor.clone() for name, tensor in tensors if names is None or name in names}

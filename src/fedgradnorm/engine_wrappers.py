@@ -17,7 +17,7 @@ from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.randomness import generator
 
-__all__ = ["Costs", "EngineWrapper", "FaultyEngine", "TimedEngine"]
+__all__ = ["Costs", "EngineWrapper", "FaultyEngine", "TimedEngine", "with_faults"]
 
 CORRUPTIONS = ("scaled", "cut", "infinite loss", "noise")
 
@@ -180,6 +180,11 @@ class FaultyEngine(EngineWrapper):
                 report, CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))], int(rng.integers(2**62))
             )
         return [report]
+
+
+def with_faults(engine: Engine, faults: FaultsConfig) -> Engine:
+    """The engine, inside a `FaultyEngine` where a fault has a probability above 0."""
+    return FaultyEngine(engine, faults) if any(faults.model_dump().values()) else engine
 
 
 def _corrupted(report: Report, how: str, seed: int) -> Report:

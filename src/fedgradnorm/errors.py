@@ -1,4 +1,4 @@
-"""The errors and warnings that a user can meet. Each names what was wrong, where, and what was expected."""
+"""The errors and warnings of this package. Each says what is wrong, where, and what is expected."""
 
 import sys
 import warnings
@@ -26,17 +26,28 @@ PACKAGE = str(Path(__file__).parent)
 
 
 class FedGradNormError(Exception):
-    """The parent of every error that this package raises on purpose."""
+    """The base of every error that this package raises on purpose."""
 
     exit_code = 2
-    """What the command line ends with."""
+    """The exit code of the command line."""
 
     result: Any = None
-    """The `Result` of the rounds that are done, where training has begun."""
+    """The `Result` of the completed rounds, if training has begun."""
+
+    hint = ""
+    """How to resume the run that the error has ended; the error says it behind its reason."""
+
+    @property
+    def reason(self) -> str:
+        """What the error says, without the hint."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.hint}" if self.hint else self.reason
 
 
 class FedGradNormWarning(UserWarning):
-    """A run goes on, with something that its user has to know."""
+    """A run continues, with something that its user should know."""
 
 
 class ConfigError(FedGradNormError, ValueError):
@@ -44,7 +55,7 @@ class ConfigError(FedGradNormError, ValueError):
 
 
 class DataError(FedGradNormError, ValueError):
-    """A data file is missing, damaged, or holds something that it must not."""
+    """A data file is missing, damaged, or has content that is not allowed."""
 
 
 class FederationError(FedGradNormError, ValueError):
@@ -52,7 +63,7 @@ class FederationError(FedGradNormError, ValueError):
 
 
 class MessageError(FedGradNormError, ValueError):
-    """A message between server and client is not what it has to be."""
+    """A message between server and client is not valid."""
 
 
 class RunError(FedGradNormError, RuntimeError):
@@ -60,31 +71,31 @@ class RunError(FedGradNormError, RuntimeError):
 
 
 class ClientError(FedGradNormError, RuntimeError):
-    """A client's own model, loss or data raised an error after training had begun. Its cause is that error."""
+    """A client's model, loss or data raised an error, its cause, after training had begun."""
 
     exit_code = 1
 
 
 class WeightingError(FedGradNormError, RuntimeError):
-    """A weighting or an aggregation raised an error, or gave what it must not. Its cause is that error, if there is one."""
+    """A weighting or an aggregation raised an error, its cause, or returned an invalid value."""
 
     exit_code = 1
 
 
 class StoppedError(FedGradNormError, RuntimeError):
-    """A run ended before its last round. Its folder holds a checkpoint to go on from."""
+    """A run ended before its last round. Its folder has a checkpoint to resume from."""
 
     exit_code = 1
 
 
 def described(error: BaseException) -> str:
-    """The type of an error of someone else, and the beginning of what it says, as one line."""
-    said = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The type of an error of a user's code and the start of its message, as one line."""
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def printable(text: str) -> str:
-    r"""A text of someone else for a terminal, a log or a page: what is no printable character, such as an escape, is spelt out.
+    r"""A foreign text for a terminal, a log or a page, with unprintable characters spelt out.
 
     >>> printable("no\x1b[2J luck")
     'no\\x1b[2J luck'
@@ -96,7 +107,7 @@ def printable(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Give a warning at the line outside this package that led here, however often it was given before."""
+    """Give a warning at the calling line outside this package, each time that it is called."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
@@ -104,7 +115,7 @@ def warn(message: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the nearest known one, or all of them.
+    """The end of a message about an unknown name: the nearest known name, or all of them.
 
     >>> nearest("gama", ["gamma", "seed"])
     "did you mean 'gamma'?"

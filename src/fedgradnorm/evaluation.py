@@ -1,4 +1,4 @@
-"""What a model, or an answer that looks at no input, is worth on a whole set of examples, a batch at a time."""
+"""The loss and the metrics of a model, or of a constant answer, over a data set, in batches."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,35 +14,38 @@ from fedgradnorm.task import Metric, Task
 
 __all__ = [
     "EVALUATION_BATCH",
-    "NOT_FINITE",
     "Evaluation",
+    "NotFinite",
     "constant_guess",
     "evaluate",
     "evaluation_of",
 ]
 
 SMALL, MOVED = 1e-5, 1e-3
-"""A metric of a constant answer is a number if it moves by no more than the second when the answer moves by the first."""
+"""If a constant answer moves by the first, its metrics move by no more than the second."""
 
 EVALUATION_BATCH = 512
-"""Examples that pass through a model at once where nothing is trained, unless settings say otherwise."""
+"""The default number of examples that pass through a model at once where nothing is trained."""
 
 COPIED_BYTES = 64 * 2**20
-"""Outputs and targets of up to this size are copied for each metric."""
+"""Outputs and targets up to this size are copied for each metric."""
 
-NOT_FINITE = "it gives"
-"""How the reason begins for a metric that gives NaN or infinity."""
+
+class NotFinite(str):
+    """The reason of a metric that raised no error, but gave NaN or infinity."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss and the metrics, by name, over a whole set of examples.
+    """The loss and the metrics over a whole set of examples.
 
     Attributes:
         loss: the mean loss.
-        metrics: the metrics; not a number where one could not be taken.
-        num_examples: how many examples.
-        failed: by metric, what it raised, in words, or that it gives no finite number.
+        metrics: the metrics by name; NaN for one that raised an error.
+        num_examples: the number of examples.
+        failed: by metric, the error that it raised, or that its value is not finite.
     """
 
     loss: float
@@ -54,9 +57,9 @@ class Evaluation:
 def evaluate(
     task: Task, encoder: nn.Module, head: nn.Module, data: Data, batch_size: int = EVALUATION_BATCH
 ) -> Evaluation:
-    """The loss and all metrics of a task over a whole set of data, in evaluation mode, which the modules are left in.
+    """The loss and all metrics of a task over a data set. The modules are left in evaluation mode.
 
-    No more outputs are kept than metrics need: none where all are `Metric.batched`.
+    Outputs are only kept for metrics that are not `Metric.batched`.
     """
     encoder.eval()
     head.eval()
@@ -77,41 +80,39 @@ def constant_guess(
     dtype: torch.dtype,
     batch_size: int = EVALUATION_BATCH,
 ) -> dict[str, float]:
-    """The metrics of an answer that looks at no input, chosen in hindsight, as `constant_answer` gives it.
+    """The metrics of the best constant answer to the test data, as `constant_answer` gives it.
 
     Args:
-        task: whose answer it is.
+        task: the task.
         test: the test data.
         shape: of one output of its model, without the batch.
         dtype: of the outputs.
-        batch_size: examples at a time.
+        batch_size: the number of examples at a time.
 
     Returns:
-        The metrics that have a finite value for it, by name, and keep it when the answer is moved a little: those that only read the order
-        of outputs, such as an AUC or a correlation, have none. Empty where it is not known what a constant answer is.
+        By name, the metrics that have a finite value, and keep it when the answer moves a little.
+        Metrics that only read the order of outputs, such as an AUC or a correlation, have none.
+        Empty if it is not known what a constant answer is.
     """
-    answer = constant_answer(
-        task, shape, dtype, (targets for _, targets in in_batches(test, batch_size))
-    )
+    batches = (targets for _, targets in in_batches(test, batch_size))
+    answer = constant_answer(task, shape, dtype, batches)
     if answer is None:
         return {}
-    found = _scored(
-        task, test, lambda inputs: answer.expand(len(inputs), *shape), batch_size, with_loss=False
-    )
     draws = torch.Generator().manual_seed(0)
+
+    def constant(inputs: Tensor) -> Tensor:
+        return answer.expand(len(inputs), *shape)
 
     def moved(inputs: Tensor) -> Tensor:
         noise = torch.randn((len(inputs), *shape), generator=draws).to(dtype)
         return answer + SMALL * (1 + answer.abs()) * noise
 
-    near = (
-        _scored(task, test, moved, batch_size, with_loss=False).metrics
-        if answer.is_floating_point()
-        else found.metrics
-    )
+    values = near = _scored(task, test, constant, batch_size, with_loss=False).metrics
+    if answer.is_floating_point():
+        near = _scored(task, test, moved, batch_size, with_loss=False).metrics
     return {
         name: value
-        for name, value in found.metrics.items()
+        for name, value in values.items()
         if math.isfinite(value) and abs(near[name] - value) <= MOVED * (1 + abs(value))
     }
 
@@ -125,31 +126,32 @@ def _scored(
     *,
     with_loss: bool = True,
 ) -> Evaluation:
+    """The evaluation of what a function answers to inputs."""
     count = size(data)
-    at_once, by_batch = (
-        [one for one in task.metrics if one.batched is batched] for batched in (False, True)
-    )
-    outputs, targets = _Kept(count), _Kept(count)  # targets that are a tensor are there already
-    total, sums, failed = 0.0, dict.fromkeys((one.name for one in by_batch), 0.0), dict[str, str]()
-    for inputs, expected in in_batches(data, batch_size):
-        found = answer(inputs)
-        if at_once:
-            outputs.add(found)
-            if not isinstance(data, tuple):
-                targets.add(expected)
+    whole = [metric for metric in task.metrics if not metric.batched]
+    batched = [metric for metric in task.metrics if metric.batched]
+    all_outputs, all_targets = _Kept(count), _Kept(count)
+    total, failed = 0.0, dict[str, str]()
+    sums = dict.fromkeys((metric.name for metric in batched), 0.0)
+    for inputs, targets in in_batches(data, batch_size):
+        outputs = answer(inputs)
+        if whole:
+            all_outputs.add(outputs)
+            if not isinstance(data, tuple):  # else all targets are one tensor already
+                all_targets.add(targets)
         if with_loss:  # which may change its arguments in place
-            total += task.loss(
-                *((found.clone(), expected.clone()) if by_batch else (found, expected))
-            ).item() * len(expected)
-        if by_batch:
-            values, raised = _metrics_of(by_batch, found.cpu(), expected.cpu())
-            sums = {name: sums[name] + values[name] * len(expected) for name in sums}
-            failed |= raised
+            pair = (outputs.clone(), targets.clone()) if batched else (outputs, targets)
+            total += task.loss(*pair).item() * len(targets)
+        if batched:
+            values, reasons = _metrics_of(batched, outputs.cpu(), targets.cpu())
+            sums = {name: sums[name] + values[name] * len(targets) for name in sums}
+            failed |= reasons
     metrics = {name: value / count for name, value in sums.items()}
-    if at_once:
-        whole = data[1].cpu() if isinstance(data, tuple) else targets.whole
-        values, raised = _metrics_of(at_once, outputs.whole, whole, shared=isinstance(data, tuple))
-        metrics, failed = metrics | values, failed | raised
+    if whole:
+        shared = isinstance(data, tuple)
+        expected = data[1].cpu() if isinstance(data, tuple) else all_targets.whole
+        values, reasons = _metrics_of(whole, all_outputs.whole, expected, shared=shared)
+        metrics, failed = metrics | values, failed | reasons
     metrics = {metric.name: metrics[metric.name] for metric in task.metrics}
     return Evaluation(total / count if with_loss else math.nan, metrics, count, failed)
 
@@ -171,21 +173,19 @@ class _Kept:
 def _metrics_of(
     metrics: Sequence[Metric], outputs: Tensor, targets: Tensor, *, shared: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics by name, and why some of them have no value.
+    """The metrics by name, and by name why some of them have no value.
 
-    A metric may change its arguments in place. Each gets copies, or where these would be large, the next ones are not taken.
+    A metric may change its arguments in place. So each gets copies. Copies of large tensors are not
+    made; there, the metrics after one that changes its arguments are not taken.
 
     Args:
-        metrics: which.
+        metrics: the metrics to take.
         outputs: of all examples, or of a batch.
         targets: of the same examples.
-        shared: whether other code has the same tensors.
+        shared: whether other code uses the same tensors.
     """
-    values, failed, spoilt_by = (
-        dict.fromkeys((metric.name for metric in metrics), math.nan),
-        dict[str, str](),
-        "",
-    )
+    values = dict.fromkeys((metric.name for metric in metrics), math.nan)
+    failed, spoilt_by = dict[str, str](), ""
     small = outputs.nbytes + targets.nbytes <= COPIED_BYTES
     if shared and not small:
         outputs, targets = outputs.clone(), targets.clone()
@@ -193,16 +193,16 @@ def _metrics_of(
         if spoilt_by:
             failed[metric.name] = f"metric '{spoilt_by}' has changed its arguments in place before"
             continue
-        given = (outputs.clone(), targets.clone()) if small else (outputs, targets)
-        versions = [tensor._version for tensor in given]
+        pair = (outputs.clone(), targets.clone()) if small else (outputs, targets)
+        versions = [tensor._version for tensor in pair]
         try:
-            values[metric.name] = float(metric.function(*given))
-        except Exception as error:  # noqa: BLE001  # the user's own metric may raise anything, and ends no run
+            values[metric.name] = float(metric.function(*pair))
+        except Exception as error:  # noqa: BLE001  # the user's own metric may raise anything
             failed[metric.name] = described(error)
         else:
             if not math.isfinite(values[metric.name]):
-                failed[metric.name] = f"{NOT_FINITE} {values[metric.name]}"
-        if not small and versions != [tensor._version for tensor in given]:
+                failed[metric.name] = NotFinite(f"it gives {values[metric.name]}")
+        if not small and versions != [tensor._version for tensor in pair]:
             spoilt_by, values[metric.name] = metric.name, math.nan
             failed[metric.name] = "it changes its arguments in place"
     return values, failed

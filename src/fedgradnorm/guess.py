@@ -1,4 +1,4 @@
-"""The constant answer: what a model says that looks at no input. Metrics are read against it, and losses can be."""
+"""The constant answer: the best output without looking at inputs, a reference for metrics."""
 
 import math
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ from fedgradnorm.task import Task
 __all__ = ["answer_kind", "constant_answer"]
 
 SURE = 10.0
-"""A score that says a class with certainty."""
+"""The score of a class that is certain."""
 
 TRIED = 256
-"""Targets that tell what kind of answer a task asks for."""
+"""The number of targets with which the kind of an answer is found out."""
 
 FLAT = 1e-4
-"""A gradient at the targets that is below this share of the one beside them is 0 but for rounding."""
+"""A gradient at the targets is 0 if it is below this share of the gradient beside them."""
 
 AnswerKind = Literal["scores", "values"]
 
@@ -28,26 +28,23 @@ AnswerKind = Literal["scores", "values"]
 def answer_kind(
     task: Task, shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor
 ) -> AnswerKind | None:
-    """What a task's outputs are, found out by its loss; None where that does not tell.
+    """What the outputs of a task are, found out by its loss; None if the loss does not tell.
 
-    - ``"scores"``: targets are classes, whole numbers of shape ``(n,)``; outputs have a score for each, shape
-      ``(n, classes)``, and the loss is less where the target's score is the highest.
-    - ``"values"``: outputs have the shape of the targets, and the loss has its minimum where they are the targets. So logits are none.
+    - ``"scores"``: targets are classes, whole numbers of shape ``(n,)``; outputs have a score for
+      each class, shape ``(n, classes)``, and the loss is less if the target's score is the highest.
+    - ``"values"``: outputs have the shape of the targets, and the loss has its minimum where the
+      two are equal. Logits are not values.
 
     Args:
-        task: whose loss is asked.
+        task: the task, whose loss is called.
         shape: of one output, without the batch.
         dtype: of the outputs.
         targets: some targets, at least one, the examples along dimension 0.
     """
     targets = targets[:TRIED]
     try:
-        if (
-            not targets.is_floating_point()
-            and targets.ndim == 1
-            and len(shape) == 1
-            and shape[0] > 1
-        ):
+        are_classes = not targets.is_floating_point() and targets.ndim == 1
+        if are_classes and len(shape) == 1 and shape[0] > 1:
             return "scores" if _are_scores(task, shape[0], dtype, targets) else None
         if tuple(targets.shape[1:]) == shape and not targets.is_complex():
             return "values" if _are_values(task, dtype, targets) else None
@@ -65,14 +62,14 @@ def _are_scores(task: Task, classes: int, dtype: torch.dtype, targets: Tensor) -
 
 def _are_values(task: Task, dtype: torch.dtype, targets: Tensor) -> bool:
     right = targets.to(dtype)
-    wrong = (right + right.mean(dim=0)) / 2  # which probabilities bear
+    wrong = (right + right.mean(dim=0)) / 2  # still a probability, where the targets are
     wrong = torch.where((wrong == right).all(), right + 1, wrong)
     at, beside = (_slopes(task, outputs, targets).abs().max() for outputs in (right, wrong))
     return bool(at <= FLAT * beside) and _loss(task, right, targets) < _loss(task, wrong, targets)
 
 
 def _is_absolute_error(task: Task, dtype: torch.dtype, targets: Tensor) -> bool:
-    """Whether a loss of values grows by its distance from the targets alone, as that of L1 does, or Huber's far from them."""
+    """Whether the slope of a loss of values does not depend on the distance, as for L1 or Huber."""
     targets = targets[:TRIED]
     right = targets.to(dtype)
     distance = right.std(correction=0)
@@ -85,9 +82,8 @@ def _is_absolute_error(task: Task, dtype: torch.dtype, targets: Tensor) -> bool:
 
 
 def _loss(task: Task, outputs: Tensor, targets: Tensor) -> float:
-    return float(
-        task.loss(outputs.clone(), targets.clone())
-    )  # copies: the user's own loss may change them in place
+    # copies, because the user's own loss may change them in place
+    return float(task.loss(outputs.clone(), targets.clone()))
 
 
 @torch.enable_grad()
@@ -105,19 +101,24 @@ def constant_answer(
     *,
     even: bool = False,
 ) -> Tensor | None:
-    """One output that is the best without looking at inputs: the task's own `Task.guess`, the majority class, or the mean target.
+    """The best output without looking at inputs.
 
-    For an absolute error it is the median target.
+    It is the task's own `Task.guess`, the majority class, the mean target, or for an absolute error
+    the median target.
 
     Args:
-        task: whose answer it is.
+        task: the task.
         shape: of one output, without the batch.
         dtype: of the outputs.
         batches: all targets, the examples along dimension 0.
-        even: whether all classes get the same score, in place of the majority: the answer of a model that has learned nothing.
+        even: whether all classes get the same score in place of the majority, which is the answer
+            of a model that has learned nothing.
 
     Returns:
-        A tensor of that shape, or None where it is not known what a constant answer is.
+        A tensor of that shape, or None if it is not known what a constant answer is.
+
+    Raises:
+        FederationError: the task's own guess is not one output.
     """
     if task.guess is not None:
         return _own_answer(task, shape, dtype, batches)
@@ -132,14 +133,12 @@ def constant_answer(
         if kind == "scores" and (targets.min() < 0 or targets.max() >= shape[0]):
             return None
         count += len(targets)
-        if absolute:  # a median needs them all
+        if absolute:  # the median needs all of them
             kept.append(targets)
+        elif kind == "scores":
+            total = total + torch.bincount(targets.long(), minlength=shape[0])
         else:
-            total = total + (
-                torch.bincount(targets.long(), minlength=shape[0])
-                if kind == "scores"
-                else targets.double().sum(dim=0)
-            )
+            total = total + targets.double().sum(dim=0)
     if kind == "scores":
         return functional.one_hot(total.argmax(), shape[0]).to(dtype)
     return (torch.cat(kept).double().median(dim=0).values if absolute else total / count).to(dtype)
@@ -148,7 +147,7 @@ def constant_answer(
 def _own_answer(
     task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches: Iterable[Tensor]
 ) -> Tensor:
-    """The task's own `Task.guess`. Raises FederationError for what is not one output."""
+    """The task's own `Task.guess`. Raises FederationError if it is not one output."""
     given = task.guess(torch.cat(list(batches))) if callable(task.guess) else task.guess
     if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype == torch.bool):
         raise FederationError(f"expected numbers, found {given}")
@@ -156,8 +155,7 @@ def _own_answer(
     if answer.shape != shape and (answer.numel() != 1 or math.prod(shape) != 1):
         found = f"the number {answer.item():g}" if answer.ndim == 0 else str(tuple(answer.shape))
         raise FederationError(f"expected one output of shape {shape}, found {found}")
-    if not torch.isfinite(answer).all():
-        raise FederationError(
-            f"expected finite numbers, found {answer[~torch.isfinite(answer)].flatten()[0].item()}"
-        )
+    bad = answer[~torch.isfinite(answer)].flatten()
+    if len(bad):
+        raise FederationError(f"expected finite numbers, found {bad[0].item()}")
     return answer.reshape(shape)

@@ -1,4 +1,4 @@
-"""What goes down to a client and what comes back. Values only: no module, no data, no head."""
+"""What the server sends to a client and gets back: values only, no module, data or head."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ __all__ = ["LARGEST", "Instruction", "Report", "has_rate", "no_rate"]
 SCALAR_BYTES = 8
 
 LARGEST = 1e100
-"""No sound length, loss or training rate is above this; beyond it, products of them would overflow."""
+"""The largest sound length, loss or training rate. Products of larger ones would overflow."""
 
 NEAR, TINY = 1e-6, 1e-30
-"""A loss that is above its floor by less than this share of its size, or by less than this, is at the floor but for rounding."""
+"""A loss is at its floor if it is above it by less than this, relative and absolute."""
 
 
 def has_rate(initial_loss: float, loss_floor: float) -> bool:
-    """Whether training rates can be taken of an initial loss F(0): whether it is above the task's floor.
+    """Whether an initial loss F(0) is above the task's floor, so that it gives training rates.
 
     >>> has_rate(0.7, 0.0), has_rate(-0.3, 0.0), has_rate(-0.3, -1.0), has_rate(0.0, 0.0)
     (True, False, True, False)
@@ -31,20 +31,15 @@ def has_rate(initial_loss: float, loss_floor: float) -> bool:
 
 
 def no_rate(initial_loss: float, loss: float, loss_floor: float, task: str) -> str:
-    """Why no training rate can be taken of the losses of a task, and what to do."""
-    first = (
-        f"its first loss is {initial_loss:.4g}"
-        if not has_rate(initial_loss, loss_floor)
-        else f"its loss is {loss:.4g}"
-    )
-    near = (
-        " (it is too near its floor)"
-        if not has_rate(initial_loss, loss_floor) and initial_loss > loss_floor
-        else ""
-    )
+    """Why the losses of a task give no training rate, and what to do."""
+    found = f"its loss is {loss:.4g}"
+    if not has_rate(initial_loss, loss_floor):
+        near = " (it is too near its floor)" if initial_loss > loss_floor else ""
+        found = f"its first loss is {initial_loss:.4g}{near}"
     return (
-        f"{first}{near}, and the weighting needs losses above the task's loss_floor, which is {loss_floor:g}: give "
-        f"Task('{task}', ..., loss_floor=...) a number that no loss is below, or choose a weighting that reads no losses, such as 'equal'"
+        f"{found}, and the weighting needs losses above the task's loss_floor, which is "
+        f"{loss_floor:g}: give Task('{task}', ..., loss_floor=...) a number that no loss is below, "
+        "or choose a weighting that reads no losses, such as 'equal'"
     )
 
 
@@ -54,14 +49,15 @@ class Instruction:
 
     Attributes:
         round: the round k, from 1.
-        client: the id of the client that it is for.
+        client: the id of the receiving client.
         encoder: the trainable encoder parameters ω_k, flat, shape ``(P,)``.
         buffers: the encoder's buffers by name, when the federation averages them; empty otherwise.
         training: how to train.
-        attempt: 0, and one more each time that the round has to be repeated.
-        step: which of the round's encoder steps to take, from 0, where the server steps after each of them; None: all.
-        only_summed: whether the gradient that comes back is for the server's step alone, so that rounding counts as it does in ω; else
-            it is compared with others, and its own digits count.
+        attempt: how often the round was repeated before.
+        step: which of the round's encoder steps to take, from 0, if the server steps after each of
+            them; None: all.
+        only_summed: whether the gradient only enters the server's sum, so that precision relative
+            to ω suffices. If False, gradients are compared with one another.
     """
 
     round: int
@@ -75,7 +71,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that this message brings down: tensors only, without the envelope of a transport."""
+        """The bytes of the tensors, without the envelope of a transport."""
         return self.encoder.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
 
 
@@ -86,16 +82,16 @@ class Report:
     Attributes:
         client: its id.
         task: the name of its task.
-        gradient: its mean encoder gradient g_i over the encoder steps, flat, shape ``(P,)``.
+        gradient: its mean encoder gradient g_i over the steps, flat, shape ``(P,)``.
         loss: its training loss F_i(k).
-        initial_loss: F_i(0), its training loss before its first step ever.
+        initial_loss: F_i(0), its training loss before its very first step.
         grad_norm: n_i, the 2-norm of ``gradient`` over the norm layer.
-        num_examples: the number of training examples that it has.
-        buffers: the encoder's buffers after the round, when the federation averages them; empty otherwise.
-        seconds: how long the local update took; it enters no computation.
-        head_seconds: the part of it up to the encoder's first step.
+        num_examples: the number of its training examples.
+        buffers: the encoder's buffers after the round, if the federation averages them; else empty.
+        seconds: how long the local update took; no computation uses it.
+        head_seconds: the part of it before the encoder's first step.
         round: the round that it belongs to.
-        loss_floor: a number that no loss of its task is below.
+        loss_floor: the lower bound of its task's loss.
     """
 
     client: str
@@ -113,9 +109,10 @@ class Report:
 
     @property
     def inverse_training_rate(self) -> float:
-        """F̃_i = F_i(k) / F_i(0): 1 at the start, smaller the further the task has got.
+        """F̃_i = F_i(k) / F_i(0): 1 at the start, and smaller with every improvement.
 
-        Both losses are taken from the task's floor on. Not a number where F_i(0) is not above it, or F_i(k) is below.
+        Both losses are relative to the task's floor. NaN if F_i(0) is not above it, or F_i(k) is
+        below it.
         """
         if self.loss_floor == 0 and self.loss >= 0 and self.initial_loss > TINY:  # nearly always
             return self.loss / self.initial_loss
@@ -126,14 +123,14 @@ class Report:
 
     @cached_property
     def length(self) -> float:
-        """The 2-norm of the gradient over all of the encoder; infinite where that is not finite, or longer than 1e100."""
+        """The 2-norm of the whole gradient; infinite if it is not finite or above `LARGEST`."""
         length = torch.linalg.vector_norm(self.gradient).item()
-        if not math.isfinite(length):  # perhaps only the squares have overflowed
+        if not math.isfinite(length):  # only the squares may have overflowed
             length = torch.linalg.vector_norm(self.gradient, dtype=torch.float64).item()
         return length if length <= LARGEST else math.inf
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that this message takes up: the tensors, and the three scalars that the server needs."""
+        """The bytes of the tensors, and of the three scalars that the server needs."""
         buffers = sum(buffer.nbytes for buffer in self.buffers.values()) if self.buffers else 0
         return self.gradient.nbytes + buffers + 3 * SCALAR_BYTES

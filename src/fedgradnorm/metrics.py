@@ -9,18 +9,15 @@ __all__ = ["ACCURACY", "BALANCED_ACCURACY", "MEAN_ABSOLUTE_ERROR"]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The share of examples whose largest output is that of their class. Outputs ``(n, classes)``, targets ``(n,)``."""
+    """The share of correct classes. Outputs have shape ``(n, classes)``, targets ``(n,)``."""
     return float((outputs.argmax(dim=1) == targets).double().mean())
 
 
 def balanced_accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The mean over the classes present of the share of their examples that is found: chance level whatever the majority."""
+    """The mean recall over the classes that are present, which a majority class does not raise."""
     labels = targets.unique().tolist()
-    return float(
-        recall_score(
-            targets.tolist(), outputs.argmax(dim=1).tolist(), labels=labels, average="macro"
-        )
-    )
+    predicted = outputs.argmax(dim=1).tolist()
+    return float(recall_score(targets.tolist(), predicted, labels=labels, average="macro"))
 
 
 def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
@@ -29,7 +26,5 @@ def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
 
 
 ACCURACY = Metric("accuracy", accuracy, higher_is_better=True, percent=True)
-BALANCED_ACCURACY = Metric(
-    "balanced accuracy", balanced_accuracy, higher_is_better=True, percent=True
-)
+BALANCED_ACCURACY = Metric("balanced accuracy", balanced_accuracy, True, percent=True)
 MEAN_ABSOLUTE_ERROR = Metric("mean absolute error", mean_absolute_error, higher_is_better=False)

@@ -1,4 +1,4 @@
-"""Encoders and heads for the built-in federations. Users bring their own as any nn.Module."""
+"""Encoders and heads of the built-in federations. Users may bring any nn.Module."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,8 +25,12 @@ def mlp(
     Args:
         input_shape: the shape of one input, ``(256,)`` for RadCom; it is flattened.
         hidden: the sizes of the layers; the default is the size recalled for RadComDynamic.
-        he_init: whether weights are initialised for ReLU (He et al., ICCV 2015) and biases with 0. Signals then keep their size,
-            where torch's own default shrinks their variance sixfold a layer: six layers hardly train from that.
+        he_init: whether weights are initialised for ReLU (He et al., ICCV 2015) and biases with 0.
+            Signals then keep their size. torch's default shrinks their variance sixfold per layer,
+            and six layers hardly train from that.
+
+    Raises:
+        ConfigError: a size is out of range.
     """
     if not hidden or min(hidden) < 1 or max(hidden) > MOST_UNITS:
         raise ConfigError(f"hidden: expected sizes from 1 to {MOST_UNITS}, found {list(hidden)}")
@@ -44,10 +48,11 @@ def mlp(
 
 
 class ConvEncoder(nn.Module):
-    """Convolution blocks (3 x 3, optional BatchNorm, 2 x 2 max-pooling, ReLU), then one fully connected layer, ``fc``.
+    """Convolution blocks, then one fully connected layer, ``fc``.
 
-    Pooling comes before the ReLU, which gives the same numbers for a quarter of the work, and the tensors are
-    kept in the channels-last layout, which is more than twice as fast on CPUs.
+    A block is a 3 x 3 convolution, optional BatchNorm, 2 x 2 max-pooling and a ReLU. Pooling before
+    the ReLU gives the same numbers for a quarter of the work. The channels-last layout is more than
+    twice as fast on CPUs.
     """
 
     def __init__(
@@ -64,10 +69,10 @@ class ConvEncoder(nn.Module):
         self.blocks = nn.Sequential(*layers)
         shrink = 2 ** len(channels)
         self.fc = nn.Linear(channels[-1] * (height // shrink) * (width // shrink), features)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub knows no memory_format alone
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stub
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape ``(batch, channels, height, width)`` to features of shape ``(batch, features)``."""
+        """Features ``(batch, features)`` of images ``(batch, channels, height, width)``."""
         maps = self.blocks(images.contiguous(memory_format=torch.channels_last))
         return torch.relu(self.fc(maps.flatten(1)))
 
@@ -85,23 +90,25 @@ def cnn(
         channels: the output channels of each block; each block halves height and width.
         features: the size of the output.
         batch_norm: whether the blocks have BatchNorm.
+
+    Raises:
+        ConfigError: a size is out of range, or the images are too small.
     """
-    if len(input_shape) != 3:
-        raise ConfigError(
-            f"name: cnn takes inputs of shape (channels, height, width), found {tuple(input_shape)}"
-        )
+    shape, blocks = tuple(input_shape), len(channels)
+    if len(shape) != 3:
+        expected = "inputs of shape (channels, height, width)"
+        raise ConfigError(f"name: cnn takes {expected}, found {shape}")
     if not channels or not 1 <= min(*channels, features) <= max(*channels, features) <= MOST_UNITS:
+        found = f"{list(channels)} and {features}"
         raise ConfigError(
-            f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {list(channels)} and {features}"
+            f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {found}"
         )
-    if min(input_shape[1:]) < 2 ** len(channels):
-        size = 2 ** len(channels)
-        raise ConfigError(
-            f"channels: {len(channels)} blocks need images of {size} x {size} or more, found {tuple(input_shape[1:])}"
-        )
+    if min(shape[1:]) < (size := 2**blocks):
+        needed = f"{blocks} blocks need images of {size} x {size} or more"
+        raise ConfigError(f"channels: {needed}, found {shape[1:]}")
     return ConvEncoder(input_shape, channels, features, batch_norm)
 
 
 def linear_head(in_features: int, out_features: int) -> nn.Module:
-    """One linear layer: the head of every built-in task."""
+    """One linear layer, the head of every built-in task."""
     return nn.Linear(in_features, out_features)

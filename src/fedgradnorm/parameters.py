@@ -1,4 +1,4 @@
-"""A module's trainable parameters as one flat vector, and the place of the norm layer in it."""
+"""The trainable parameters of a module as one flat vector, and the norm layer in it."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ __all__ = [
     "load_buffers",
     "load_flat",
     "matches",
+    "names_in",
     "norm_layer_slices",
     "norm_over",
     "trainable",
@@ -23,16 +24,12 @@ __all__ = [
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The names and parameters that are trained and sent, in the order of the flat vector."""
-    return [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
+    """The trainable parameters with their names, in the order of the flat vector."""
+    return [pair for pair in module.named_parameters() if pair[1].requires_grad]
 
 
 def concatenated(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors' values one after another as one new vector, whatever their layout in memory."""
+    """The tensors' values in one new vector, whatever their layout in memory."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
@@ -51,7 +48,7 @@ def load_flat(module: nn.Module, vector: Tensor) -> None:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the module's buffers (the running statistics of BatchNorm, for example), by name."""
+    """Copies of the module's buffers, such as the running statistics of BatchNorm, by name."""
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
@@ -64,15 +61,18 @@ def load_buffers(module: nn.Module, buffers: Iterable[tuple[str, Tensor]]) -> No
 
 
 def default_norm_layer(module: nn.Module) -> str:
-    """The name of the last layer with a weight matrix: the last shared layer, as GradNorm takes it.
+    """The name of the last layer with a weight matrix: the last shared layer, as in GradNorm.
 
-    "Last" is the order in which the encoder registers its layers. Layers without a matrix, BatchNorm for one, are passed over.
+    "Last" is in the order in which the encoder registers its layers. Layers without a matrix, such
+    as BatchNorm, are skipped.
+
+    Raises:
+        FederationError: there is no such layer.
     """
     names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
     if not names:
-        raise FederationError(
-            "norm_layer: the encoder has no layer with a weight matrix; name the parameters to use"
-        )
+        why = "the encoder has no layer with a weight matrix; name the parameters to use"
+        raise FederationError(f"norm_layer: {why}")
     layer, _, parameter = names[-1].rpartition(".")
     return layer or parameter
 
@@ -84,26 +84,25 @@ def norm_layer_slices(
 
     Args:
         module: the encoder.
-        norm_layer: the name of a layer (``"fc"``) or of a parameter (``"fc.weight"``), a pattern (``"block*.weight"``,
-            ``"*"`` for the whole encoder), or several of these. None takes the last layer with a weight matrix.
+        norm_layer: the name of a layer (``"fc"``) or of a parameter (``"fc.weight"``), a pattern
+            (``"block*.weight"``, or ``"*"`` for the whole encoder), or several of these. None: the
+            last layer with a weight matrix.
 
     Raises:
-        FederationError: a name that fits no trainable parameter.
+        FederationError: a name fits no trainable parameter.
     """
     if norm_layer is None:
         norm_layer = default_norm_layer(module)
     patterns: list[Any] = list(norm_layer) if isinstance(norm_layer, list | tuple) else [norm_layer]
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise FederationError(
-            f"norm_layer: expected names of encoder parameters, found {norm_layer!r}"
-        )
+        expected = "expected names of encoder parameters"
+        raise FederationError(f"norm_layer: {expected}, found {norm_layer!r}")
     names = [name for name, _ in trainable(module)]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
-            layers = {name.rpartition(".")[0] for name in names} - {""}
-            raise FederationError(
-                f"norm_layer '{pattern}' names no encoder parameter; {nearest(pattern, layers | set(names))}"
-            )
+            known = {*names, *(name.rpartition(".")[0] for name in names)} - {""}
+            hint = nearest(pattern, known)
+            raise FederationError(f"norm_layer '{pattern}' names no encoder parameter; {hint}")
     slices, start = [], 0
     for name, parameter in trainable(module):
         if matches(name, patterns):
@@ -112,19 +111,28 @@ def norm_layer_slices(
     return tuple(slices)
 
 
+def names_in(module: nn.Module, slices: Sequence[slice]) -> list[str]:
+    """The names of the parameters that lie in these parts of the flat vector."""
+    names, start = [], 0
+    for name, parameter in trainable(module):
+        names += [name] if any(part.start <= start < part.stop for part in slices) else []
+        start += parameter.numel()
+    return names
+
+
 def norm_over(gradients: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    """The 2-norms of these parts of flat gradients of shape ``(..., P)``, n_i = ‖∇_ω̃ F_i‖₂, in double precision."""
-    norms = [
-        torch.linalg.vector_norm(gradients[..., part], dim=-1, dtype=torch.float64)
-        for part in slices
-    ]
+    """The 2-norms n_i = ‖∇_ω̃ F_i‖₂ of parts of flat gradients ``(..., P)``, in double precision."""
+    parts, double = [gradients[..., part] for part in slices], torch.float64
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=double) for part in parts]
     return torch.stack(norms).square().sum(dim=0).sqrt()
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter has one of these names, lies in a layer of that name, or fits such a pattern.
+    """Whether a name or pattern is that of a parameter or of a layer that it lies in.
 
-    >>> matches("fc.weight", ["fc"]), matches("fc.weight", ["*.weight"]), matches("fc2.weight", ["fc"])
-    (True, True, False)
+    >>> matches("fc.weight", ["fc"]), matches("fc.weight", ["*.weight"])
+    (True, True)
+    >>> matches("fc2.weight", ["fc"])
+    False
     """
     return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)

@@ -1,7 +1,7 @@
-"""All randomness, drawn from (seed, round, client id, purpose) and from nothing else.
+"""All randomness, which depends on (seed, round, client id, purpose) alone.
 
-So a run is the same on every engine, after a resume, and whichever clients took part in which order;
-and the global generators of Python, NumPy and torch are left as they were.
+So a run is the same on every engine, after a resume, and for every order of the clients. The global
+generators of Python, NumPy and torch are left as they were.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ GLOBAL_GENERATOR = threading.RLock()
 
 
 def derive_seed(seed: int, round: int, client: str, purpose: str) -> int:
-    """A 63-bit seed that any change to any argument changes.
+    """A 63-bit seed that depends on every argument.
 
     >>> derive_seed(0, 1, "smile", "head batches") == derive_seed(0, 1, "smile", "head batches")
     True
@@ -34,24 +34,24 @@ def derive_seed(seed: int, round: int, client: str, purpose: str) -> int:
 
 
 def generator(seed: int, round: int, client: str, purpose: str) -> np.random.Generator:
-    """A NumPy generator of its own for this purpose."""
+    """A new NumPy generator for this purpose."""
     return np.random.default_rng(derive_seed(seed, round, client, purpose))
 
 
 def quick_generator(seed: int, round: int, client: str, purpose: str) -> np.random.Generator:
-    """The same for what thousands of clients draw in every round: seeded in a fifth of the time, with other numbers."""
+    """Like `generator`, but seeded in a fifth of the time, and with other numbers."""
     words = _Words(_hash(32, seed, round, client, purpose))
-    return np.random.Generator(np.random.PCG64(words))  # type: ignore[arg-type]  # NumPy's types know SeedSequence only
+    return np.random.Generator(np.random.PCG64(words))  # type: ignore[arg-type]  # not in the stub
 
 
 class _Words(ISeedSequence):
-    """Seeds a bit generator with a hash, which needs none of the mixing that a ``SeedSequence`` does."""
+    """Seeds a bit generator with a hash, without the mixing of a ``SeedSequence``."""
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
 
     def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> np.ndarray:
-        """So many words of the hash, the same on every machine."""
+        """The first words of the hash, the same on every machine."""
         return np.frombuffer(self.digest, np.dtype(dtype).newbyteorder("<"), n_words).astype(dtype)
 
 
@@ -60,7 +60,10 @@ def _hash(size: int, *parts: int | str) -> bytes:
 
 
 class Generators(NamedTuple):
-    """The states of the global generators that a user's code may draw from. Two of them are equal if nothing was drawn in between."""
+    """The states of the global generators that users' code may draw from.
+
+    Two of them are equal if nothing was drawn in between.
+    """
 
     of_python: tuple[Any, ...]
     of_numpy: tuple[Any, ...]
@@ -69,15 +72,11 @@ class Generators(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device = CPU) -> "Generators":
-        """The states of the generators of Python, NumPy and torch, and of the GPU where ``device`` is one."""
-        name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one is what users' code draws from
+        """The states of the generators of Python, NumPy and torch, and of ``device`` if a GPU."""
+        name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # users draw from it
         cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-        return cls(
-            random.getstate(),
-            (name, np.asarray(keys).tobytes(), *rest),
-            torch.get_rng_state().numpy().tobytes(),
-            cuda,
-        )
+        numpy = name, np.asarray(keys).tobytes(), *rest
+        return cls(random.getstate(), numpy, torch.get_rng_state().numpy().tobytes(), cuda)
 
     def put_back(self, device: torch.device = CPU) -> None:
         """Set the generators to these states."""
@@ -86,19 +85,18 @@ class Generators(NamedTuple):
         np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
         torch.set_rng_state(torch.frombuffer(bytearray(self.of_torch), dtype=torch.uint8))
         if self.of_cuda:
-            torch.cuda.set_rng_state(
-                torch.frombuffer(bytearray(self.of_cuda), dtype=torch.uint8), device
-            )
+            state = torch.frombuffer(bytearray(self.of_cuda), dtype=torch.uint8)
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
 def seeded(
     seed: int, round: int, client: str, purpose: str, device: torch.device = CPU
 ) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch inside the block, and put them back after it.
+    """Seed the global generators of Python, NumPy and torch inside the block, then restore them.
 
-    It belongs around whatever is the user's: data sets, models, losses, metrics, factories. With a GPU as ``device`` its generator is
-    seeded too. One thread at a time.
+    It belongs around all code of the user: data sets, models, losses, metrics, factories. If
+    ``device`` is a GPU, its generator is seeded too. Only one thread at a time can be inside.
     """
     with GLOBAL_GENERATOR:
         before = Generators.now(device)

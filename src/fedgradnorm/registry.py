@@ -1,17 +1,30 @@
-"""From a name in a configuration to an object: a built-in name, or ``module:attribute`` for a user's own."""
+"""From a name in a configuration to a part: a built-in name, or ``module:attribute`` of a user."""
 
+import dataclasses
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel
 
-from fedgradnorm.config import Component, validated
+from fedgradnorm.config import AggregationConfig, Component, MethodConfig, WeightingConfig
 from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
+from fedgradnorm.options import options_model
+from fedgradnorm.validation import validated
 
-__all__ = ["BUILT_INS", "build", "describe", "name_of", "resolve", "resolved"]
+__all__ = [
+    "BUILT_INS",
+    "build",
+    "check_name",
+    "component_of",
+    "describe",
+    "name_of",
+    "resolve",
+    "resolved",
+]
 
 Part = TypeVar("Part", bound=Component)
 
@@ -59,7 +72,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "uncertainty": "fedgradnorm.weighting.uncertainty:Uncertainty",
     },
     "engine": {
-        "flower-local": "fedgradnorm.flower.engine:FlowerLocalEngine",
+        "flower-local": "fedgradnorm.flower.local_engine:FlowerLocalEngine",
         "reference": "fedgradnorm.engines.reference:ReferenceEngine",
         "vectorized": "fedgradnorm.engines.vectorized:VectorizedEngine",
     },
@@ -73,65 +86,86 @@ GIVEN = {
     "aggregation": (),
     "engine": ("federation", "seed"),
 }
-"""By kind, the arguments that the package gives; all others are options for a configuration to set."""
+"""By kind, the arguments that the package gives; all others are options for a configuration."""
 
+RESERVED = {"model": {"name", "norm_layer", "buffers"}}
+"""By kind, the keys of its table that cannot be options, where there are more than ``name``."""
 
-MEMBERS = {
-    "federation": ("clients", "encoder", "check_data"),
-    "model": ("forward", "named_parameters"),
-    "method": ("train_head", "train_encoder", "own_encoder", "lockstep"),
-    "weighting": ("init", "update"),
-    "aggregation": ("__call__",),
-    "engine": ("execute", "evaluate", "client_states", "restore"),
+BASES = {
+    "federation": "fedgradnorm:Federation",
+    "model": "torch.nn:Module",
+    "method": "fedgradnorm.training:Method",
+    "weighting": "fedgradnorm.weighting:Weighting",
+    "aggregation": "fedgradnorm.aggregation:Aggregation",
+    "engine": "fedgradnorm.engine:Engine",
 }
-"""By kind, what a part has to have."""
+"""By kind, the class that every part is an instance of. It is imported when a part is built."""
 
 TABLES = {"method": "train.method"}
-"""By kind, the table of a configuration that names such a part, where it is not called as the kind is."""
+"""By kind, the table of a configuration that names such a part, where it is not the kind's name."""
+
+CONFIGS: dict[str, type[Component]] = {
+    "method": MethodConfig,
+    "weighting": WeightingConfig,
+    "aggregation": AggregationConfig,
+}
+"""The tables of the kinds of which a Python user may give an object."""
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise ConfigError for a name that is neither built in nor ``module:attribute``; no import."""
+    known = BUILT_INS[kind]
+    if name not in known and ":" not in name:
+        hint = f"{nearest(name, known)} (your own: 'module:attribute')"
+        raise ConfigError(f"{_table(kind)}.name: there is no {kind} '{name}'; {hint}")
 
 
 def resolve(kind: str, name: str) -> Any:
-    """The object of this name.
+    """The class or function that a name stands for.
 
     Raises:
         ConfigError: an unknown name, or a module or attribute that cannot be imported.
     """
-    known = BUILT_INS[kind]
-    target = known.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"{_table(kind)}.name: there is no {kind} '{name}'; {nearest(name, known)} (your own: 'module:attribute')"
-        )
+    check_name(kind, name)
+    module, _, attribute = BUILT_INS[kind].get(name, name).partition(":")
+    where = f"{_table(kind)}.name"
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{_table(kind)}.name: '{name}' cannot be imported: {error}") from error
+        raise ConfigError(f"{where}: '{name}' cannot be imported: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own module may raise anything
-        raise ConfigError(
-            f"{_table(kind)}.name: '{name}' cannot be imported: {_raised(error)}"
-        ) from error
+        raise ConfigError(f"{where}: '{name}' cannot be imported: {_raised(error)}") from error
 
 
 def resolved(kind: str, part: Part) -> Part:
-    """The same part with the defaults of its options filled in, checked against the signature of what makes it.
+    """The same table with the defaults of its options filled in, checked against what makes it.
+
+    A table that holds an object has all its options, and they are checked already.
 
     Raises:
-        ConfigError: an unknown option (names the nearest), or one of the wrong type.
+        ConfigError: an unknown option (names the nearest), or a value of the wrong type or range.
     """
-    options = validated(
-        _options_model(kind, part.name), part.options, prefix=_table(kind)
-    ).model_dump()
-    return part.with_options(options)
+    if part.part is not None:
+        return part
+    model = _options_model(kind, part.name)
+    return part.with_options(validated(model, part.options, prefix=_table(kind)).model_dump())
 
 
 def build(kind: str, part: Component, **given: Any) -> Any:
-    """Make a part from its name and options, and from what the package gives to every part of this kind.
+    """Make a part from its name and options, or take the object that the table holds.
+
+    Args:
+        kind: what it is.
+        part: the table.
+        given: what the package gives to every part of this kind.
 
     Raises:
-        ConfigError: as `resolved`; whatever the part itself finds out of range; or something that is no such part.
+        ConfigError: as `resolved`; an option that the part refuses; or an object of another kind.
     """
+    if part.part is not None:
+        return part.part
     checked = resolved(kind, part).options
+    where = f"{_table(kind)}.name: '{part.name}'"
     try:
         made = resolve(kind, part.name)(**given, **checked)
     except ConfigError as error:
@@ -139,28 +173,61 @@ def build(kind: str, part: Component, **given: Any) -> Any:
     except FedGradNormError:
         raise
     except TypeError as error:
-        raise ConfigError(f"{_table(kind)}.name: '{part.name}' cannot be made: {error}") from error
+        raise ConfigError(f"{where} cannot be made: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ConfigError(
-            f"{_table(kind)}.name: '{part.name}' cannot be made: {_raised(error)}"
-        ) from error
-    missing = [name for name in MEMBERS[kind] if not hasattr(made, name)]
-    if missing:
-        raise ConfigError(
-            f"{_table(kind)}.name: '{part.name}' makes no {kind}: a {type(made).__name__} without '{missing[0]}'"
-        )
+        raise ConfigError(f"{where} cannot be made: {_raised(error)}") from error
+    if not isinstance(made, _base(kind)):
+        base = _base_name(kind)
+        advice = f"return a {base}" if kind in ("federation", "model") else f"derive it from {base}"
+        raise ConfigError(f"{where} makes {_shown(made)}, not a valid {kind}: {advice}")
     return made
 
 
+def component_of(kind: str, part: object) -> Any:
+    """The table of a configuration that holds this object, with its class and its options.
+
+    Args:
+        kind: ``"method"``, ``"weighting"`` or ``"aggregation"``.
+        part: the object. Its class does not have to be importable in this process.
+
+    Returns:
+        A `MethodConfig`, `WeightingConfig` or `AggregationConfig`.
+
+    Raises:
+        ConfigError: an object of another kind.
+
+    >>> from fedgradnorm.weighting import Equal
+    >>> component_of("weighting", Equal())
+    WeightingConfig(name='equal')
+    """
+    if not isinstance(part, _base(kind)):
+        expected = f"a name or an instance of {_base_name(kind)}"
+        raise ConfigError(f"{_table(kind)}: expected {expected}, found {_shown(part)}")
+    is_dataclass = dataclasses.is_dataclass(part) and not isinstance(part, type)
+    options = dataclasses.asdict(part) if is_dataclass else {}
+    return CONFIGS[kind](name=name_of(kind, type(part)), **options).holding(part)
+
+
+def _base(kind: str) -> Any:
+    module, _, attribute = BASES[kind].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _base_name(kind: str) -> str:
+    return BASES[kind].replace(":", ".")
+
+
+def _shown(part: object) -> str:
+    if isinstance(part, type):
+        return f"the class {part.__name__} in the place of an object, such as {part.__name__}()"
+    return f"an object of type {type(part).__name__}"
+
+
 def _raised(error: BaseException) -> str:
-    """What an error of someone else says, and the line that it comes from."""
+    """What an error of a user's code says, and the line that raised it."""
     last = extract_tb(error.__traceback__)[-1]
-    place = (
-        ""
-        if isinstance(error, SyntaxError)
-        else f" ({Path(last.filename).name}, line {last.lineno})"
-    )
-    return described(error) + place
+    place = f" ({Path(last.filename).name}, line {last.lineno})"
+    return described(error) + ("" if isinstance(error, SyntaxError) else place)
 
 
 def name_of(kind: str, made_by: type) -> str:
@@ -170,11 +237,18 @@ def name_of(kind: str, made_by: type) -> str:
 
 
 def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
-    """The first line of a part's documentation, and its options with their defaults."""
-    options = {
-        key: field.get_default() for key, field in _options_model(kind, name).model_fields.items()
-    }  # PydanticUndefined: required
-    return (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0], options
+    """The summary of a part's documentation with its source, and its options with their defaults.
+
+    The summary is the first line. The source is a paragraph that begins with "Source:". An option
+    without a default has ``PydanticUndefined``.
+    """
+    fields = _options_model(kind, name).model_fields
+    options = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
+    text = inspect.getdoc(resolve(kind, name)) or ""
+    summary = text.partition("\n")[0]
+    if source := re.search(r"^Source: (.+?)\.?(?:\n\n|$)", text, flags=re.DOTALL | re.MULTILINE):
+        summary = f"{summary.removesuffix('.')} ({' '.join(source[1].split())})."
+    return summary, options
 
 
 def _table(kind: str) -> str:
@@ -182,28 +256,13 @@ def _table(kind: str) -> str:
 
 
 def _options_model(kind: str, name: str) -> type[BaseModel]:
-    fields: dict[str, Any] = {}
-    extra: Literal["allow", "forbid"] = "forbid"
+    table = _table(kind)
     maker = resolve(kind, name)
     try:
-        parameters = inspect.signature(maker, eval_str=True).parameters
-    except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(
-            f"{_table(kind)}.name: '{name}' is nothing that makes a {kind}: {error}"
-        ) from error
-    for parameter in parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            extra = "allow"
-        elif parameter.name in ({"name", "norm_layer", "buffers"} if kind == "model" else {"name"}):
-            raise ConfigError(
-                f"{_table(kind)}.name: '{name}' has an option '{parameter.name}', which the table [{_table(kind)}] keeps for itself"
-            )
-        elif parameter.name not in GIVEN[kind]:
-            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
-            fields[parameter.name] = (
-                annotation,
-                ... if parameter.default is parameter.empty else parameter.default,
-            )
-    config = ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True)
-    model: type[BaseModel] = create_model(name, __config__=config, **fields)
+        model = options_model(maker, GIVEN[kind])
+    except ConfigError as error:
+        raise ConfigError(f"{table}.name: '{name}': {error}") from error
+    for option in RESERVED.get(kind, {"name"}) & model.model_fields.keys():
+        reason = f"an option '{option}', which the table [{table}] keeps for itself"
+        raise ConfigError(f"{table}.name: '{name}' has {reason}")
     return model

@@ -1,4 +1,4 @@
-"""How many threads torch's kernels use."""
+"""The number of threads that torch's kernels use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

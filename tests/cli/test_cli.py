@@ -17,7 +17,7 @@ from fedgradnorm.cli import main
 from fedgradnorm.errors import StoppedError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.launcher import launcher
 
 QUICK = ["train.num_rounds=2", "train.head_steps=2", "train.encoder_steps=2", "train.batch_size=8"]
@@ -57,7 +57,7 @@ def test_the_terminal_shows_a_bar_and_no_terminal_plain_lines(config, call, monk
     _, plain, _ = call("run", config, *QUICK)
     assert "\x1b[" not in plain
     monkeypatch.setattr(
-        "fedgradnorm.cli.console",
+        "fedgradnorm.cli.terminal.console",
         __import__("rich.console").console.Console(force_terminal=True, width=100),
     )
     _, live, _ = call("run", config, *QUICK, "--overwrite")
@@ -192,7 +192,7 @@ def test_a_study_that_is_stopped_shows_what_there_is(config, call, monkeypatch):
     def stop_in_the_second_run():
         yield lambda: len(asked) > 3 or asked.append(0)
 
-    monkeypatch.setattr("fedgradnorm.cli.stop_on_signals", stop_in_the_second_run)
+    monkeypatch.setattr("fedgradnorm.cli.terminal.stop_on_signals", stop_in_the_second_run)
     code, out, err = call("compare", "two.toml", "--jobs", "1")
     assert code == StoppedError.exit_code
     assert "stopped with 1 of 2 cells of the comparison to go; the same command goes on" in err
@@ -204,7 +204,7 @@ def test_a_study_that_is_stopped_shows_what_there_is(config, call, monkeypatch):
 
 def test_more_jobs_than_cores_would_only_wait_for_one_another(config, call, monkeypatch):
     config.with_name("two.toml").write_text(STUDY)
-    monkeypatch.setattr("fedgradnorm.cli.available_cores", lambda: 1)
+    monkeypatch.setattr("fedgradnorm.cli.terminal.available_cores", lambda: 1)
     code, out, _ = call("compare", "two.toml", "--jobs", "64")
     assert code == 0
     assert "--jobs 64: 1 at once, as many as there are cores" in out
@@ -267,7 +267,7 @@ def test_a_users_own_weighting_is_found_in_the_current_folder(config, call):
         ),
         (
             ["run", "my.toml", "train.num_rounds=0"],
-            "train.num_rounds: expected greater than or equal to 1, found 0",
+            "train.num_rounds: expected a number of at least 1, found 0",
         ),
         (
             ["run", "my.toml", "weighting.gamma=-1"],

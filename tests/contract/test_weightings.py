@@ -185,7 +185,7 @@ def test_nothing_to_learn_and_losses_of_any_sign_are_no_trouble(name, rounds):
 
 
 def needs_losses(name):
-    return getattr(make(name), "needs_positive_losses", False)
+    return make(name).needs_positive_losses
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if needs_losses(name)])

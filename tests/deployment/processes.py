@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from fedgradnorm.flower.init import write_deployment
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 PATIENCE = 600.0
 """Seconds until a condition that never comes true is an error: machines can be slow, so nothing is ever waited for by the clock alone."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.report import write_report
-from fedgradnorm.run import run
 from tests.deployment import lazy_digits, misbehaving
 from tests.deployment.processes import PATIENCE, free_ports, wait_until
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fedgradnorm.registry import BUILT_INS
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.docs.test_docs import ROOT, blocks, call
 
 

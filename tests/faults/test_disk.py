@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import run
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.launcher import launcher
 from tests.runs import lines, outcome
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import fedgradnorm
 from fedgradnorm import ConfigError, FedGradNorm, RunError, StoppedError, train
+from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import resume, run
 from fedgradnorm.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation, timeless
 from tests.launcher import launcher, wait_until
 from tests.runs import ENCODERS, QUICK, ROUNDS, after, changed, contents, lines, outcome
@@ -225,7 +225,7 @@ def test_a_stop_finishes_the_round_and_says_how_to_go_on(tmp_path):
         )
     assert (
         str(error.value)
-        == f"stopped after round 3 of {ROUNDS}; to go on: fedgradnorm resume {folder}"
+        == f"stopped after round 3 of {ROUNDS}; to resume: fedgradnorm resume {folder}"
     )
     assert seen == [1, 2, 3]
     assert rounds_of(folder) == [3]
@@ -248,7 +248,7 @@ def test_a_run_without_a_folder_is_stopped_too():
 def test_a_round_without_enough_reports_stops_the_run_as_it_was_before(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(
-        StoppedError, match=r"^round 1: 0 sound reports.*to go on: fedgradnorm resume"
+        StoppedError, match=r"^round 1: 0 sound reports.*to resume: fedgradnorm resume"
     ):
         run(settings(folder, "faults.drop=1.0", "train.max_retries=1"))
     assert rounds_of(folder) == [0]
@@ -600,7 +600,7 @@ def test_a_signal_ends_a_run_after_its_round_with_a_checkpoint(tmp_path, number)
     assert done < 400
     assert (
         process.err.read_text()
-        == f"error: stopped after round {done} of 400; to go on: fedgradnorm resume {folder}\n"
+        == f"error: stopped after round {done} of 400; to resume: fedgradnorm resume {folder}\n"
     )
 
     code, out, err = launcher().call(tmp_path, "resume", folder, "--rounds", done + 2)

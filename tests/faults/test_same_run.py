@@ -30,9 +30,9 @@ from fedgradnorm import (
     resume,
     train,
 )
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
-from fedgradnorm.run import run
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import accuracy, small_encoder
 from tests.launcher import PATIENCE, launcher
 from tests.runs import QUICK as WORDS
@@ -343,7 +343,7 @@ def test_a_model_that_begins_from_other_numbers_goes_on_with_its_own(tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("fedgradnorm.runs.folder.LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("fedgradnorm.runs.lock.LOCK_TIMEOUT", 0.1)
 
 
 def held_by_another(folder):

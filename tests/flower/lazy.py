@@ -11,7 +11,7 @@ OPENED: list[str] = []
 
 
 def make(seed: int, names: tuple[str, ...] = ("a", "b", "c"), failing: str = "") -> Federation:
-    """Clients with data of different sizes: 20 examples, 25, 30 and so on. Those of one cannot be read."""
+    """Clients with 20, 25, 30, ... examples. The data of one client cannot be read."""
     del seed
     clients = [
         Client(

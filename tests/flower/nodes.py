@@ -1,15 +1,18 @@
-"""Nodes in this process that fail as they are told, and a grid that writes down what is sent."""
+"""Nodes in this process that fail as told, a grid that records messages, and their twists."""
 
 from collections.abc import Callable
 
-from flwr.app import Context, Message, RecordDict
+import numpy as np
+from flwr.app import Array, Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 
+from fedgradnorm.callbacks.base import Functions
 from fedgradnorm.config import RunConfig, RunSettings, TrainConfig
 from fedgradnorm.flower import GridEngine, LocalGrid
 from fedgradnorm.flower.client import Node
-from fedgradnorm.flower.engine import Limits
-from fedgradnorm.flower.messages import Layout, control_of
+from fedgradnorm.flower.layout import Layout
+from fedgradnorm.flower.limits import Limits
+from fedgradnorm.flower.messages import control_of
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.states import MemoryStates
 from fedgradnorm.flower.training import train_on_grid
@@ -23,7 +26,10 @@ AT_ONCE = {"node_timeout": 0, "poll": 0.001, "ask_again": 0}
 
 
 class Wire(LocalGrid):
-    """A grid through whose messages go as bytes, as between machines. A twist stands between it and a node's training."""
+    """A grid that sends messages as bytes, as between machines.
+
+    A twist stands between the grid and a node's training.
+    """
 
     def __init__(self, nodes=(), contexts=None):
         super().__init__(dict(nodes), contexts)
@@ -46,11 +52,11 @@ class Wire(LocalGrid):
             self.copied(reply) for reply in super().pull_messages(message_ids) if reply is not None
         ]
 
-    def _answer(self, message):
+    def answer(self, message):
         node, message = message.metadata.dst_node_id, self.copied(message)
         twist = self.twists.get(node)
         if twist is None or control_of(message).kind != "train":
-            return super()._answer(message)
+            return super().answer(message)
         sound = self.nodes.get(node)
         reply = []
 
@@ -60,7 +66,7 @@ class Wire(LocalGrid):
 
         self.nodes[node] = twisted
         try:
-            answered = super()._answer(message)
+            answered = super().answer(message)
         finally:
             self.nodes[node] = sound
         return None if reply == [None] else answered
@@ -114,8 +120,7 @@ class Site:
             engine or self.engine(**limits or {}),
             weighting,
             start_round,
-            on_round,
-            should_stop,
+            [Functions(on_round, should_stop)],
         )
 
     def heads(self, result):
@@ -173,3 +178,42 @@ def changed(change):
         return reply
 
     return twist
+
+
+def with_nan(content):
+    content["arrays"]["2.bias"] = Array(np.full(4, np.nan, np.float32))
+
+
+def without_arrays(content):
+    del content["arrays"]
+
+
+def evaluating(site, number, change):
+    """Let a node's evaluations be changed."""
+    node = site.wire.nodes[number]
+
+    def answer(message, context):
+        reply = node(message, context)
+        if message.metadata.message_type == "evaluate":
+            change(reply.content)
+        return reply
+
+    site.wire.nodes[number] = answer
+
+
+def with_loss(loss):
+    def change(content):
+        content["metrics"]["loss"] = loss
+
+    return change
+
+
+def notes_of(during):
+    """The notes of every round, by round and client; `during` is an ``on_round`` that is called too."""
+    seen = {}
+
+    def note(rows):
+        seen[rows[0]["round"]] = {row["client"]: row["notes"] for row in rows if "notes" in row}
+        during(rows)
+
+    return seen, note

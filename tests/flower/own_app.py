@@ -1,13 +1,16 @@
 """A user's own Flower app, as its documentation shows one, with another task at every client."""
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fedgradnorm.flower import FedGradNormMod, LocalGrid
+from fedgradnorm.flower import FedGradNorm, FedGradNormMod, LocalGrid
+from fedgradnorm.flower.states import MemoryStates
+from tests.flower.nodes import Wire
 
 STEPS, LR = 3, 0.1
+SHARED = ["body.weight", "body.bias", "norm.weight", "norm.bias"]
 
 
 class Net(nn.Module):
@@ -91,3 +94,38 @@ def initial(seed=0, **options):
 def direct(app, content, context, kind="train"):
     """What an app answers to one message."""
     return app(LocalGrid({}).create_message(content, kind, context.node_id, "1"), context)
+
+
+class Own:
+    """Clients with a user's own app on a wire, their states in memory."""
+
+    def __init__(self, parts=(0, 1, 2), **options):
+        self.wire, self.stores = Wire(), {f"client-{part}": MemoryStates() for part in parts}
+        for part in parts:
+            app = app_with(
+                states=lambda _context, _experiment, client: self.stores[client], **options
+            )
+            self.wire.join(10 + part, app, **{"partition-id": part})
+
+    def start(self, num_rounds=3, arrays=None, strategy=None, **options):
+        strategy = strategy or FedGradNorm(
+            head="head", node_timeout=0, **{"min_nodes": len(self.stores), **options}
+        )
+        return strategy.start(self.wire, arrays or initial(), num_rounds=num_rounds)
+
+    def heads(self, round):
+        return {
+            client: {name: value.tolist() for name, value in store.load(round).head.items()}
+            for client, store in self.stores.items()
+        }
+
+
+def values(arrays):
+    return {name: array.numpy().tolist() for name, array in arrays.items()}
+
+
+def spoil(content):
+    if "arrays" in content:
+        content["arrays"]["body.bias"] = Array(
+            content["arrays"]["body.bias"].numpy() * float("nan")
+        )

@@ -1,23 +1,20 @@
-"""The ready apps: a Federation from a configuration file, one client a node, as if every message came to a new process."""
+"""The ready apps: a federation from a configuration file, with one client on each node."""
 
 import fcntl
 import shutil
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord
 
 from fedgradnorm import ConfigError, FedGradNormError, FedGradNormWarning, RunError, StoppedError
-from fedgradnorm.build import build_federation
-from fedgradnorm.config import load_config
-from fedgradnorm.flower import client_app, server_app, training
+from fedgradnorm.flower import training
 from fedgradnorm.flower.init import MAX_UPDATE_RATIO
 from fedgradnorm.flower.messages import control_of
-from fedgradnorm.flower.states import StateFiles
-from fedgradnorm.run import run
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.flower.lazy import opened
-from tests.flower.nodes import Wire, in_round, lost, raising
+from tests.flower.nodes import in_round, lost, raising
+from tests.flower.place import DIGITS, Place
 from tests.helpers import timeless
 from tests.runs import contents
 
@@ -25,54 +22,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::fedgradnorm.FedGradNormWarning"
 )  # of clients that are lost here on purpose
 
-DIGITS = """
-federation = { name = "digits" }
-[train]
-num_rounds = 3
-head_steps = 2
-encoder_steps = 2
-batch_size = 16
-head_momentum = 0.5
-eval_every = 2
-[run]
-loss_targets = [0.9]
-"""
 RADCOM = DIGITS.replace('{ name = "digits" }', '{ name = "radcom", snapshots = 6 }')
 LAZY = DIGITS.replace('"digits"', '"tests.flower.lazy:make"')
-
-
-class Place:
-    """A folder with a configuration, and nodes that have it."""
-
-    def __init__(self, folder, text=DIGITS, by="client-key"):
-        self.folder, self.config = folder, folder / "federation.toml"
-        self.config.write_text(text)
-        self.wire, app = Wire(), client_app(self.config)
-        self.clients = build_federation(load_config(self.config)).client_ids
-        for place, client in enumerate(self.clients):
-            who = {"client-key": client} if by == "client-key" else {"partition-id": place}
-            self.wire.join(
-                2 + place,
-                app,
-                **who,
-                **{"state-dir": str(folder / "states" / str(place)), "threads": 1},
-            )
-
-    def simulated(self, *words):
-        """The folder of the same run in one process."""
-        folder = self.folder / f"simulated {words}"
-        run(load_config(self.config, [*words, f"run.dir={folder}", "engine.name=reference"]))
-        return folder
-
-    def deployed(self, **run_config):
-        """The folder of the run by the apps."""
-        options = {"run-dir": str(self.folder / "run"), "node-timeout": 0, **run_config}
-        server_app(self.config)(self.wire, Context(1, 1, {}, RecordDict(), options))
-        return self.folder / "run"
-
-    def head(self, place, client, round):
-        (experiment,) = (self.folder / "states" / str(place)).iterdir()
-        return StateFiles(experiment.parent, experiment.name, client).load(round).head
 
 
 def same(one, other):
@@ -334,7 +285,7 @@ def test_a_run_of_the_simulation_is_not_taken_over(tmp_path):
     for words in ("", "train.num_rounds=5"):
         with pytest.raises(
             RunError,
-            match="its clients are not on other machines: `fedgradnorm resume` goes on with it; start_round = 1",
+            match="its clients are not on other machines: `fedgradnorm resume` resumes it; start_round = 1",
         ):
             place.deployed(settings=words)
     assert contents(tmp_path / "run") == before

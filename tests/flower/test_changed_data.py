@@ -1,4 +1,4 @@
-"""What the server is told when a client's training data or versions are not what they were; the data stay where they are."""
+"""What the server is told when a client's training data or versions change."""
 
 from dataclasses import replace
 
@@ -12,15 +12,14 @@ from fedgradnorm.flower import client
 from fedgradnorm.flower.client import Node
 from fedgradnorm.flower.messages import VERSIONS
 from fedgradnorm.flower.states import StateFiles
-from tests.flower.nodes import Site, dropped, in_round, lost
-from tests.flower.test_lost_states import notes_of
+from tests.flower.nodes import Site, dropped, in_round, lost, notes_of
 from tests.helpers import small_federation, with_clients
 
 pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")
 
 
 class Watched(Site):
-    """A site whose nodes watch their data, and whose states are in files. Every message comes to a new process."""
+    """A site whose nodes watch their data and keep states in files, as new processes would."""
 
     def __init__(self, folder):
         self.own = {}
@@ -200,11 +199,11 @@ def test_data_that_cannot_be_looked_at_fail_no_round(tmp_path, monkeypatch):
     assert not dropped(site.train(num_rounds=3).rows, "b")
 
 
-# ------------------------------------------------------------------------------------------------ versions
+# ----------------------------------------------------------------------------------------- versions
 
 
 def running(site, number, **versions):
-    """Let a node say that it runs other versions; without any, none."""
+    """Let a node say that it runs these versions; without ``version``, it does not say which."""
     answer = site.wire.nodes[number]
 
     def other(message, context):
@@ -227,12 +226,6 @@ MIXED = [
     (
         {**VERSIONS, "version": "9.0"},
         [f"it runs fedgradnorm 9.0, this server {OWN}: expected one version on every machine"],
-    ),
-    (
-        {},
-        [
-            f"it runs fedgradnorm of an older version that does not say which, this server {OWN}: expected one version on every machine"
-        ],
     ),
     (
         {**VERSIONS, "torch_version": "1.0"},
@@ -265,7 +258,7 @@ def test_a_client_of_another_version_is_told_of_once(versions, texts, caplog):
 
 def test_a_version_is_noted_in_the_first_round_whatever_becomes_of_it():
     site = Site(small_federation())
-    running(site, 3, version="9.0")
+    running(site, 3, **{**VERSIONS, "version": "9.0"})
     site.wire.twists[3] = in_round(1, lost)
     engine = site.engine()
     notes, note = notes_of(lambda rows: None)
@@ -273,9 +266,18 @@ def test_a_version_is_noted_in_the_first_round_whatever_becomes_of_it():
     assert {round: sorted(texts) for round, texts in notes.items()} == {1: ["b"], 2: [], 3: []}
 
 
+def test_a_node_that_does_not_say_its_version_stays_out():
+    site = Site(small_federation())
+    running(site, 3, torch_version=VERSIONS["torch_version"])
+    engine = site.engine(min_nodes=3)
+    with pytest.raises(StoppedError, match=r"node 3 stays out: fedgradnorm\.version: "):
+        engine.wait()
+    assert engine.attendance.refusals[3].code == "no-greeting"
+
+
 def test_a_version_is_a_short_word():
     site = Site(small_federation())
-    running(site, 3, version="9.0\nclient a is fine")
+    running(site, 3, **{**VERSIONS, "version": "9.0\nclient a is fine"})
     with pytest.raises(
         StoppedError, match="node 3 stays out: fedgradnorm.version: String should match pattern"
     ):

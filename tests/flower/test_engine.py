@@ -13,11 +13,26 @@ from flwr.common.constant import ErrorCode
 
 from fedgradnorm import ConfigError, RunError, StoppedError, resume, train
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.flower.engine import CODES, Limits
+from fedgradnorm.flower.limits import Limits
+from fedgradnorm.flower.replies import CODES
 from fedgradnorm.flower.states import StateFiles
 from fedgradnorm.messages import Instruction
-from fedgradnorm.runs.folder import STATUS, Run
-from tests.flower.nodes import QUICK, Site, changed, dropped, in_round, lost, raising, untouched
+from fedgradnorm.runs.entries import STATUS
+from fedgradnorm.runs.reader import Run
+from tests.flower.nodes import (
+    QUICK,
+    Site,
+    changed,
+    dropped,
+    evaluating,
+    in_round,
+    lost,
+    raising,
+    untouched,
+    with_loss,
+    with_nan,
+    without_arrays,
+)
 from tests.helpers import batch_norm_encoder, small_federation, timeless
 from tests.runs import contents
 
@@ -28,7 +43,7 @@ def plain(result):
     return result.state.encoder.tolist(), buffers, result.state.weighting, timeless(result.rows)
 
 
-# ------------------------------------------------------------------------------------------------ no failure
+# --------------------------------------------------------------------------------------- no failure
 
 
 @pytest.mark.parametrize("buffers", ["local", "averaged"])
@@ -64,7 +79,7 @@ def test_clients_keep_what_a_checkpoint_may_ask_for_and_no_more():
     assert {tuple(store.by_round) for store in site.stores.values()} == {(4, 5, 6, 7)}
 
 
-# ------------------------------------------------------------------------------------------------ failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def as_other_client(content):
@@ -85,14 +100,6 @@ def without_control(content):
 
 def without_metrics(content):
     del content["metrics"]
-
-
-def without_arrays(content):
-    del content["arrays"]
-
-
-def with_nan(content):
-    content["arrays"]["2.bias"] = Array(np.full(4, np.nan, np.float32))
 
 
 def with_wrong_shape(content):
@@ -384,29 +391,9 @@ def test_a_client_that_was_too_late_is_not_waited_for_a_second_time_in_its_round
     ]
 
 
-def evaluating(site, number, change):
-    """Let a node's evaluations be changed."""
-    node = site.wire.nodes[number]
-
-    def answer(message, context):
-        reply = node(message, context)
-        if message.metadata.message_type == "evaluate":
-            change(reply.content)
-        return reply
-
-    site.wire.nodes[number] = answer
-
-
 def with_metrics(metrics):
     def change(content):
         content["fedgradnorm"] = ConfigRecord({**content["fedgradnorm"], "metrics": metrics})
-
-    return change
-
-
-def with_loss(loss):
-    def change(content):
-        content["metrics"]["loss"] = loss
 
     return change
 
@@ -464,7 +451,7 @@ def test_every_code_of_flower_is_in_words():
     assert codes == CODES.keys()
 
 
-# ------------------------------------------------------------------------------------------------ who takes part
+# ----------------------------------------------------------------------------------- who takes part
 
 
 def at(round, act):
@@ -548,8 +535,10 @@ def test_a_message_for_another_client_is_refused():
         engine.execute([Instruction(1, id, encoder, {}, TrainConfig(**QUICK)) for id in ("a", "b")])
         == []
     )
-    assert "a message for client 'a' came to client 'b'" in engine.failures["a"]
-    assert "a message for client 'b' came to client 'a'" in engine.failures["b"]
+    for client, failure in engine.failures.items():
+        assert failure.kind == "error"
+        assert f"for client '{client}'" in failure
+    assert engine.clients == ["c"]  # the two nodes are asked again who they are
 
 
 def test_a_key_of_a_connected_node_stays_out_until_that_one_is_gone():
@@ -558,7 +547,7 @@ def test_a_key_of_a_connected_node_stays_out_until_that_one_is_gone():
     seen = []
 
     def act(rows):
-        seen.append(dict(engine._nodes))
+        seen.append(dict(engine.attendance.nodes))
         if rows[0]["round"] == 1:
             site.join(9, "b")
         if rows[0]["round"] == 3:
@@ -589,9 +578,9 @@ def test_two_nodes_with_one_key_stay_out_until_one_is_gone():
 def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silent():
     site = Site(small_federation())
     site.join(9, "b")
-    engine, answer = site.engine(), site.wire._answer
+    engine, answer = site.engine(), site.wire.answer
     engine.wait()
-    site.wire._answer = lambda message: (
+    site.wire.answer = lambda message: (
         None if message.metadata.dst_node_id == 9 else answer(message)
     )
     engine.wait()
@@ -604,7 +593,7 @@ def test_one_of_two_nodes_with_one_key_does_not_come_in_while_the_other_is_silen
 def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
     site, clock = Site(small_federation()), [0.0]
     monkeypatch.setattr("fedgradnorm.flower.engine.time.monotonic", lambda: clock[0])
-    asked, answer = [], site.wire._answer
+    asked, answer = [], site.wire.answer
 
     def silent(message):
         if message.metadata.dst_node_id != 9:
@@ -612,7 +601,7 @@ def test_a_node_that_does_not_answer_is_asked_less_and_less_often(monkeypatch):
         return asked.append(clock[0])
 
     site.join(9, "b")
-    site.wire._answer = silent
+    site.wire.answer = silent
     engine = site.engine(ask_again=10)
     for second in range(100):
         clock[0] = float(second)
@@ -730,7 +719,7 @@ def test_clients_without_test_data_are_not_asked():
     )
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 def after(rounds):
@@ -785,7 +774,7 @@ def test_other_settings_than_those_of_the_run_are_refused(tmp_path):
     site.train(tmp_path / "run", num_rounds=2)
     with pytest.raises(
         ConfigError,
-        match=r"goes on with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)",
+        match=r"is resumed with the settings that it began with .*changed: train.head_lr = 0.5 \(was 0.03\)",
     ):
         site.train(tmp_path / "run", num_rounds=3, head_lr=0.5)
 
@@ -797,7 +786,7 @@ def test_damaged_checkpoints_are_not_begun_over_unasked(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(
         RunError,
-        match="damaged.*no sound checkpoint is left to go on from: start_round = 1 begins anew",
+        match="damaged.*no sound checkpoint is left to resume from: start_round = 1 begins anew",
     ):
         site.train(tmp_path / "run", num_rounds=3)
     assert len(site.train(tmp_path / "run", num_rounds=3, start_round=1).rows) == 9
@@ -813,7 +802,7 @@ def test_results_without_a_checkpoint_are_not_begun_over_unasked(tmp_path, left)
     before = contents(run)
     with pytest.raises(
         RunError,
-        match="there are results of a run, and no checkpoint is left to go on from: start_round = 1 begins anew",
+        match="there are results of a run, and no checkpoint is left to resume from: start_round = 1 begins anew",
     ):
         site.train(run, num_rounds=3)
     assert contents(run) == before

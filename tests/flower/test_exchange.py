@@ -1,4 +1,4 @@
-"""Messages out and replies back: what is late holds nobody up, and enough answers shorten the wait for the others."""
+"""Messages and replies: a late reply delays no other, and enough answers shorten the wait."""
 
 import math
 import threading
@@ -12,8 +12,9 @@ from fedgradnorm import StoppedError
 from fedgradnorm.flower import GridEngine
 from fedgradnorm.flower import engine as engine_module
 from fedgradnorm.flower import exchange as exchange_module
-from fedgradnorm.flower.engine import Limits
 from fedgradnorm.flower.exchange import exchange
+from fedgradnorm.flower.limits import Limits
+from fedgradnorm.flower.messages import Refusal, refusal_reply
 from fedgradnorm.flower.roster import roster_of
 from tests.flower.nodes import AT_ONCE, Site, dropped, in_round, lost, raising
 from tests.helpers import small_federation
@@ -25,7 +26,10 @@ LONG = 600.0
 
 
 class Apart(Grid):
-    """A site's wire behind calls that wait, as Flower's do while a reply is on its way: for ``held`` nodes, until ``release`` is set."""
+    """A site's wire behind calls that wait, as Flower's do while a reply is on its way.
+
+    They wait for ``held`` nodes, until ``release`` is set.
+    """
 
     def __init__(self, site, held=()):
         self.wire, self.held, self.release = site.wire, set(held), threading.Event()
@@ -64,7 +68,7 @@ class Apart(Grid):
 
 
 class ApartEngine(GridEngine):
-    def _message(self, content, kind, node, group, ttl=None):
+    def create_message(self, content, kind, node, group, ttl=None):
         return self.grid.create_message(
             content, kind, node, group, ttl or self.limits.round_timeout
         )
@@ -118,8 +122,17 @@ def test_who_is_only_a_little_slower_than_enough_others_counts(site):
     assert not came.early
 
 
-def test_an_error_is_an_answer_and_not_one_of_enough(site):
-    site.wire.nodes[2] = lambda message, _: Message(Error(2, "no"), reply_to=message)
+def refusing(message, _):
+    return refusal_reply(Refusal(code="wrong-client", words="no"), message)
+
+
+def failing(message, _):
+    return Message(Error(2, "no"), reply_to=message)
+
+
+@pytest.mark.parametrize("answer", [failing, refusing])
+def test_an_error_and_a_refusal_are_answers_and_not_among_the_enough(site, answer):
+    site.wire.nodes[2] = answer
     grid = Apart(site, held={3})
     came = exchange(grid, [hello(grid, node) for node in (2, 3, 4)], timeout=1.5, enough=2)
     assert len(came.replies) == 2
@@ -186,13 +199,13 @@ def test_what_the_superlink_fails_at_is_no_lateness_of_a_client(monkeypatch, cap
     with pytest.raises(StoppedError, match=f"a, b, c: no report: its {what}: OSError: busy"):
         site.train(engine=engine, num_rounds=3, max_retries=0)
     monkeypatch.setattr(engine.grid, name, sound)
-    assert not engine._rests.times
+    assert not engine.rests.times
     assert " of 3 exchanges, the last: OSError: busy" in caplog.text
 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_reply_that_is_lost_by_a_fetch_that_failed_is_no_lateness(monkeypatch):
-    """The SuperLink deletes a reply when it hands it out; who asks again is told that the message has expired."""
+    """The SuperLink deletes a reply when it gives it out; then it says that the message expired."""
     site = Site(small_federation())
     engine = apart_engine(site, round_timeout=LONG)
     engine.wait(3)
@@ -220,7 +233,7 @@ def test_a_reply_that_is_lost_by_a_fetch_that_failed_is_no_lateness(monkeypatch)
     assert set(dropped(result.rows, "b").values()) == {
         "no report: its reply could not be fetched: OSError: busy"
     }
-    assert not engine._rests.times
+    assert not engine.rests.times
 
 
 class Stopped(BaseException):
@@ -297,7 +310,7 @@ def test_fewer_than_the_sound_reports_that_a_round_needs_are_never_enough():
         site.train(engine=engine, num_rounds=1, min_clients=3, max_retries=0)
 
 
-# ------------------------------------------------------------------------------------------------ rests
+# -------------------------------------------------------------------------------------------- rests
 
 
 def test_a_client_that_is_late_again_and_again_rests_for_twice_as_long_each_time(caplog):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from fedgradnorm import ConfigError, FederationError, StoppedError, train
+from fedgradnorm.api import resume, run
 from fedgradnorm.config import load_config
 from fedgradnorm.flower import FlowerLocalEngine
-from fedgradnorm.run import resume, run
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_encoder, small_federation, timeless
 from tests.runs import QUICK as SMALL
 from tests.runs import after, contents, outcome
@@ -118,7 +118,7 @@ def test_resumed_is_uninterrupted(words, back, tmp_path):
         *words,
     ]
     done(*words, f"run.dir={tmp_path / 'whole'}")
-    with pytest.raises(StoppedError, match="to go on: fedgradnorm resume"):
+    with pytest.raises(StoppedError, match="to resume: fedgradnorm resume"):
         run(load_config(None, [*words, f"run.dir={tmp_path / 'run'}"]), should_stop=after(5))
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3 - back :]:
         path.unlink()

@@ -1,4 +1,4 @@
-"""A client whose state is lost: it refuses, or goes on from its newest one, or with a fresh head; the server is told."""
+"""A client whose state is lost: it refuses, or uses its newest state or a fresh head."""
 
 import shutil
 from dataclasses import replace
@@ -10,12 +10,12 @@ from flwr.app import ConfigRecord, RecordDict
 from fedgradnorm import RunError, StoppedError
 from fedgradnorm.client import ClientState
 from fedgradnorm.flower.client import Node
-from fedgradnorm.flower.messages import Control, control_of
-from fedgradnorm.flower.states import LostStateError, MemoryStates, StateFiles, begin
-from fedgradnorm.runs.folder import Run
-from tests.flower.nodes import Site, dropped, in_round, lost
-from tests.flower.test_apps import DIGITS, Place
-from tests.flower.test_mod import Own
+from fedgradnorm.flower.messages import control_of
+from fedgradnorm.flower.states import LostStateError, StateFiles, begin
+from fedgradnorm.runs.reader import Run
+from tests.flower.nodes import Site, dropped, in_round, lost, notes_of
+from tests.flower.own_app import Own
+from tests.flower.place import DIGITS, Place
 from tests.helpers import batch_norm_encoder, small_federation
 
 pytestmark = pytest.mark.filterwarnings("ignore::fedgradnorm.FedGradNormWarning")
@@ -24,7 +24,7 @@ OPTIONS = {"num_rounds": 6, "eval_every": 1, "head_momentum": 0.9}
 
 
 class Forgetful(Site):
-    """A site whose nodes have a policy for lost states. Client b loses some of its states after a round."""
+    """A site whose nodes have a policy for lost states; client b loses states after a round."""
 
     def __init__(self, policy, **options):
         self.policy = policy
@@ -51,19 +51,8 @@ class Forgetful(Site):
         return act
 
 
-def notes_of(during):
-    """The notes of every round, by round and client: `during` is an ``on_round`` to be called as well."""
-    seen = {}
-
-    def note(rows):
-        seen[rows[0]["round"]] = {row["client"]: row["notes"] for row in rows if "notes" in row}
-        during(rows)
-
-    return seen, note
-
-
 def begun(site):
-    """The F(0) and the base of every message for training to b, and what its replies say of their beginning."""
+    """The base and F(0) of every message for training to b, and what its replies say they began with."""
     asked, said = [], []
     for one in site.wire.messages:
         if one.metadata.message_type != "train":
@@ -246,7 +235,7 @@ def test_what_cannot_be_is_no_report(said, why):
     assert dropped(site.train(num_rounds=3).rows, "b") == {2: f"no report: {why}"}
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_damaged_files_are_lost_and_those_of_others_or_beyond_reach_are_not(tmp_path):
@@ -306,7 +295,7 @@ def test_an_unknown_word_for_it_keeps_a_node_out(tmp_path):
         place.deployed()
 
 
-# ------------------------------------------------------------------------------------------------ a user's own app
+# --------------------------------------------------------------------------------- a user's own app
 
 
 @pytest.mark.parametrize(
@@ -328,24 +317,3 @@ def test_a_mod_does_likewise(policy, start, caplog):
     first = {round: state.initial_loss for round, state in own.stores["client-1"].by_round.items()}
     assert len(set(first.values())) == 1
     assert set(first) >= {3, 4}
-
-
-def test_an_older_node_is_not_sent_what_it_would_refuse():
-    site = Site(small_federation())
-    engine, answer = site.engine(), site.wire.nodes[3]
-
-    def older(message, context):
-        assert "initial_loss" not in message.content["fedgradnorm"]
-        reply = answer(message, context)
-        if message.content["fedgradnorm"]["kind"] == "hello":
-            control = reply.content["fedgradnorm"]
-            reply.content["fedgradnorm"] = ConfigRecord(
-                {key: value for key, value in control.items() if "version" not in key}
-            )
-        return reply
-
-    site.wire.nodes[3] = older
-    rows = site.train(engine=engine, num_rounds=3).rows
-    assert not dropped(rows, "b")
-    assert Control(kind="hello", experiment="x").record().get("initial_loss") is None
-    assert MemoryStates().rounds() == []

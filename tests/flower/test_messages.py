@@ -17,22 +17,18 @@ from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import FedGradNormError, MessageError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower import LocalGrid
+from fedgradnorm.flower.layout import Layout, arrays_of, tensors_of
 from fedgradnorm.flower.messages import (
+    VERSIONS,
     Control,
     Greeting,
-    Layout,
-    arrays_of,
     control_of,
-    evaluation_reply,
     greeting_of,
     greeting_reply,
-    read_evaluation,
     read_instruction,
-    read_report,
-    report_reply,
-    tensors_of,
     training_of,
 )
+from fedgradnorm.flower.reports import evaluation_reply, read_evaluation, read_report, report_reply
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import flatten, load_flat
 from tests.flower.nodes import Site
@@ -46,7 +42,7 @@ def message(content, kind="train"):
     return LocalGrid({}).create_message(content, kind, 2, "1")
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 def frozen():
@@ -133,7 +129,7 @@ def test_a_reply_has_no_more_in_it_than_it_needs():
     ):
         read_report(report, LAYOUT, {"1.running_mean": torch.ones(3)})
     evaluation = evaluation_reply("a", "sign", 3, Evaluation(0.5, {}, 20), message(RecordDict()))
-    greeting = greeting_reply(Greeting(client="a", task="x"), message(RecordDict()))
+    greeting = greeting_reply(Greeting(client="a", task="x", **VERSIONS), message(RecordDict()))
     for reply, read, known in (
         (evaluation, read_evaluation, "metrics, fedgradnorm"),
         (greeting, greeting_of, "fedgradnorm"),
@@ -182,7 +178,13 @@ def test_control_and_greeting_come_back_as_they_were():
     assert control_of(message(RecordDict({"fedgradnorm": control.record()}))) == control
     assert training_of(control) == TrainConfig()
     greeting = Greeting(
-        client="a", task="sign", num_examples=3, tests=False, metric="error", higher_is_better=False
+        client="a",
+        task="sign",
+        num_examples=3,
+        tests=False,
+        metric="error",
+        higher_is_better=False,
+        **VERSIONS,
     )
     assert greeting_of(greeting_reply(greeting, message(RecordDict()))) == greeting
 
@@ -218,7 +220,7 @@ def test_a_pickle_is_not_opened(tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-# ------------------------------------------------------------------------------------------------ anything at all
+# ---------------------------------------------------------------------------------- anything at all
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 INTEGERS, FLOATS = st.integers(-(2**63), 2**63 - 1), st.floats()
@@ -304,7 +306,9 @@ def instruction_content(kind="train"):
 
 
 def greeting_content():
-    return greeting_reply(Greeting(client="a", task="sign"), message(RecordDict())).content
+    return greeting_reply(
+        Greeting(client="a", task="sign", **VERSIONS), message(RecordDict())
+    ).content
 
 
 ANYTHING = st.dictionaries(NAMES, RECORDS, max_size=4).map(RecordDict)

@@ -11,43 +11,27 @@ from torch import nn
 from fedgradnorm import ConfigError, Equal, StoppedError
 from fedgradnorm.errors import FedGradNormError, MessageError
 from fedgradnorm.flower import FedGradNorm, FedGradNormMod
-from fedgradnorm.flower.messages import Control
+from fedgradnorm.flower.messages import Control, refusal_in
 from fedgradnorm.flower.states import MemoryStates, StateFiles
 from fedgradnorm.randomness import seeded
-from tests.flower.nodes import Wire, changed, in_round, lost, raising, untouched
-from tests.flower.own_app import Net, app_with, data_of, direct, initial, net_of, trained
+from tests.flower.nodes import changed, in_round, lost, raising, untouched
+from tests.flower.own_app import (
+    SHARED,
+    Net,
+    Own,
+    app_with,
+    data_of,
+    direct,
+    initial,
+    net_of,
+    spoil,
+    trained,
+    values,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fedgradnorm.FedGradNormWarning"
 )  # of clients that are lost here on purpose
-
-
-class Own:
-    """Clients with a user's own app on a wire, their states in memory."""
-
-    def __init__(self, parts=(0, 1, 2), **options):
-        self.wire, self.stores = Wire(), {f"client-{part}": MemoryStates() for part in parts}
-        for part in parts:
-            app = app_with(
-                states=lambda _context, _experiment, client: self.stores[client], **options
-            )
-            self.wire.join(10 + part, app, **{"partition-id": part})
-
-    def start(self, num_rounds=3, arrays=None, strategy=None, **options):
-        strategy = strategy or FedGradNorm(
-            head="head", node_timeout=0, **{"min_nodes": len(self.stores), **options}
-        )
-        return strategy.start(self.wire, arrays or initial(), num_rounds=num_rounds)
-
-    def heads(self, round):
-        return {
-            client: {name: value.tolist() for name, value in store.load(round).head.items()}
-            for client, store in self.stores.items()
-        }
-
-
-def values(arrays):
-    return {name: array.numpy().tolist() for name, array in arrays.items()}
 
 
 def first_model(part):
@@ -57,9 +41,6 @@ def first_model(part):
     shared = initial().to_torch_state_dict()
     model.load_state_dict({**model.state_dict(), **{name: shared[name] for name in SHARED}})
     return model
-
-
-SHARED = ["body.weight", "body.bias", "norm.weight", "norm.bias"]
 
 
 def test_one_client_trains_as_if_there_were_no_federation():
@@ -137,13 +118,6 @@ def test_the_first_heads_differ_and_are_those_that_are_tested_before_training():
     assert not torch.equal(first_model(0).head.weight, first_model(1).head.weight)
 
 
-def spoil(content):
-    if "arrays" in content:
-        content["arrays"]["body.bias"] = Array(
-            content["arrays"]["body.bias"].numpy() * float("nan")
-        )
-
-
 @pytest.mark.parametrize("twist", [lost, raising, changed(spoil)], ids=["lost", "raises", "NaN"])
 def test_what_the_server_has_not_taken_is_undone(twist):
     own, as_if = Own(), Own()
@@ -184,7 +158,7 @@ def test_initial_arrays_may_come_without_a_head():
     assert values(Own().start(2, arrays=encoder).arrays) == values(Own().start(2).arrays)
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def context_of(**node_config):
@@ -336,8 +310,10 @@ def test_an_app_without_a_metric():
 
 
 def test_a_message_for_another_client_is_refused():
-    message = error_of(in_memory(), training(client="client-1"))
-    assert message == "a message for client 'client-1' came to client 'client-0'"
+    reply = direct(in_memory(), training(client="client-1"), context_of())
+    refusal = refusal_in(reply)
+    assert (refusal.code, refusal.client) == ("wrong-client", "client-1")
+    assert "'client-0'" in refusal.words
 
 
 def test_a_message_of_another_strategy_is_refused():

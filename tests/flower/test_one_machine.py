@@ -1,4 +1,4 @@
-"""local.py of a deployment's folder, with scripts in the place of Flower's commands: what it starts, ends, and says."""
+"""local.py of a deployment's folder, with scripts in the place of Flower's commands."""
 
 import os
 import re

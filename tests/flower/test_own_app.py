@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from fedgradnorm.report import write_report
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import Wire
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower-own-app"

@@ -25,7 +25,7 @@ NUMBERS = {
 
 
 def check_keys(messages, parameters, buffers=()):
-    """No message has more than the documented records and keys. Gives how many there were of each kind."""
+    """Check that messages have only the documented records and keys; count them by kind."""
     kinds = dict.fromkeys(("down", "hello", "report", "evaluation"), 0)
     for one in messages:
         content, control = one.content, set(one.content["fedgradnorm"])

@@ -1,4 +1,4 @@
-"""server/run.sh of a deployment's folder, with a script in the place of `flwr`: what it starts, shows, says and ends with."""
+"""server/run.sh of a deployment's folder, with a script in the place of `flwr`."""
 
 import json
 import os

@@ -13,11 +13,20 @@ from flwr.app import Error, Message
 from fedgradnorm import FedGradNormWarning, RunError, StoppedError
 from fedgradnorm.config import RunConfig
 from fedgradnorm.flower import status as status_module
-from fedgradnorm.flower.engine import CODE_KINDS, CODES
+from fedgradnorm.flower import watcher as watcher_module
+from fedgradnorm.flower.replies import CODE_KINDS, CODES
 from fedgradnorm.flower.status import KINDS, beside, read_status, why_gone
-from fedgradnorm.runs.folder import Run, alone_in, being_written
-from tests.flower.nodes import Site, changed, in_round, lost, raising
-from tests.flower.test_engine import with_nan, without_arrays
+from fedgradnorm.runs.lock import alone_in, being_written
+from fedgradnorm.runs.reader import Run
+from tests.flower.nodes import (
+    Site,
+    changed,
+    in_round,
+    lost,
+    raising,
+    with_nan,
+    without_arrays,
+)
 from tests.helpers import small_federation
 from tests.launcher import launcher
 
@@ -36,7 +45,8 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(status_module, "time", clock)
+    for module in (status_module, watcher_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -49,13 +59,13 @@ def site():
 def written(monkeypatch):
     """Every status that is written, with the name of its file."""
     found = []
-    write = status_module.write_atomically
+    write = watcher_module.write_atomically
 
     def noting(path, content):
         found.append((path.name, json.loads(content)))
         write(path, content)
 
-    monkeypatch.setattr(status_module, "write_atomically", noting)
+    monkeypatch.setattr(watcher_module, "write_atomically", noting)
     return found
 
 
@@ -256,7 +266,7 @@ def test_notes_are_kept_with_their_round(site, tmp_path):
     engine = site.engine()
 
     def act(_):
-        engine._note("b", "its data changed")
+        engine.notes.add("b", "its data changed")
 
     site.train(tmp_path / "run", num_rounds=30, on_round=act, engine=engine, eval_every=30)
     b = read_status(tmp_path / "run").clients["b"]
@@ -289,7 +299,7 @@ def test_a_status_that_cannot_be_written_ends_no_run_and_is_said_once(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(status_module, "write_atomically", full)
+    monkeypatch.setattr(watcher_module, "write_atomically", full)
     caplog.set_level(logging.WARNING, logger="fedgradnorm")
     site.train(tmp_path / "run", num_rounds=2)
     assert [record.message for record in caplog.records] == [
@@ -382,13 +392,13 @@ def test_a_run_that_waits_for_long_goes_on_saying_so(site, tmp_path, clock):
     assert len(set(written)) >= 3
 
 
-# ------------------------------------------------------------------------------------------------ who writes
+# --------------------------------------------------------------------------------------- who writes
 
 
 def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):
     folder = tmp_path / "run"
     assert being_written(folder) is None  # no lock tells
-    code = f"from pathlib import Path; from fedgradnorm.runs.folder import being_written; print(being_written(Path({str(folder)!r})))"
+    code = f"from pathlib import Path; from fedgradnorm.runs.lock import being_written; print(being_written(Path({str(folder)!r})))"
 
     def seen():
         status, out, error = launcher().call(tmp_path, code=code)

@@ -6,17 +6,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fedgradnorm import ConfigError, StoppedError, WeightingState, Weights
+from fedgradnorm import ConfigError, StoppedError, Weighting, WeightingState, Weights
 from fedgradnorm.errors import RunError
 from fedgradnorm.flower import FedGradNorm
 from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import write_report
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import Run
-from tests.flower.nodes import changed, dropped, in_round, lost, untouched
-from tests.flower.own_app import Net, initial
-from tests.flower.test_engine import evaluating, with_loss
-from tests.flower.test_mod import SHARED, Own, spoil, values
+from fedgradnorm.runs.reader import Run
+from tests.flower.nodes import changed, dropped, evaluating, in_round, lost, untouched, with_loss
+from tests.flower.own_app import SHARED, Net, Own, initial, spoil, values
 from tests.helpers import timeless
 
 
@@ -35,7 +33,7 @@ def whole(tmp_path_factory):
     return own.start(6, strategy=strategy(run_dir=folder)), folder, own
 
 
-# ------------------------------------------------------------------------------------------------ a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 def test_training_goes_down_and_weights_move(whole):
@@ -163,7 +161,7 @@ def test_aggregating_before_anything_was_sent_is_an_error():
         strategy().aggregate_train(1, [])
 
 
-# ------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("name", BUILT_INS["weighting"])
@@ -312,7 +310,7 @@ def test_arrays_without_an_encoder_are_refused():
         strategy().start(Own().wire, ArrayRecord(mixed))
 
 
-# ------------------------------------------------------------------------------------------------ stop and go on
+# ----------------------------------------------------------------------------------- stop and go on
 
 
 def stop_after(rounds):
@@ -332,14 +330,11 @@ def test_a_run_that_was_stopped_goes_on(whole, tmp_path, start_round):
     assert rows_in(tmp_path / "run") == rows_in(folder)
 
 
-class First:
+class First(Weighting):
     """A weighting that is no dataclass: what it was made with is in no settings."""
 
     def __init__(self, factor=1.0):
         self.factor = factor
-
-    def init(self, client_ids):
-        return WeightingState(dict.fromkeys(client_ids, 1.0))
 
     def update(self, state, reports):
         values = {
@@ -405,7 +400,9 @@ class Moved(Net):
 
     def __init__(self):
         super().__init__()
-        self.body = self._modules.pop("body")
+        body = self.body
+        del self.body
+        self.body = body
 
 
 def test_a_model_whose_layers_changed_places_does_not_go_on(tmp_path):

@@ -9,7 +9,7 @@ from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.flower import FlowerLocalEngine, training
 from fedgradnorm.flower.training import round_line, train_on_grid
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation, timeless
 
 
@@ -62,7 +62,7 @@ def test_two_runs_do_not_write_to_one_folder(engine, tmp_path, monkeypatch):
     assert Run(tmp_path / "run").rows()
 
 
-@pytest.mark.parametrize("what", ["save_checkpoint", "write_atomically"])
+@pytest.mark.parametrize("what", ["writer.save_checkpoint", "settings.write_atomically"])
 def test_a_folder_that_cannot_be_written_says_how_a_run_across_machines_is_gone_on_with(
     engine, tmp_path, monkeypatch, what
 ):
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_says_how_a_run_across_machines_is_gone_
         raise OSError(28, "No space left on device")
 
     go(engine, tmp_path / "run")
-    monkeypatch.setattr(f"fedgradnorm.runs.folder.{what}", full)
+    monkeypatch.setattr(f"fedgradnorm.runs.{what}", full)
     with pytest.raises(
         RunError, match="cannot be written: No space left on device.*: start its Flower app again$"
     ):

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
-import fedgradnorm.cli as cli
 from fedgradnorm import StoppedError
 from fedgradnorm.errors import ConfigError, printable
 from fedgradnorm.flower import exporter, overview
@@ -26,7 +26,8 @@ from fedgradnorm.flower.exporter import registry_of
 from fedgradnorm.flower.init import write_deployment
 from fedgradnorm.flower.overview import look
 from fedgradnorm.flower.status import KINDS, STATES, beside, read_status
-from fedgradnorm.runs.folder import Run, alone_in
+from fedgradnorm.runs.lock import alone_in
+from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import Site, in_round, lost, raising
 from tests.helpers import small_federation
 from tests.launcher import launcher
@@ -50,7 +51,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(cli.console, "_width", 400)
+    monkeypatch.setattr("fedgradnorm.cli.terminal.console", Console(width=400))
 
 
 def certificate(path, days):
@@ -88,7 +89,7 @@ def cells(line):
     return [cell.strip() for cell in re.split("[│┃|]", line)][1:-1]
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_status_of_a_run_is_a_line_a_table_and_the_certificates(deployment, site, call):
@@ -137,7 +138,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     code, out, err = call("flower", "status", deployment)
     assert (code, err) == (1, "")
     assert (
-        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to go on: start its Flower app again; the last"
+        f"{run}: stopped after round 1 of 5: stopped after round 1 of 5; to resume: start its Flower app again; the last"
         in out
     )
     edit(run / "status.json", state="training", reason=None)
@@ -145,7 +146,7 @@ def test_a_run_that_was_stopped_or_is_gone_ends_the_command_with_1(deployment, s
     assert code == 1
     assert f"{run}: training, round 1 of 5; " in out
     assert re.fullmatch(
-        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it goes on from its checkpoint\n",
+        r"warning: its process \(pid \d+ on .*\) has ended without a word: start the run again, .*; it resumes from its checkpoint\n",
         err,
     )
     with alone_in(run):
@@ -288,7 +289,7 @@ def test_what_cannot_be_read_beside_the_status_is_warned_of(deployment, site, ca
     assert re.search(r"^warning: .*/ca\.crt: expected a certificate in PEM: ", err, flags=re.M)
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def scraped(folder):
@@ -470,7 +471,7 @@ def test_the_command_serves_the_metrics_until_it_is_told_to_stop(
             answers.append(answer.read().decode())
         return True
 
-    monkeypatch.setattr(cli, "stop_on_signals", lambda: StopAfter(scrape))
+    monkeypatch.setattr("fedgradnorm.cli.terminal.stop_on_signals", lambda: StopAfter(scrape))
     code, out, err = call("flower", "metrics", deployment, "--port", port)
     assert (code, out, err) == (
         0,

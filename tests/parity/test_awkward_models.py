@@ -292,6 +292,7 @@ def of_two_kinds_of_targets():
         pytest.param(of_two_kinds_of_targets, id="targets of two kinds"),
     ],
 )
+@pytest.mark.parametrize("executor", ["torchscript", "python"], indirect=True)
 def test_an_awkward_model_gets_the_numbers_of_the_reference(make):
     before = torch.get_rng_state()
     check_same(make(), TRAINING, 1e-5)

@@ -721,6 +721,7 @@ def test_data_sets_metrics_losses_and_factories_are_seeded_too(kind):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("executor", ["torchscript", "python"], indirect=True)
 def test_a_program_that_is_no_longer_its_code_is_dropped_and_its_round_repeated(monkeypatch):
     """What no look at Python can see, here behind a trusted name, is seen in the numbers."""
     hidden = types.ModuleType("torch_like")

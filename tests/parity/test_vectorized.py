@@ -98,7 +98,7 @@ def check_same(
 
 
 def ways(engine):
-    return {plan.way for plan in engine._plan_of.values()}
+    return {plan.way for plan in engine.shortcuts.plan_of.values()}
 
 
 def doubled(federation):
@@ -331,12 +331,17 @@ def test_random_federations_in_single_precision(federation, training):
     check_same(federation, training, 1e-5, metrics=False)
 
 
-@pytest.mark.parametrize("limit", [1, 100_000])
+@pytest.mark.parametrize(
+    ("limit", "executor"),
+    [(1, "torchscript"), (1, "python"), (100_000, "torchscript")],
+    indirect=["executor"],
+)
 def test_little_memory_gives_the_same_numbers(limit):
     federation, training = case("W5", 20)
     check_same(federation, training, 1e-5, memory_limit=limit)
 
 
+@pytest.mark.parametrize("executor", ["torchscript", "python"], indirect=True)
 def test_participants_that_change_from_round_to_round():
     ids = "abcdefgh"
     training = TrainConfig(

@@ -15,7 +15,7 @@ from studies.convergence import (
     federation_of,
     fit_of,
     fixed_point,
-    found_for,
+    outcome_of,
     predicted_rate,
     problem_of,
     start_of,
@@ -95,7 +95,7 @@ def test_a_fit_gives_back_the_rate_of_an_exponential():
 
 
 def test_the_table_and_the_chart_say_what_was_found(tmp_path):
-    found = [found_for(setting, range(1), 100) for setting in (EXACT, STEP)]
+    found = [outcome_of(setting, range(1), 100) for setting in (EXACT, STEP)]
     assert found[0].rate is not None
     assert found[1].rate is None
     table, chart = table_of(found), chart_of(found)

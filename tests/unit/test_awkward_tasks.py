@@ -26,7 +26,7 @@ from fedgradnorm import (
     train,
 )
 from fedgradnorm.report import write_report
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import accuracy, small_client, small_encoder, small_task
 
 QUICK = {"num_rounds": 4, "head_steps": 2, "encoder_steps": 2, "batch_size": 8}
@@ -414,7 +414,7 @@ def test_what_raises_on_the_way_names_the_client_and_the_last_round_is_kept(tmp_
     assert (
         "ZeroDivisionError: so it is" if what == "loss" else "OSError: the disk is gone"
     ) in str(caught.value)
-    assert f"to go on: fedgradnorm resume {tmp_path / 'run'}" in str(caught.value)
+    assert f"to resume: fedgradnorm resume {tmp_path / 'run'}" in str(caught.value)
     done = caught.value.result
     assert 0 < len(done.rows) < 80
     assert Run(tmp_path / "run").rows() == done.rows
@@ -449,7 +449,7 @@ def test_what_a_callback_raises_comes_through_with_what_is_done(tmp_path, error,
         )
     assert caught.value is error
     assert caught.value.result.state.round == 3
-    assert "3 rounds are done; to go on: fedgradnorm resume" in caught.value.__notes__[-1]
+    assert "3 rounds are done; to resume: fedgradnorm resume" in caught.value.__notes__[-1]
     assert isinstance(load_model(tmp_path / "run", "a", made), nn.Module)
     whole = train(made, engine=engine, **{**QUICK, "num_rounds": 9})
     assert resume(tmp_path / "run", made).weights == whole.weights

@@ -78,7 +78,7 @@ def test_a_number_may_name_a_folder():
         (["trian.num_rounds=5"], "unknown key 'trian'; did you mean 'train'?"),
         (
             ["train.num_rounds=0"],
-            "train.num_rounds: expected greater than or equal to 1, found 0 on the command line",
+            "train.num_rounds: expected a number of at least 1, found 0 on the command line",
         ),
         (["train.num_rounds=many"], "train.num_rounds: expected a valid integer"),
         (["train.encoder_lr=nan"], "train.encoder_lr: expected"),
@@ -214,7 +214,8 @@ def test_a_table_without_a_name_keeps_the_default_part():
         (
             "method",
             Component(name="tests.helpers:small_encoder"),
-            "train.method.name: 'tests.helpers:small_encoder' makes no method",
+            "train.method.name: 'tests.helpers:small_encoder' makes an object of type Sequential, not a valid method: "
+            "derive it from fedgradnorm.training.Method",
         ),
     ],
 )
@@ -344,3 +345,11 @@ def test_whatever_a_users_module_raises_names_it(tmp_path, monkeypatch, module, 
     with pytest.raises(ConfigError, match=f"federation.name: 'own_part:make' {message}"):
         build("federation", Component(name="own_part:make"), seed=0)
     sys.modules.pop("own_part", None)
+
+
+def test_the_file_keeps_its_options_when_the_default_part_is_named_on_the_command_line(tmp_path):
+    (tmp_path / "a.toml").write_text("[weighting]\ngamma = 0.5\n")
+    assert load_config(tmp_path / "a.toml", ["weighting.name=fedgradnorm"]).weighting.options == {
+        "gamma": 0.5
+    }
+    assert load_config(tmp_path / "a.toml", ["weighting.name=equal"]).weighting.options == {}

@@ -178,7 +178,7 @@ WRONG = {
     "one tensor": (X, "found Tensor; give the targets too"),
     "weights": (
         (X, Y, Y),
-        "expected a pair (inputs, targets), found a tuple of 3; weights of examples belong into the targets",
+        "expected a pair (inputs, targets), found a tuple of 3; weights of examples belong in the targets",
     ),
     "inputs alone": ((X,), "expected a pair (inputs, targets), found a tuple of 1"),
     "a table": (Frame(), "found Frame"),

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from fedgradnorm import Client, Federation, FederationError, Metric, Task, train
 from fedgradnorm.data import LARGE_BYTES, in_batches
-from fedgradnorm.evaluation import evaluate
+from fedgradnorm.evaluation import NotFinite, evaluate
 from tests.helpers import accuracy, small_client, small_encoder
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
@@ -127,10 +127,8 @@ def test_a_metric_that_changes_its_arguments_spoils_no_other(monkeypatch, small)
         assert found.metrics["first"] == found.metrics["last"]
         assert found.failed == {}
     else:
-        assert found.failed == {
-            "spoils": "it changes its arguments in place",
-            "last": "metric 'spoils' has changed its arguments in place before",
-        }
+        assert found.failed.keys() == {"spoils", "last"}
+        assert "'spoils'" in found.failed["last"]
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -160,9 +158,9 @@ def test_a_metric_that_is_no_number_says_so(value, batched):
         functional.cross_entropy,
         (Metric("m", lambda outputs, targets: float(value), True, batched=batched),),
     )
-    assert evaluate(task, small_encoder(), nn.Linear(4, 2), (X, Y)).failed == {
-        "m": f"it gives {value}"
-    }
+    reason = evaluate(task, small_encoder(), nn.Linear(4, 2), (X, Y)).failed["m"]
+    assert isinstance(reason, NotFinite)
+    assert reason.endswith(f" {value}")
 
 
 @pytest.mark.parametrize("function", [None, 3, "accuracy"])

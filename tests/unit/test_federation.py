@@ -1,11 +1,30 @@
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fedgradnorm import Client, Federation, FederationError, Metric, Task
+from fedgradnorm import (
+    Client,
+    ConfigError,
+    Federation,
+    FederationError,
+    FedGradNorm,
+    Metric,
+    Task,
+    train,
+)
 from fedgradnorm.parameters import flatten, load_flat, norm_layer_slices, trainable
-from tests.helpers import accuracy, small_client, small_encoder, small_federation, small_task
+from tests.helpers import (
+    accuracy,
+    batch_norm_encoder,
+    small_client,
+    small_encoder,
+    small_federation,
+    small_task,
+)
 
 
 def refused(message, *args, **options):
@@ -16,17 +35,17 @@ def refused(message, *args, **options):
 
 def test_what_does_not_fit_together_is_refused_when_it_is_built():
     a, b = small_client("a"), small_client("b")
-    refused("at least one client", [], small_encoder)
-    refused("two clients have the id 'a'", [a, b, small_client("a")], small_encoder)
+    refused("client", [], small_encoder)
+    refused("the id 'a'", [a, b, small_client("a")], small_encoder)
     refused(
-        "buffers: expected 'local' or 'averaged', found 'shared'",
+        "buffers: .*'shared'",
         [a],
         small_encoder,
         buffers="shared",
     )
-    refused("norm_layer '9' names no encoder parameter", [a], small_encoder, norm_layer="9")
-    refused(r"did you mean '2.weight'", [a], small_encoder, norm_layer="2.weigth")
-    refused("client 'a': its inputs do not pass through the encoder", [a], lambda: nn.Linear(5, 4))
+    refused("norm_layer '9'", [a], small_encoder, norm_layer="9")
+    refused(r"'2.weight'", [a], small_encoder, norm_layer="2.weigth")
+    refused("client 'a': .* encoder", [a], lambda: nn.Linear(5, 4))
     refused("trainable parameters", [a], nn.Identity)
     refused("norm_layer", [a], lambda: nn.BatchNorm1d(6))
 
@@ -34,7 +53,7 @@ def test_what_does_not_fit_together_is_refused_when_it_is_built():
 def test_a_head_that_the_encoder_does_not_fit_is_named_with_its_client():
     stubborn = Task("stubborn", lambda _: nn.Linear(7, 2), functional.cross_entropy)
     refused(
-        r"client 'b': the encoder's output of shape \(1, 4\) does not fit its head",
+        r"client 'b': .*\(1, 4\).* head",
         [small_client("a"), small_client("b", task=stubborn)],
         small_encoder,
     )
@@ -48,11 +67,9 @@ def test_an_id_that_is_no_file_name_is_refused(id):
 
 def test_empty_clients_and_unequal_lengths_are_refused():
     task = small_task("sign")
-    with pytest.raises(
-        FederationError, match="client 'a' is empty: expected at least one training example"
-    ):
+    with pytest.raises(FederationError, match="client 'a' .* training"):
         Client("a", task, (torch.zeros(0, 6), torch.zeros(0)))
-    with pytest.raises(FederationError, match="client 'a': 3 training inputs, but 2 targets"):
+    with pytest.raises(FederationError, match="client 'a': 3 .* 2 "):
         Client("a", task, (torch.zeros(3, 6), torch.zeros(2)))
 
 
@@ -79,9 +96,9 @@ def test_data_may_load_on_first_use_and_are_checked_then():
     [
         (
             torch.tensor([5, 0, 0]),
-            "client 'a': its training data do not pass through its model and loss",
+            "client 'a': .* training data",
         ),
-        (torch.zeros(3, 2, 2), "do not pass"),
+        (torch.zeros(3, 2, 2), "client 'a': .* training data"),
     ],
 )
 def test_data_that_the_loss_cannot_take_are_refused(targets, message):
@@ -97,18 +114,18 @@ def test_a_loss_that_is_no_mean_is_refused():
     federation = Federation(
         [Client("a", task, (torch.zeros(3, 6), torch.zeros(3, 2)))], small_encoder
     )
-    with pytest.raises(FederationError, match="expected a tensor of one number for a batch"):
+    with pytest.raises(FederationError, match="client 'a': .* loss"):
         federation.check_data()
 
 
 def test_a_task_needs_different_metric_names():
     metric = Metric("accuracy", accuracy, higher_is_better=True)
-    with pytest.raises(FederationError, match="different names"):
+    with pytest.raises(FederationError, match="metrics"):
         Task("sign", nn.Identity, functional.cross_entropy, (metric, metric))
 
 
 def test_an_unknown_client_names_the_nearest():
-    with pytest.raises(FederationError, match="did you mean 'smile'"):
+    with pytest.raises(FederationError, match="'smile'"):
         small_federation(("smile", "pose")).client("smle")
 
 
@@ -175,3 +192,117 @@ def test_the_flat_vector_goes_in_and_out_and_leaves_frozen_parameters():
     load_flat(module, vector)
     assert torch.equal(flatten(module), vector)
     assert torch.equal(module.fc2.weight, frozen)
+
+
+QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
+
+
+X, Y = torch.linspace(-1, 1, 240).reshape(40, 6), torch.arange(40) % 2
+
+
+def with_task(**changes):
+    return dataclasses.replace(small_task("sign"), **changes)
+
+
+def client_with(task=None, train=(X, Y), test=(X, Y)):
+    return Client("a", task or small_task("sign"), train, test)
+
+
+class Ragged:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return torch.zeros(6 + (index > 3)), torch.tensor(0)
+
+
+class Detached(nn.Module):
+    def forward(self, features):
+        return features.detach()[:, :2]
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        client_with(train=(X, torch.cat([Y[:-1], torch.tensor([7])]))),
+        client_with(test=(X, torch.cat([Y[:-1], torch.tensor([7])]))),
+        client_with(with_task(loss=partial(functional.cross_entropy, reduction="none"))),
+        client_with(
+            with_task(loss=lambda outputs, targets: (outputs.argmax(1) != targets).float().mean())
+        ),
+        client_with(with_task(loss=lambda outputs, targets: 1.5)),
+        client_with(with_task(head=lambda _: Detached())),
+        client_with(train=Ragged()),
+        client_with(
+            with_task(
+                metrics=(Metric("none", lambda outputs, targets: None, higher_is_better=True),)
+            )
+        ),
+        client_with(
+            with_task(
+                metrics=(Metric("bad", lambda outputs, targets: 1 / 0, higher_is_better=True),)
+            )
+        ),
+    ],
+)
+def test_data_that_would_fail_later_are_refused_before_a_run_is_replaced(tmp_path, client):
+    train(small_federation(), run_dir=tmp_path / "run", **QUICK)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    refused = (
+        "client 'a': (its (training|test) data do not pass through its model and loss|metric '.*' cannot be taken of its test data"
+        "|the (loss does|outputs do) not depend on)"
+    )
+    with pytest.raises(FederationError, match=refused):
+        train(
+            Federation([client], small_encoder), run_dir=tmp_path / "run", overwrite=True, **QUICK
+        )
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_batch_norm_on_a_batch_of_one_is_refused():
+    with pytest.raises(FederationError, match="Expected more than 1 value per channel"):
+        train(Federation([small_client("a", examples=1)], batch_norm_encoder), **QUICK)
+
+
+@pytest.mark.parametrize("norm_layer", [[], (), 5, [3]])
+def test_a_norm_layer_that_names_nothing_is_refused(norm_layer):
+    with pytest.raises(FederationError, match="norm_layer: "):
+        small_federation(norm_layer=norm_layer)
+
+
+def test_two_tasks_of_one_name_are_refused():
+    one = small_client("a")
+    other = small_client(
+        "b", task=with_task(metrics=(Metric("error", accuracy, higher_is_better=False),))
+    )
+    with pytest.raises(FederationError, match="client 'b': .*'sign'"):
+        Federation([one, other], small_encoder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Client(1, small_task("sign"), (X, Y)), "client id '1'"),
+        (
+            lambda: Federation([small_client("a")], small_encoder()),
+            "encoder: .* Sequential",
+        ),
+        (
+            lambda: small_task("sign").__class__("t", nn.Identity, functional.mse_loss, accuracy),
+            "metrics: .* Metric",
+        ),
+        (
+            lambda: Federation([small_client("a")], lambda: nn.Embedding(2, 3)),
+            "client 'a': .* encoder",
+        ),
+    ],
+)
+def test_likely_mistakes_are_named(make, message):
+    with pytest.raises(FederationError, match=message):
+        make()
+    with pytest.raises(ConfigError, match="weighting: "):
+        train(small_federation(), FedGradNorm, **QUICK)
+
+
+def test_clients_may_come_from_a_generator():
+    assert Federation((small_client(id) for id in "ab"), small_encoder).client_ids == ["a", "b"]

@@ -12,7 +12,7 @@ from fedgradnorm import Client, Federation, FederationError, Metric, Task, train
 from fedgradnorm.evaluation import constant_guess
 from fedgradnorm.guess import answer_kind, constant_answer
 from tests.helpers import accuracy, small_encoder
-from tests.unit.test_trial import contrastive, cox
+from tests.unit.losses import contrastive, cox
 
 FLOAT = torch.float32
 ERROR = Metric(
@@ -196,10 +196,7 @@ def test_an_initial_loss_by_an_answer_that_is_not_known_is_refused():
         [site(functional.binary_cross_entropy_with_logits, lambda x: (x[:, :1] > 0).float(), 1)],
         small_encoder,
     )
-    with pytest.raises(
-        FederationError,
-        match="client 'site': initial_loss = 'guess': what a constant answer is to task 't' is not known",
-    ):
+    with pytest.raises(FederationError, match="client 'site': initial_loss = 'guess': .*task 't'"):
         train(made, num_rounds=1, initial_loss="guess")
     own = Federation(
         [

@@ -308,10 +308,7 @@ def test_a_factory_that_gives_other_numbers_in_every_call_is_told_of_and_its_fir
             return self.linear(inputs[:, self.order])
 
     made = small_federation(encoder=Permuted)
-    with pytest.warns(
-        FedGradNormWarning,
-        match="encoder: two calls of its factory under one seed give other values of 'order'",
-    ):
+    with pytest.warns(FedGradNormWarning, match="encoder: .*'order'"):
         first = train(made, engine="reference", **QUICK)
     with pytest.warns(FedGradNormWarning):
         second = train(made, engine="vectorized", **QUICK)
@@ -333,10 +330,7 @@ def test_a_copy_that_leads_back_to_the_original_is_refused():
 
     net = Stored()
     assert reads_tensors_of(net, lambda: duplicate(net)(torch.ones(1, 6)))
-    with pytest.raises(
-        FederationError,
-        match="encoder: its factory gives the same module again and again, and a copy of it still reads",
-    ):
+    with pytest.raises(FederationError, match="encoder: .* a copy of it still reads"):
         small_federation(encoder=lambda: net)
     train(small_federation(encoder=Stored), **QUICK)
 
@@ -355,10 +349,7 @@ def test_what_cannot_be_copied_is_refused_and_a_factory_that_makes_new_ones_is_n
             return nn.utils.weight_norm(nn.Linear(6, 4))
 
     net = normed()
-    with pytest.raises(
-        FederationError,
-        match="encoder: its factory gives the same module again and again, and 'weight' cannot be copied",
-    ):
+    with pytest.raises(FederationError, match="encoder: .*'weight' cannot be copied"):
         small_federation(encoder=lambda: net)
     train(small_federation(encoder=normed), **QUICK)
 
@@ -447,9 +438,7 @@ def test_two_runs_of_a_varying_factory_are_the_same_run():
 
 def test_a_factory_of_two_architectures_is_refused():
     sizes = iter(range(4, 100))
-    with pytest.raises(
-        FederationError, match="encoder: two calls of its factory give other parameters: 'bias'"
-    ):
+    with pytest.raises(FederationError, match="encoder: two calls .*'bias'"):
         small_federation(encoder=lambda: nn.Linear(6, next(sizes)))
 
 
@@ -457,14 +446,9 @@ def test_a_factory_of_two_architectures_is_refused():
     "factory", [lambda: None, lambda: torch.ones(2), lambda: [nn.Linear(6, 4)]]
 )
 def test_a_factory_of_no_module_is_refused(factory):
-    with pytest.raises(
-        FederationError, match="encoder: expected a function that makes an nn.Module, and it gave"
-    ):
+    with pytest.raises(FederationError, match="encoder: expected .* an nn.Module"):
         small_federation(encoder=factory)
-    with pytest.raises(
-        FederationError,
-        match="client 'a': head: expected a function that makes an nn.Module, and it gave",
-    ):
+    with pytest.raises(FederationError, match="client 'a': head: expected .* an nn.Module"):
         Federation(
             [small_client("a", task=Task("sign", lambda _: factory(), functional.cross_entropy))],
             small_encoder,
@@ -505,8 +489,7 @@ def test_weights_tied_by_memory_are_refused_and_named(how):
     names = shared_memory(Tied(how))
     assert names is not None
     with pytest.raises(
-        FederationError,
-        match=f"encoder: '{names[0]}' and '{names[1]}' share memory, and would be trained as two",
+        FederationError, match=f"encoder: '{names[0]}' and '{names[1]}' share memory"
     ):
         small_federation(encoder=lambda: Tied(how))
 
@@ -553,10 +536,7 @@ def test_lazy_modules_get_their_shapes_from_an_example(tmp_path, engine):
 
 
 def test_a_lazy_module_that_no_example_fits_is_refused_in_words():
-    with pytest.raises(
-        FederationError,
-        match="encoder: its lazy parameters cannot be given their shapes by an example: RuntimeError",
-    ):
+    with pytest.raises(FederationError, match="encoder: .*lazy.*RuntimeError"):
         small_federation(encoder=lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(9, 4)))
 
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 from io import StringIO
 
 import pytest
@@ -17,7 +18,7 @@ from fedgradnorm.registry import BUILT_INS
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
 from fedgradnorm.report.charts import MOST_LINES
 from fedgradnorm.report.looks import looks_for
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
 HOSTILE = "</script><script>alert(1)</script>[bold]&"
 
@@ -213,6 +214,17 @@ def test_hostile_names_stay_text(folder, tmp_path):
     text = printed(runs, 200)
     assert HOSTILE in text
     assert hostile.name in text
+
+
+def test_only_the_source_of_plotly_is_written_unescaped():
+    rooms = (files(f"fedgradnorm.{room}") / "templates" for room in ("report", "compare"))
+    templates = [
+        path.read_text() for room in rooms for path in room.iterdir() if ".j2" in path.name
+    ]
+    assert len(templates) == 3
+    assert re.findall(r".*(?:\|\s*safe|autoescape|Markup).*", "".join(templates)) == [
+        "<script>{{ plotly|safe }}</script>"
+    ]
 
 
 def test_absent_clients_are_gaps_and_dropped_reports_are_counted(folder, tmp_path):

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fedgradnorm import RunError, StoppedError, resume, train
 from fedgradnorm.report import comparison_rows, comparison_table, write_report
-from fedgradnorm.runs.folder import Run, alone_in, being_written
+from fedgradnorm.runs.lock import alone_in, being_written
+from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation
 
 QUICK = {"head_steps": 2, "encoder_steps": 2, "batch_size": 8}

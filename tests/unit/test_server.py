@@ -1,22 +1,20 @@
+"""The server's half of a round."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fedgradnorm import ConfigError, Equal, FederationError, FedGradNorm, WeightingState
+from fedgradnorm import ConfigError, Equal, FedGradNorm, WeightingState
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.client import loss_batches
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.reference import ReferenceEngine
-from fedgradnorm.messages import Instruction
 from fedgradnorm.server import (
     ServerState,
     advance,
     initial_state,
-    instruct,
-    participants,
     run_round,
-    screen,
 )
 from fedgradnorm.weighting import Weights
 from tests.helpers import batch_norm_encoder, report, small_federation
@@ -83,103 +81,6 @@ def test_buffers_are_averaged_and_counts_rounded():
     assert after.buffers["count"] in (3, 4)
 
 
-def test_everyone_takes_part_by_default_in_sorted_order():
-    federation = small_federation(("c", "a", "b"))
-    assert participants(federation, TRAINING, 1) == ["a", "b", "c"]
-    assert [
-        one.client for one in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)
-    ] == ["a", "b", "c"]
-
-
-def test_a_share_is_drawn_anew_each_round_from_the_seed():
-    federation = small_federation("abcdefghij")
-    training = TRAINING.model_copy(update={"fraction_train": 0.3})
-    drawn = [participants(federation, training, round) for round in range(1, 21)]
-    assert {len(some) for some in drawn} == {3}
-    assert len({tuple(some) for some in drawn}) > 10
-    assert set().union(*drawn) == set("abcdefghij")
-    assert drawn == [
-        participants(small_federation("jihgfedcba"), training, round) for round in range(1, 21)
-    ]
-    assert drawn != [
-        participants(federation, training.model_copy(update={"seed": 1}), round)
-        for round in range(1, 21)
-    ]
-    assert (
-        len(participants(federation, training.model_copy(update={"fraction_train": 0.01}), 1)) == 1
-    )
-
-
-def test_participants_may_be_listed_by_round_and_the_last_list_holds():
-    training = TRAINING.model_copy(update={"participants": (("b", "a"), ("c",))})
-    federation = small_federation()
-    assert [participants(federation, training, round) for round in (1, 2, 3, 9)] == [
-        ["a", "b"],
-        ["c"],
-        ["c"],
-        ["c"],
-    ]
-    with pytest.raises(FederationError, match="no client 'd'"):
-        participants(federation, training.model_copy(update={"participants": (("d",),)}), 1)
-
-
-SOUND = report("a", 0.5, 0.9, round=1)
-INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
-
-
-@pytest.mark.parametrize(
-    ("unsound", "reason"),
-    [
-        (replace(SOUND, gradient=torch.zeros(4)), "gradient: expected torch.float32 of shape"),
-        (
-            replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)),
-            "gradient: expected torch.float32",
-        ),
-        (replace(SOUND, gradient=torch.tensor([0.0, float("nan"), 0.0])), "gradient: not finite"),
-        (replace(SOUND, loss=float("nan")), "loss"),
-        (replace(SOUND, loss=float("inf")), "loss"),
-        (replace(SOUND, initial_loss=float("nan")), "initial_loss"),
-        (replace(SOUND, loss_floor=float("-inf")), "loss_floor"),
-        (replace(SOUND, grad_norm=-1.0), "grad_norm"),
-        (replace(SOUND, grad_norm=float("inf")), "grad_norm"),
-        (replace(SOUND, grad_norm=1e200), "grad_norm"),
-        (replace(SOUND, initial_loss=1e-25, loss=1e90), "inverse_training_rate"),
-        (replace(SOUND, buffers={"x": torch.zeros(1)}), "buffers"),
-    ],
-)
-def test_an_unsound_report_is_dropped_with_its_reason(unsound, reason):
-    sound, dropped = screen([unsound], [INSTRUCTION], {})
-    assert sound == []
-    assert reason in dropped["a"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loss": -1.0},
-        {"initial_loss": 0.0},
-        {"initial_loss": -3.0},
-        {"grad_norm": 0.0},
-        {"loss": 0.0},
-    ],
-)
-def test_nothing_left_to_learn_and_losses_of_any_sign_are_sound(changes):
-    sound, dropped = screen([replace(SOUND, **changes)], [INSTRUCTION], {})
-    assert (len(sound), dropped) == (1, {})
-
-
-def test_a_missing_report_is_a_dropped_one_and_a_sound_one_passes():
-    sound, dropped = screen([SOUND], [INSTRUCTION, replace(INSTRUCTION, client="b")], {})
-    assert sound == [SOUND]
-    assert dropped == {"b": "no report"}
-
-
-def test_buffers_are_screened_too():
-    instruction = replace(INSTRUCTION, buffers={"x": torch.zeros(2)})
-    for bad in (torch.zeros(3), torch.tensor([0.0, float("inf")])):
-        assert "buffer x" in screen([replace(SOUND, buffers={"x": bad})], [instruction], {})[1]["a"]
-
-
 class Faulty(ReferenceEngine):
     """An engine whose clients answer as ``spoil`` says."""
 
@@ -188,12 +89,12 @@ class Faulty(ReferenceEngine):
         self.spoil = spoil
 
     def execute(self, instructions):
-        return [self.spoil(one) for one in super().execute(instructions)]
+        return [self.spoil(report) for report in super().execute(instructions)]
 
 
 def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
     federation, weighting = small_federation(), FedGradNorm()
-    engine = Faulty(federation, lambda one: replace(one, loss=float("nan")))
+    engine = Faulty(federation, lambda report: replace(report, loss=float("nan")))
     before = initial_state(federation, weighting, 0)
     training = TRAINING.model_copy(update={"min_clients": 0})
     after, record = run_round(before, federation, engine, weighting, Mean(), training)
@@ -282,5 +183,5 @@ def test_the_reference_engine_uses_its_threads_and_gives_them_back():
     engine.evaluate(state.encoder, {})
     assert set(seen) == {2}
     assert torch.get_num_threads() == 1
-    with pytest.raises(ConfigError, match="threads: expected a number from 1 to 1024, found 0"):
+    with pytest.raises(ConfigError, match="threads: .* 1024, .* 0"):
         ReferenceEngine(federation, seed=0, threads=0)

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedgradnorm import Client, Federation, FederationError, FedGradNormWarning, Metric, Task, train
 from fedgradnorm.trial import check_client
 from tests.helpers import accuracy, batch_norm_encoder, small_client, small_encoder, small_task
+from tests.unit.losses import contrastive, cox
 
 QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -48,16 +49,15 @@ def spoilt(tensor, place, value):
 @pytest.mark.parametrize("row", [0, 39])
 def test_numbers_that_are_not_finite_are_found_wherever_they_are(value, row, engine):
     inputs, targets = spoilt(X, (row, 2), value), Z[:, None]
-    bad = f"holds {value}, and the loss of a batch with it is (nan|inf)"
     refused(
         federation(regression(), (inputs, targets)),
-        f"client 'site': example {row} of its training data: the input {bad}",
+        f"client 'site': example {row} .*training.* input .*{value}.* (nan|inf)",
         engine=engine,
     )
     targets = spoilt(targets, (row, 0), value)
     refused(
         federation(regression(), (X, targets)),
-        f"client 'site': example {row} of its training data: the target {bad}",
+        f"client 'site': example {row} .*training.* target .*{value}.* (nan|inf)",
         engine=engine,
     )
 
@@ -127,7 +127,7 @@ def test_targets_that_broadcast_against_outputs_are_refused(loss, flat, engine):
             ),
             Z[:, None],
         )
-    message = r"client 'site': the loss broadcasts targets against outputs: outputs have shape \((8|40)(, 1|,)\), targets \((8|40)(, 1|,)\)"
+    message = r"client 'site': the loss .* \((8|40)(, 1|,)\), targets \((8|40)(, 1|,)\)"
     refused(federation(task, (X, targets)), message, engine=engine)
 
 
@@ -137,11 +137,11 @@ def test_a_metric_that_broadcasts_is_refused():
     )
     refused(
         federation(squeezing, (X, Z), (X, Z)),
-        r"client 'site': metric 'error' broadcasts targets against outputs: outputs have shape \(40, 1\), targets \(40,\)",
+        r"client 'site': metric 'error' .* \(40, 1\), targets \(40,\)",
     )
     refused(
         federation(squeezing, (X, Z), TensorDataset(X, Z)),
-        "client 'site': metric 'error' broadcasts targets against outputs",
+        "client 'site': metric 'error' broadcasts",
     )
 
 
@@ -157,21 +157,6 @@ def test_a_metric_that_broadcasts_is_refused():
 )
 def test_losses_that_know_of_the_other_shape_are_fine(loss):
     train(federation(regression(loss), (X, Z)), **QUICK)
-
-
-def cox(outputs, targets):
-    """Cox's partial likelihood compares every example with all others, which is meant."""
-    time, event = targets[:, 0], targets[:, 1]
-    at_risk = time[None, :] >= time[:, None]
-    hazards = torch.logsumexp(outputs[:, 0][None, :].masked_fill(~at_risk, -1e9), dim=1)
-    return -((outputs[:, 0] - hazards) * event).sum() / event.sum().clamp_min(1)
-
-
-def contrastive(outputs, targets):
-    near = functional.normalize(outputs, dim=1)
-    alike = targets[:, None] == targets[None, :]
-    logits = (near @ near.t()) / 0.5
-    return -(logits.log_softmax(dim=1) * alike).sum() / alike.sum()
 
 
 @pytest.mark.parametrize(
@@ -242,10 +227,7 @@ def test_losses_of_many_kinds_are_fine(task, targets, engine):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (
-            nn.MSELoss(reduction="sum"),
-            'the loss of a batch given twice is twice the loss: expected the mean over a batch, such as reduction="mean"',
-        ),
+        (nn.MSELoss(reduction="sum"), 'twice the loss: .*reduction="mean"'),
         (partial(functional.cross_entropy, reduction="none"), r"the loss gives shape \(8,\)"),
         (
             lambda outputs, targets: (outputs[:, :1] - targets).square().mean(),
@@ -259,12 +241,9 @@ def test_losses_of_many_kinds_are_fine(task, targets, engine):
         (lambda outputs, targets: torch.tensor(1.0), "the loss does not depend on the outputs"),
         (
             lambda outputs, targets: (outputs[0] - targets[0]).square().mean(),
-            "examples depends on 1 of them: expected the mean",
+            "depends on 1 of them",
         ),
-        (
-            lambda outputs, targets: (outputs - targets).square().sum() + 10,
-            "the loss of a batch given twice is twice the loss",
-        ),
+        (lambda outputs, targets: (outputs - targets).square().sum() + 10, "twice the loss"),
     ],
 )
 def test_losses_that_are_none_are_refused(loss, message):
@@ -417,10 +396,7 @@ def test_targets_that_broadcast_are_found_whatever_the_sizes(
         out_features,
     )
     data = X[:examples], targets[:examples]
-    refused(
-        federation(task, data, data),
-        "client 'site': metric 'error' broadcasts targets against outputs",
-    )
+    refused(federation(task, data, data), "client 'site': metric 'error' broadcasts")
 
 
 @pytest.mark.parametrize(
@@ -448,10 +424,7 @@ def test_a_metric_of_numpy_that_seems_to_broadcast_is_told_of():
     squeezing = regression(
         lambda outputs, targets: functional.mse_loss(outputs[:, 0], targets), (error,)
     )
-    message = (
-        "client 'site': metric 'error' does not depend on which target belongs to which output"
-    )
-    with pytest.warns(FedGradNormWarning, match=message):
+    with pytest.warns(FedGradNormWarning, match="client 'site': metric 'error' does not depend"):
         train(federation(squeezing, (X, Z), (X, Z)), **QUICK)
 
 
@@ -497,10 +470,7 @@ def test_a_loss_that_reads_what_training_copies_is_refused():
             client.task.head,
             lambda o, t, weight=weight: functional.cross_entropy(o, t) + weight.square().mean(),
         )
-        with pytest.raises(
-            FederationError,
-            match="client 'site': the loss reads a tensor of the encoder or a head, of which training uses",
-        ):
+        with pytest.raises(FederationError, match="client 'site': the loss reads"):
             check_client(
                 Client("site", task, (X, Y)),
                 nn.Linear(6, 4),
@@ -518,8 +488,7 @@ def test_test_data_that_are_not_finite_are_told_of(part):
     inputs, targets = X.clone(), Z[:, None].clone()
     (inputs if part == "input" else targets)[9, 0] = float("nan")
     with pytest.warns(
-        FedGradNormWarning,
-        match=f"client 'site': example 9 of its test data: the {part} holds nan, and the loss of a batch",
+        FedGradNormWarning, match=f"client 'site': example 9 .*test data.* {part} .*nan"
     ):
         train(federation(regression(), test=(inputs, targets)), **QUICK)
 
@@ -549,10 +518,7 @@ class Branches(nn.Module):
 
 def test_a_norm_layer_that_no_gradient_reaches_is_refused_with_another_to_name():
     made = federation(regression(), encoder=partial(Branches, spare=True))
-    refused(
-        made,
-        "norm_layer: no gradient reaches 'spare.weight' from any client; name another layer, such as 'right'",
-    )
+    refused(made, "norm_layer: .*'spare.weight'.*'right'")
     train(federation(regression(), encoder=partial(Branches, spare=False)), **QUICK)
 
 
@@ -562,10 +528,7 @@ def test_a_client_that_never_moves_the_norm_layer_is_told_of_and_keeps_its_weigh
         small_client("right"),
         small_client("other"),
     ]
-    with pytest.warns(
-        FedGradNormWarning,
-        match="client 'left': no gradient reaches the norm layer, 'right.weight', from it",
-    ):
+    with pytest.warns(FedGradNormWarning, match="client 'left': no gradient .*'right.weight'"):
         result = train(Federation(clients, partial(Branches, spare=False)), **QUICK)
     assert result.weights["left"] == 1.0
     assert result.weights["right"] != 1.0
@@ -618,7 +581,7 @@ def test_a_metric_that_one_site_cannot_have_is_missing_there_and_one_that_nobody
     assert result.summary["clients"]["poor"]["missing"] == {"auc": "ValueError: only one class"}
     refused(
         Federation([poor], small_encoder),
-        "client 'poor': metric 'auc' cannot be taken of its test data: ValueError: only one class",
+        "client 'poor': metric 'auc' .*ValueError: only one class",
     )
 
 
@@ -626,12 +589,10 @@ def test_a_batch_of_one_is_refused_where_batch_norm_cannot_take_it(tmp_path):
     made = Federation([small_client("site")], batch_norm_encoder)
     refused(
         made,
-        "client 'site': train.batch_size is 1, and BatchNorm needs at least 2 in a batch",
+        "client 'site': train.batch_size is 1, .*BatchNorm",
         batch_size=1,
         run_dir=tmp_path / "run",
     )
     assert not (tmp_path / "run").exists()
     one = Federation([small_client("site", examples=1)], batch_norm_encoder)
-    refused(
-        one, "client 'site': it has one training example, and BatchNorm needs at least 2 in a batch"
-    )
+    refused(one, "client 'site': .*one training example.*BatchNorm")

@@ -1,4 +1,4 @@
-"""Aggregations: how weighted gradients become one direction. One method a file."""
+"""Aggregations: how weighted gradients become one direction. One method per file."""
 
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.aggregation.clipped_mean import ClippedMean

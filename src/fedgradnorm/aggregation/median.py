@@ -1,33 +1,39 @@
 """The coordinate-wise median of the weighted gradients."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
+from fedgradnorm.weighting.base import Reports, Weights
 
-from fedgradnorm.aggregation.base import weighted_gradients
-from fedgradnorm.messages import Report
-from fedgradnorm.weighting.base import Weights
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Median"]
 
 
 @dataclass(frozen=True)
-class Median:
-    """In each coordinate the median over S of the weighted gradients; of an even number, the mean of the middle two.
+class Median(Aggregation):
+    """In each coordinate the median of the weighted gradients.
 
-    It stands anything from fewer than half of the clients. But it presumes that honest clients want about the same: a task that alone
-    needs a feature is outvoted in the coordinates that make it, however large its weight. So it is for many clients a task, and there
-    FedGradNorm's weights move the median less than they move a mean. Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
 
+    The median of an even number is the mean of the middle two. It tolerates anything from fewer
+    than half of the clients, but it assumes that honest clients want about the same. If only one
+    task needs a feature, that task is outvoted in the feature's coordinates, however large its
+    weight. So this is for many clients per task. FedGradNorm's weights move the median less than
+    they move a mean.
+
+    >>> import torch
+    >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):
-    ...     return Report(client, "a task", torch.tensor(gradient), loss=1.0, initial_loss=1.0, grad_norm=1.0, num_examples=9)
-    >>> Median()([report("a", 1.0), report("b", 2.0), report("c", 1000.0)], Weights({"a": 1.0, "b": 1.0, "c": 1.0}))
+    ...     return Report(client, "task", torch.tensor(gradient), 1.0, 1.0, 1.0, num_examples=9)
+    >>> reports = [report("a", 1.0), report("b", 2.0), report("c", 1000.0)]
+    >>> Median()(reports, Weights(dict.fromkeys("abc", 1.0)))
     tensor([2.])
     """
 
-    def __call__(self, reports: Sequence[Report], weights: Weights) -> Tensor:
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
-        ordered, _ = torch.sort(weighted_gradients(reports, weights), dim=0)
+        ordered = weighted_gradients(reports, weights).sort(dim=0).values
         return (ordered[(len(reports) - 1) // 2] + ordered[len(reports) // 2]) / 2

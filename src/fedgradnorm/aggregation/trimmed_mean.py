@@ -1,16 +1,16 @@
 """The coordinate-wise mean of the weighted gradients without the largest and the smallest."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from fedgradnorm.aggregation.base import weighted_gradients
-from fedgradnorm.errors import require
-from fedgradnorm.messages import Report
-from fedgradnorm.weighting.base import Weights
+from fedgradnorm.aggregation.base import Aggregation, weighted_gradients
+from fedgradnorm.weighting.base import Reports, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["TrimmedMean"]
 
@@ -18,34 +18,37 @@ ROUNDING = 1e-9  # so that 0.3 of 10 clients are 3
 
 
 @dataclass(frozen=True)
-class TrimmedMean:
-    """In each coordinate the mean over S of the weighted gradients, less the ``trim`` share of them at either end, rounded up.
+class TrimmedMean(Aggregation):
+    """In each coordinate the mean of the weighted gradients without a share of them at either end.
 
-    It stands anything from as many clients as it cuts at one end. Like the median it takes what a single task alone wants for an outlier,
-    if less so, and FedGradNorm's weights move it less than they move a mean. Of one or two clients nothing is cut.
-    Source: Yin et al., ICML 2018 (arXiv 1803.01498).
+    Source: Yin et al., ICML 2018, arXiv 1803.01498.
+
+    The share ``trim`` is rounded up to whole clients. The mean tolerates anything from as many
+    clients as are cut at one end. Like the median, but less so, it treats what a single task alone
+    wants as an outlier, and FedGradNorm's weights move it less than they move a mean. Of one or two
+    clients nothing is cut.
 
     Args:
-        trim: the share that is cut at either end.
+        trim: the share that is cut at either end, between 0 and 0.5.
 
     Raises:
-        ConfigError: ``trim`` that is not between 0 and 0.5.
+        ConfigError: a ``trim`` that is not between 0 and 0.5.
 
+    >>> import torch
+    >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):
-    ...     return Report(client, "a task", torch.tensor(gradient), loss=1.0, initial_loss=1.0, grad_norm=1.0, num_examples=9)
-    >>> some = [report(client, value) for client, value in zip("abcd", (-1000.0, 1.0, 2.0, 1000.0))]
-    >>> TrimmedMean()(some, Weights(dict.fromkeys("abcd", 1.0)))
+    ...     return Report(client, "task", torch.tensor(gradient), 1.0, 1.0, 1.0, num_examples=9)
+    >>> values = {"a": -1000.0, "b": 1.0, "c": 2.0, "d": 1000.0}
+    >>> reports = [report(client, value) for client, value in values.items()]
+    >>> TrimmedMean()(reports, Weights(dict.fromkeys("abcd", 1.0)))
     tensor([1.5000])
     """
 
-    trim: float = 0.2
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
 
-    def __post_init__(self) -> None:
-        require(0 < self.trim < 0.5, "trim", "a number between 0 and 0.5", self.trim)
-
-    def __call__(self, reports: Sequence[Report], weights: Weights) -> Tensor:
+    def __call__(self, reports: Reports, weights: Weights) -> "Tensor":
         """The direction, shape ``(P,)``."""
         gradients = weighted_gradients(reports, weights)
         cut = min(ceil(self.trim * len(gradients) - ROUNDING), (len(gradients) - 1) // 2)
-        ordered, _ = torch.sort(gradients, dim=0)
+        ordered = gradients.sort(dim=0).values
         return ordered[cut : len(gradients) - cut].mean(dim=0)

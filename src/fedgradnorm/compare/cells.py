@@ -1,4 +1,4 @@
-"""A cell on the disk: a run's folder when it is trained, a note of the reason where it failed."""
+"""A cell on the disk: a run's folder, and a note of why it is not trained."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fedgradnorm.api import resume, run
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.grid import Cell, identity
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
-from fedgradnorm.run import resume, run
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
 __all__ = [
@@ -35,8 +35,9 @@ class Ended:
     """How a cell ended.
 
     Attributes:
-        state: ``trained`` to its last round; ``diverged``, its reports no longer sound; ``failed``; or ``missing``, not trained yet.
-        reason: why, where it is not trained.
+        state: ``trained`` to its last round; ``diverged``: its reports are no longer sound;
+            ``failed``; ``missing``: not trained yet.
+        reason: why it is not trained.
     """
 
     state: State
@@ -45,7 +46,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told: where, and with which settings."""
+    """What a worker trains: the folder and the settings."""
 
     folder: str
     settings: Mapping[str, Any]
@@ -53,12 +54,12 @@ class Order:
 
 
 def folder_of(root: Path, cell: Cell) -> Path:
-    """A cell's folder in the study's."""
+    """A cell's folder in the study's folder."""
     return root / "cells" / cell.name
 
 
 def order_for(root: Path, cell: Cell) -> Order:
-    """What a worker is told for a cell."""
+    """The order to train a cell."""
     folder = folder_of(root, cell)
     own = {"dir": str(folder), "page": False, "tensorboard": False, "keep": 1}
     config = cell.config.model_copy(update={"run": cell.config.run.model_copy(update=own)})
@@ -66,51 +67,45 @@ def order_for(root: Path, cell: Cell) -> Order:
 
 
 def state_of(root: Path, cell: Cell) -> Ended:
-    """What became of a cell so far.
+    """Whether a cell is trained, diverged, failed or missing so far.
 
     Raises:
-        RunError: the folder holds a run with other settings than its name says: somebody changed it by hand.
+        RunError: the folder's settings are not the cell's: somebody changed them by hand.
     """
     folder = folder_of(root, cell)
     if (folder / "summary.json").is_file():
         opened = Run(folder)
         if identity(resolve_config(opened.config)) != identity(cell.config):
             raise RunError(
-                f"{folder}: its config.toml was changed after it was made; remove the folder, and it is trained again"
+                f"{folder}: its config.toml was changed after it was made; "
+                "remove the folder, and it is trained again"
             )
         if opened.summary()["rounds"] == cell.config.train.num_rounds:
             return Ended("trained")
     try:
         note = json.loads(_note(folder).read_text(encoding="utf-8"))
-        return (
-            Ended(note["state"], str(note["reason"]))
-            if note["state"] in ("diverged", "failed")
-            else Ended("missing")
-        )
-    except FileNotFoundError:
-        return Ended("missing")
+        if note["state"] in ("diverged", "failed"):
+            return Ended(note["state"], str(note["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return Ended(
-            "missing"
-        )  # a note that cannot be read is as good as none: the cell is trained again
+        pass  # there is no note, or it cannot be read: the cell is trained again
+    return Ended("missing")
 
 
 def note_end(folder: Path, ended: Ended) -> None:
-    """Write down how a cell ended, where it is not trained; one that is needs no note."""
+    """Write down how a cell ended. A trained cell needs no note."""
     note = _note(folder)
     if ended.state == "trained":
         note.unlink(missing_ok=True)
         return
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        note, (json.dumps({"state": ended.state, "reason": ended.reason}) + "\n").encode()
-    )
+    text = json.dumps({"state": ended.state, "reason": ended.reason}) + "\n"
+    write_atomically(note, text.encode())
 
 
 def train_cell(
     order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]
 ) -> None:
-    """Train a cell to its end: begin, or go on where a run is half done. Raises whatever the run raises."""
+    """Train a cell to its end, or resume its run. Raises whatever the run raises."""
 
     def show(rows: Sequence[Row]) -> None:
         on_round(rows[0]["round"])
@@ -124,7 +119,7 @@ def train_cell(
         except StoppedError:
             raise
         except FedGradNormError:
-            pass  # a damaged half is begun again
+            pass  # a damaged run begins again
     folder.parent.mkdir(parents=True, exist_ok=True)
     run(config, overwrite=True, on_round=show, should_stop=should_stop)
 
@@ -132,7 +127,7 @@ def train_cell(
 def end_of(
     order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]
 ) -> Ended | None:
-    """Train a cell and say how it ended; None where it was stopped, to go on later."""
+    """Train a cell and say how it ended. None: it was stopped, and can be resumed."""
     asked = False
 
     def stop() -> bool:
@@ -143,10 +138,10 @@ def end_of(
     try:
         train_cell(order, on_round, stop)
     except StoppedError as error:
-        return None if asked else Ended("diverged", str(error).partition("; to go on:")[0])
+        return None if asked else Ended("diverged", error.reason)
     except FedGradNormError as error:
         return Ended("failed", str(error))
-    except Exception as error:  # noqa: BLE001  # whatever the user's own parts raise, the other cells go on
+    except Exception as error:  # noqa: BLE001  # from a user's own part; the other cells go on
         return Ended("failed", f"{type(error).__name__}: {error}")
     return Ended("trained")
 

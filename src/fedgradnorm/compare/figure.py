@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fedgradnorm.compare.charts import forest_of
-from fedgradnorm.compare.findings import headline_target, speed_title
+from fedgradnorm.compare.findings import headline_target
 from fedgradnorm.compare.results import Results
+from fedgradnorm.compare.titles import speed_title
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.looks import Look, looks_for
@@ -18,10 +19,11 @@ MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "tr
 
 
 def write_figure(results: Results, output: Path) -> Path:
-    """Write the figure: a row for every variant, a panel for every task, a line for every method, as on the page.
+    """Write the figure, with a row for every variant and a panel for every task.
 
     Raises:
-        RunError: matplotlib is not installed, nothing is trained yet, or the file cannot be written.
+        RunError: matplotlib is not installed, no run is trained yet, or the file cannot be
+            written.
     """
     try:
         from matplotlib import rc_context
@@ -29,9 +31,9 @@ def write_figure(results: Results, output: Path) -> Path:
     except ImportError as error:
         raise RunError('the figure needs matplotlib: pip install "fedgradnorm[report]"') from error
     variants = [
-        one.name
-        for one in results.study.variants
-        if any(results.measured(one.name, method) for method in results.methods)
+        variant.name
+        for variant in results.study.variants
+        if any(results.measured(variant.name, method) for method in results.methods)
     ]
     if not variants:
         raise RunError("no run of the study is trained yet: there is nothing to draw")
@@ -40,14 +42,12 @@ def write_figure(results: Results, output: Path) -> Path:
     figure = Figure(figsize=(1.8 + 3 * len(tasks), height * len(variants)), layout="constrained")
     try:
         with rc_context({"text.parse_math": False}):  # names are not formulas
-            for rows, variant in zip(
-                figure.subfigures(len(variants), 1, squeeze=False)[:, 0], variants, strict=True
-            ):
+            rows = figure.subfigures(len(variants), 1, squeeze=False)[:, 0]
+            for row, variant in zip(rows, variants, strict=True):
                 title = speed_title(results, variant)
-                rows.suptitle(f"{variant}: {title}" if variant else title, fontsize=10, wrap=True)
-                for axes, task in zip(
-                    rows.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True
-                ):
+                row.suptitle(f"{variant}: {title}" if variant else title, fontsize=10, wrap=True)
+                panels = row.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+                for axes, task in zip(panels, tasks, strict=True):
                     _forest(axes, results, variant, task, looks)
             save_svg(figure, output)
     except OSError as error:
@@ -56,7 +56,7 @@ def write_figure(results: Results, output: Path) -> Path:
 
 
 def save_svg(figure: Any, output: Path) -> None:
-    """Save a matplotlib figure: the same figure gives the same file."""
+    """Save a matplotlib figure. The same figure gives the same file."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "fedgradnorm"}):
@@ -65,11 +65,9 @@ def save_svg(figure: Any, output: Path) -> None:
 
 def _forest(axes: Any, results: Results, variant: str, task: str, looks: list[Look]) -> None:
     target = headline_target(results, variant, task)
-    share = (
-        "no target reached"
-        if target is None
-        else percentage(float(target.removeprefix(LOSS_RATIO))) + " of the initial loss"
-    )
+    share = "no target reached"
+    if target is not None:
+        share = f"{percentage(float(target.removeprefix(LOSS_RATIO)))} of the initial loss"
     axes.set_title(f"{task}: {share}", fontsize=9)
     axes.set_xlabel(f"rounds against {results.study.baseline} (left: fewer)", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -88,11 +86,5 @@ def _forest(axes: Any, results: Results, variant: str, task: str, looks: list[Lo
         if point["low"] is not None:
             axes.plot([point["low"], point["high"]], [at, at], color=look.colour, linewidth=1.5)
         fill = "white" if point["censored"] else look.colour
-        axes.plot(
-            point["mean"],
-            at,
-            MARKERS[look.marker],
-            color=look.colour,
-            markerfacecolor=fill,
-            markersize=5,
-        )
+        marker = {"color": look.colour, "markerfacecolor": fill, "markersize": 5}
+        axes.plot(point["mean"], at, MARKERS[look.marker], **marker)

@@ -1,4 +1,4 @@
-"""The cells of a study: one run for each method, variant and seed, and while step sizes are tuned for each of these too."""
+"""The cells of a study: one run for each method, variant and seed, and for each tuned step size."""
 
 import hashlib
 import json
@@ -39,9 +39,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's folder: other settings, another folder. Cells with the same settings share one."""
+        """The name of the cell's folder. Cells with the same settings share a folder."""
         digest = hashlib.sha256(identity(self.config).encode()).hexdigest()[:16]
-        return f"{re.sub(r'[^a-z0-9]+', '-', self.method.lower()).strip('-')[:40] or 'method'}-seed{self.seed}-{digest}"
+        method = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")[:40] or "method"
+        return f"{method}-seed{self.seed}-{digest}"
 
 
 def identity(config: RunConfig) -> str:
@@ -51,19 +52,17 @@ def identity(config: RunConfig) -> str:
 
 
 def points_of(study: Study, method: str | None = None) -> list[Point]:
-    """Every combination of the axes' values; one empty point where nothing is tuned.
+    """Every combination of the axes' values, or one empty point if nothing is tuned.
 
-    Given a method's name, those that it is tuned on: of an axis that is not for it the first value only.
+    With a method's name, the points that it is tuned on. Of an axis that is not for it, these have
+    the first value only.
     """
-    return list(
-        product(
-            *(axis.values[:1] if method in axis.not_for else axis.values for axis in study.axes)
-        )
-    )
+    axes = (axis.values[:1] if method in axis.not_for else axis.values for axis in study.axes)
+    return list(product(*axes))
 
 
 def tuning_cells(study: Study) -> list[Cell]:
-    """The runs that step sizes are chosen by, the first seed of everything first."""
+    """The runs that choose the step sizes, ordered by seed."""
     if study.tuning is None:
         return []
     return [
@@ -76,18 +75,17 @@ def tuning_cells(study: Study) -> list[Cell]:
 
 
 def final_cells(study: Study, chosen: Mapping[tuple[str, str], Point | None]) -> list[Cell]:
-    """The runs of the comparison, the first seed of everything first.
+    """The runs of the comparison, ordered by seed.
 
     Args:
         study: the study.
-        chosen: by variant and method, the point that was chosen; None where the method diverged at all of them.
+        chosen: by variant and method, the chosen point; None if the method diverged at all points.
     """
-    found = []
-    for seed, variant, method in product(study.seeds, study.variants, study.methods):
-        point = chosen[variant.name, method.name]
-        if point is not None:
-            found.append(_cell(study, variant, method, point, seed, None))
-    return found
+    return [
+        _cell(study, variant, method, point, seed, None)
+        for seed, variant, method in product(study.seeds, study.variants, study.methods)
+        if (point := chosen[variant.name, method.name]) is not None
+    ]
 
 
 def _cell(
@@ -99,15 +97,9 @@ def _cell(
     for axis, value in zip(study.axes, point, strict=True):
         for key in axis.keys:
             values = overlaid(values, _nested(key.split("."), value))
-    own: dict[str, Any] = (
-        {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
-    )
+    own = {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
     values = overlaid(values, {"train": own})
-    where = " ".join(
-        filter(
-            None, (f"methods '{method.name}'", f"variants '{variant.name}'" if variant.name else "")
-        )
-    )
+    where = f"methods '{method.name}'" + (f" variants '{variant.name}'" if variant.name else "")
     try:
         config = _with_own_seed(
             resolve_config(validated(RunConfig, values, prefix="")), values.get("weighting")
@@ -118,7 +110,7 @@ def _cell(
 
 
 def _with_own_seed(config: RunConfig, given: Any) -> RunConfig:
-    """A weighting that draws numbers of its own (an option `seed`) draws others in every run, unless the study sets its seed."""
+    """A weighting with an option ``seed`` gets the run's seed, unless the study sets the option."""
     options = config.weighting.options
     if type(options.get("seed")) is not int or (isinstance(given, Mapping) and "seed" in given):
         return config

@@ -1,4 +1,4 @@
-"""How a study shows itself: a bar over its cells with those that are being trained, or a line a cell where there is no terminal."""
+"""The progress of a study: a bar over its cells, or a line for each cell without a terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,12 @@ __all__ = ["GridProgress", "StudyProgress"]
 
 
 class StudyProgress:
-    """Shows the stages of a study one after another; a context manager, which is the listener that `compare` asks for.
+    """Shows the stages of a study one after another: the listener that `compare` takes.
+
+    It is a context manager.
 
     Args:
-        console: where to.
+        console: what to write to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -47,9 +49,9 @@ class GridProgress:
     """Shows the cells of a stage.
 
     Args:
-        console: where to.
+        console: what to write to.
         stage: what the cells are for.
-        count: how many there are.
+        count: the number of cells.
     """
 
     def __init__(self, console: Console, stage: str, count: int) -> None:
@@ -79,18 +81,18 @@ class GridProgress:
             self.live = None
 
     def began(self, order: Order) -> None:
-        """A cell is begun."""
+        """Show a cell that begins."""
         self.running[order.folder] = (0, order.num_rounds, monotonic())
         self._show()
 
     def round(self, order: Order, round: int) -> None:
-        """A cell's round has ended."""
+        """Show how far a cell is."""
         _, rounds, start = self.running[order.folder]
         self.running[order.folder] = (round, rounds, start)
         self._show()
 
     def ended(self, order: Order, ended: Ended | None) -> None:
-        """A cell has ended, or was stopped."""
+        """Show how a cell ended, or that it was stopped."""
         done, _, start = self.running.pop(order.folder)
         name = Path(order.folder).name
         if ended is None:

@@ -1,4 +1,7 @@
-"""What a study is: methods, seeds, variants and step sizes to compare, from a TOML file that is checked before anything is trained."""
+"""A study: methods, seeds, variants and step sizes to compare, from a TOML file.
+
+The file is checked before anything is trained.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,7 @@ __all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_stud
 
 Seed = Annotated[int, Field(ge=0)]
 OWN = ("train.seed", "run.dir", "run.page", "run.tensorboard", "run.keep", "versions")
-"""What the comparison sets itself in every cell."""
+"""Settings that the comparison sets in every cell."""
 
 
 class Axis(Section):
@@ -36,7 +39,7 @@ class Axis(Section):
     values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
     not_for: tuple[str, ...] = Field(
         (),
-        description="Methods that have the first value only, as the settings change nothing for them.",
+        description="Methods that have the first value only: the settings do not affect them.",
     )
 
     @model_validator(mode="after")
@@ -47,13 +50,13 @@ class Axis(Section):
 
 
 class Tuning(Section):
-    """The table ``[tuning]``: how the step sizes are chosen, for every method on the same grid."""
+    """The table ``[tuning]``: how step sizes are chosen, for every method on the same grid."""
 
     seeds: tuple[Seed, ...] = Field(
-        min_length=1, description="Seeds to tune on; none of them is among the study's seeds."
+        min_length=1, description="Seeds to tune on, all different from the study's seeds."
     )
     num_rounds: int | None = Field(
-        None, ge=1, description="Rounds of a tuning run; by default as many as of the others."
+        None, ge=1, description="Rounds of a tuning run; by default those of the settings."
     )
     axes: tuple[Axis, ...] = Field(
         min_length=1, description="The grid: every combination of the axes' values."
@@ -61,105 +64,107 @@ class Tuning(Section):
 
 
 class Targets(Section):
-    """The table ``[targets]``: what the rounds are counted to."""
+    """The table ``[targets]``: the targets that rounds are counted to."""
 
     loss_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.8, 0.6, 0.4, 0.2), description="Shares of the initial loss."
     )
-    metrics: dict[str, float] = Field({}, description="By task, a value of its main test metric.")
+    metrics: dict[str, float] = Field({}, description="By task, a target for its main test metric.")
 
 
 class Method(Component):
     """A table ``[[methods]]``: a name, and the settings of a run that make the method."""
 
     name: str = Field(
-        min_length=1, max_length=60, description="What it is called in tables and charts."
+        min_length=1, max_length=60, description="The method's name in tables and charts."
     )
 
 
 class Variant(Component):
     """A table ``[[variants]]``: a name, and settings under which all methods are compared."""
 
-    name: str = Field(max_length=60, description="What it is called, such as a tenth of the data.")
+    name: str = Field(max_length=60, description="The variant's name, such as a tenth of the data.")
 
 
 class Study(Section):
     """A whole study: the file's top level."""
 
     title: str = Field(min_length=1, description="The page's title.")
-    question: str = Field("", description="What is asked, in a sentence.")
+    question: str = Field("", description="The question in a sentence.")
     config: str | None = Field(
-        None, description="A run's TOML file to begin with; relative to the study's file."
+        None, description="A run's TOML file to start from, relative to the study's file."
     )
-    base: dict[str, Any] = Field({}, description="Settings of a run, laid over that file.")
+    base: dict[str, Any] = Field({}, description="Settings of a run, which override that file.")
     methods_file: str | None = Field(
         None,
-        description="A TOML file of [[methods]], relative to the study's, whose names may stand in methods; without methods: all.",
+        description="A TOML file of [[methods]], relative to the study's file. "
+        "methods may contain their names; without methods, the study has all of them.",
     )
     seeds: tuple[Seed, ...] = Field(
-        min_length=1, description="Seeds of the comparison; all methods have the same ones."
+        min_length=1, description="Seeds of the comparison, the same for all methods."
     )
     methods: tuple[Method, ...] = Field(
-        min_length=1, description="What is compared, in the order of tables and charts."
+        min_length=1, description="The methods to compare, in the order of tables and charts."
     )
     variants: tuple[Variant, ...] = Field(
         (Variant(name=""),),
         min_length=1,
-        description="Under which settings; by default the base's.",
+        description="The settings to compare under; by default those of the base.",
     )
     baseline: str = Field("equal", description="The method that the others are compared with.")
     single: str | None = Field(
-        None, description="The method that trains every task by itself: the reference of delta-m."
+        None, description="The method that trains every task alone: the reference of delta-m."
     )
     tuning: Tuning | None = Field(
-        None, description="How step sizes are chosen; by default they are those of the settings."
+        None, description="How step sizes are chosen; by default the settings have them."
     )
-    targets: Targets = Field(Targets(), description="What the rounds are counted to.")
+    targets: Targets = Field(Targets(), description="The targets that rounds are counted to.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        for kind, names in (
-            ("methods", [m.name for m in self.methods]),
-            ("variants", [v.name for v in self.variants]),
-        ):
-            if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"expected {kind} with different names, found '{twice[0]}' twice")
         methods = [method.name for method in self.methods]
-        for key, name in (("baseline", self.baseline), ("single", self.single)):
+        for kind, names in (("methods", methods), ("variants", [v.name for v in self.variants])):
+            if twice := _repeated(names):
+                raise ValueError(f"expected {kind} with different names, found '{twice}' twice")
+        wanted = [("baseline to name", self.baseline), ("single to name", self.single)]
+        for axis in self.axes:
+            wanted += [("tuning.axes to be not for", name) for name in axis.not_for]
+        for what, name in wanted:
             if name is not None and name not in methods:
+                near = nearest(name, methods)
                 raise ValueError(
-                    f"expected {key} to name a method, but there is no method '{name}'; {nearest(name, methods)}"
+                    f"expected {what} a method, but there is no method '{name}'; {near}"
                 )
-        for name in (name for axis in self.axes for name in axis.not_for):
-            if name not in methods:
-                raise ValueError(
-                    f"expected tuning.axes to be not for a method, but there is no method '{name}'; {nearest(name, methods)}"
-                )
+        self._check_seeds()
+        self._check_settings()
+        return self
+
+    def _check_seeds(self) -> None:
         tuned = () if self.tuning is None else self.tuning.seeds
         for key, seeds in (("seeds", self.seeds), ("tuning.seeds", tuned)):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"expected {key} without repetition, found {list(seeds)}")
         if both := sorted(set(self.seeds) & set(tuned)):
             raise ValueError(
-                f"expected tuning.seeds that are not among seeds, but {', '.join(map(str, both))} is in both"
+                "expected tuning.seeds that are not among seeds, "
+                f"but {', '.join(map(str, both))} is in both"
             )
-        self._check_settings()
-        return self
 
     def _check_settings(self) -> None:
         tuned = self.tuned_keys
-        if twice := [key for key, count in Counter(tuned).items() if count > 1]:
-            raise ValueError(
-                f"expected every setting on one axis of tuning, found {twice[0]} twice"
-            )
-        for kind, parts in (("methods", self.methods), ("variants", self.variants)):
-            for part in parts:
-                _check_tables(part.options, f"{kind} '{part.name}'")
-                for key in dotted(part.options):
-                    if key in tuned:
-                        raise ValueError(
-                            f"expected {kind} '{part.name}' to leave {key} alone, which is tuned"
-                        )
+        if twice := _repeated(tuned):
+            raise ValueError(f"expected every setting on one axis of tuning, found {twice} twice")
+        named: Sequence[tuple[str, Sequence[Method | Variant]]] = (
+            ("methods", self.methods),
+            ("variants", self.variants),
+        )
+        for where, part in (
+            (f"{kind} '{part.name}'", part) for kind, parts in named for part in parts
+        ):
+            _check_tables(part.options, where)
+            for key in dotted(part.options):
+                if key in tuned:
+                    raise ValueError(f"expected {where} to leave {key} alone, which is tuned")
         _check_tables(self.base, "base")
 
     @property
@@ -169,7 +174,7 @@ class Study(Section):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The axes of tuning; none where nothing is tuned."""
+        """The axes of tuning; empty if nothing is tuned."""
         return () if self.tuning is None else self.tuning.axes
 
     @property
@@ -178,19 +183,25 @@ class Study(Section):
         return len(self.variants) > 1 or self.variants[0].name != ""
 
     def with_methods(self, names: Sequence[str]) -> "Study":
-        """The study of these methods alone, and of the baseline; without single-task training as a reference where it is not among them.
+        """The study of these methods and the baseline.
+
+        Without the method of single-task training, it has no reference for delta-m.
 
         Raises:
-            ConfigError: a name that is no method's.
+            ConfigError: there is no method of such a name.
         """
         known = [method.name for method in self.methods]
         for name in names:
             if name not in known:
                 raise ConfigError(f"methods: there is no method '{name}'; {nearest(name, known)}")
         kept = tuple(method for method in self.methods if method.name in {*names, self.baseline})
-        return self.model_copy(
-            update={"methods": kept, "single": self.single if self.single in names else None}
-        )
+        single = self.single if self.single in names else None
+        return self.model_copy(update={"methods": kept, "single": single})
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _check_tables(settings: Mapping[str, Any], where: str) -> None:
@@ -202,7 +213,8 @@ def _check_tables(settings: Mapping[str, Any], where: str) -> None:
             )
         if not isinstance(value, Mapping):
             raise ValueError(
-                f"expected {where} to set {table} as a table, such as {table}.name = ..., found {value!r}"
+                f"expected {where} to set {table} as a table, such as {table}.name = ..., "
+                f"found {value!r}"
             )
     for key in dotted(settings):
         if key.startswith(OWN):
@@ -210,15 +222,18 @@ def _check_tables(settings: Mapping[str, Any], where: str) -> None:
 
 
 def load_study(path: Path, overrides: Sequence[str] = (), *, full: bool = False) -> Study:
-    """The study of a TOML file, with its base settings read in.
+    """Read a study from a TOML file, with its base settings.
 
     Args:
         path: the file.
-        overrides: words like ``seeds=[0,1]`` for a key of the study, or ``train.num_rounds=5`` for a setting of the base; they win.
-        full: whether the file's table ``[full]`` of such keys is laid over the study: its size for a larger machine.
+        overrides: arguments such as ``seeds=[0,1]`` for a key of the study, or
+            ``train.num_rounds=5`` for a setting of the base. They take precedence over the file.
+        full: whether the keys of the file's table ``[full]`` override the study: its size for a
+            larger machine.
 
     Raises:
-        ConfigError: a missing or malformed file, an unknown key, seeds that overlap, a baseline that is no method, and the like.
+        ConfigError: a missing or malformed file, an unknown key, seeds that overlap, a baseline
+            that is not among the methods, and the like.
     """
     values = read_toml(path)
     large = values.pop("full", {})
@@ -235,45 +250,43 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, full: bool = False)
     study = validated(Study, values, prefix="", place=f"in {path}")
     base = read_toml(path.parent / study.config) if study.config is not None else {}
     for kind in ("run", "versions"):
-        base.pop(kind, None)  # a run's folder is none of a study's
+        base.pop(kind, None)  # a study does not use a run's folder
     return study.model_copy(update={"base": overlaid(base, study.base)})
 
 
 def _with_shared_methods(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The study's values with the methods that it names read from their file."""
+    """The study's values, with the methods that it names read from their file."""
     file, given = values.get("methods_file"), values.get("methods")
-    named = [one for one in given if isinstance(one, str)] if isinstance(given, Sequence) else []
+    named = [item for item in given if isinstance(item, str)] if isinstance(given, list) else []
     if not isinstance(file, str):
         if named:
             raise ConfigError(
-                f"methods: '{named[0]}' names a method of a file, but no methods_file is given in {path}"
+                f"methods: '{named[0]}' names a method of a file, "
+                f"but no methods_file is given in {path}"
             )
         return dict(values)
-    shared = read_toml(path.parent / file).get("methods")
+    place = path.parent / file
+    shared = read_toml(place).get("methods")
     if not isinstance(shared, list) or not all(
-        isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in shared
+        isinstance(table, Mapping) and isinstance(table.get("name"), str) for table in shared
     ):
         raise ConfigError(
-            f"methods_file: expected tables [[methods]], each with a name, in {path.parent / file}"
+            f"methods_file: expected tables [[methods]], each with a name, in {place}"
         )
-    known = {one["name"]: one for one in shared}
+    known = {table["name"]: table for table in shared}
     for name in named:
         if name not in known:
-            raise ConfigError(
-                f"methods: there is no method '{name}' in {path.parent / file}; {nearest(name, known)}"
-            )
+            near = nearest(name, known)
+            raise ConfigError(f"methods: there is no method '{name}' in {place}; {near}")
     if given is None:
         return {**values, "methods": shared}
-    return {
-        **values,
-        "methods": [known[one] if isinstance(one, str) else one for one in given]
-        if isinstance(given, list)
-        else given,
-    }
+    if isinstance(given, list):
+        given = [known[item] if isinstance(item, str) else item for item in given]
+    return {**values, "methods": given}
 
 
 def _laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the study over its own, and tables of a run over its base."""
+    """Override keys of the study, and settings of a run in its base."""
     of_study = {
         key: value
         for key, value in settings.items()

@@ -1,4 +1,4 @@
-"""How sure a difference is: bootstrap intervals over paired seeds, and the figures that are compared."""
+"""Bootstrap intervals of differences over paired seeds, and the figures that are compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,14 @@ __all__ = [
 
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6
-"""With fewer pairs no bootstrap of these numbers can hold the truth in 95 % of cases. Its widest interval goes from the least to the
-greatest difference, and n differences around 0 all have one sign with probability 2 / 2^n: in 6 % of cases with five, 3 % with six."""
+"""With fewer pairs no bootstrap interval can contain the true difference in 95 % of cases.
+
+The widest interval goes from the least to the greatest difference. n differences around 0 all have
+the same sign with probability 2 / 2^n: in 6 % of cases with five, in 3 % with six.
+"""
 RESAMPLES = 20_000
 LAST_SHARE = 0.1
-"""The end of a curve is the last tenth of its values: single rounds are noisy."""
+"""The end of a curve is the last tenth of its values, because single rounds are noisy."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class Interval:
 
     Attributes:
         mean: the mean of the differences, method less baseline.
-        low: the interval's lower end; None with fewer than `FEWEST_PAIRS`, which are too few for one.
-        high: its upper end.
+        low: the interval's lower end; None with fewer pairs than `FEWEST_PAIRS`.
+        high: its upper end, likewise.
         pairs: the number of pairs.
         below: in how many pairs the method has less than the baseline.
-        above: in how many it has more.
+        above: in how many pairs it has more.
     """
 
     mean: float
@@ -51,17 +54,18 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """-1 or 1 where the whole interval is below or above 0; 0 where it is not, or where there is none."""
+        """-1 or 1 if the whole interval is below or above 0, else 0."""
         if self.low is None or self.high is None:
             return 0
         return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
 
 def difference_of(method: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
-    """The paired difference of two methods over the seeds that both have; None where there is no such seed.
+    """The paired difference of two methods over their common seeds, or None without one.
 
-    A bootstrap over the seeds, with percentiles that are moved outwards (`expanded_level`): those of a plain bootstrap of so few numbers
-    hold the truth in clearly fewer than 95 % of cases. Those of skewed differences do so still; more seeds are the remedy.
+    The interval is a percentile bootstrap over the seeds, widened by `expanded_level`. A plain one
+    of few numbers contains the true difference in clearly fewer than 95 % of cases. For skewed
+    differences this remains so; only more seeds help.
 
     >>> difference_of({0: 7.0, 1: 9.0}, {0: 9.0, 1: 11.0}).mean
     -2.0
@@ -76,11 +80,13 @@ def difference_of(method: Mapping[int, float], baseline: Mapping[int, float]) ->
 
 
 def expanded_level(count: int) -> float:
-    """The confidence level at which a percentile bootstrap of so many numbers holds the mean of normal data in 95 % of cases.
+    """The level at which a percentile bootstrap contains a normal mean in 95 % of cases.
 
-    Of the level's two tails each is Φ(-√(n / (n - 1)) · t), t the quantile of Student's distribution with n - 1 degrees of freedom.
+    Each of the two tails is Φ(-√(n / (n - 1)) · t), where n is the count, and t the quantile of
+    Student's distribution with n - 1 degrees of freedom.
 
-    Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69, 2015, section 4.3.
+    Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
+    69, 2015, section 4.3.
 
     >>> round(expanded_level(5), 4), round(expanded_level(1000), 3)
     (0.9981, 0.95)
@@ -108,14 +114,16 @@ def _bounds(differences: Sequence[float]) -> tuple[float | None, float | None]:
 def delta_m(
     metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]
 ) -> float | None:
-    """Δm in %: the mean over the tasks of how much better a task's metric is than that of single-task training.
+    """Δm in %: the mean relative gain of the tasks' metrics over those of single-task training.
 
-    Δm = (100 / T) Σ_t s_t (M_t - S_t) / S_t, with s_t = 1 where more is better, and -1 where less is. None where a task is missing,
-    or a reference is 0.
+    Δm = (100 / T) Σ_t s_t (M_t - S_t) / S_t, with s_t = 1 if more is better, and -1 if less is.
+    None if a task is missing, or a reference is 0.
 
-    Source: Maninis, Radosavovic and Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019, equation (5).
+    Source: Maninis, Radosavovic and Kokkinos, "Attentive single-tasking of multiple tasks", CVPR
+    2019, equation (5).
 
-    >>> delta_m({"smile": 0.9, "pose": 0.1}, {"smile": 0.6, "pose": 0.2}, {"smile": True, "pose": False})
+    >>> better = {"smile": True, "pose": False}
+    >>> delta_m({"smile": 0.9, "pose": 0.1}, {"smile": 0.6, "pose": 0.2}, better)
     50.0
     """
     if not metrics or metrics.keys() != single.keys() or not all(single.values()):
@@ -128,9 +136,10 @@ def delta_m(
 
 
 def skill(metric: float, guess: float, *, higher_is_better: bool, percent: bool) -> float | None:
-    """How much of the way from a constant guess to perfection a metric has gone, in %: 0 is the guess, 100 perfect.
+    """How far a metric is from a constant guess (0) to perfection (100), in %.
 
-    Perfection is 1 for a share of which more is better, and 0 for an error; else it is unknown, and the skill None.
+    Perfection is 1 for a share of which more is better, and 0 for an error. Otherwise it is
+    unknown, and the skill is None.
 
     >>> skill(0.8, 0.6, higher_is_better=True, percent=True)
     50.0
@@ -142,7 +151,9 @@ def skill(metric: float, guess: float, *, higher_is_better: bool, percent: bool)
 
 
 def spread(rates: Sequence[float]) -> float | None:
-    """How unequal inverse training rates are: their standard deviation over the tasks divided by their mean. 0 is balanced.
+    """The standard deviation of inverse training rates over the tasks, divided by their mean.
+
+    0 is balanced. None with fewer than two tasks, or a mean of 0.
 
     >>> spread([0.5, 0.5]), spread([0.2, 0.6])
     (0.0, 0.5)
@@ -153,7 +164,7 @@ def spread(rates: Sequence[float]) -> float | None:
 
 
 def final_value(curve: Mapping[int, float]) -> float | None:
-    """The mean of the last tenth of a curve's values, at least one; None where it has none.
+    """The mean of the last tenth of a curve's values (at least one), or None without values.
 
     >>> final_value({18: 9.0, 19: 2.0, 20: 4.0})
     4.0

@@ -1,13 +1,14 @@
-"""A whole study: tune, train what is not trained yet, and write what was found."""
+"""A whole study: tune the step sizes, train the missing cells, and gather the results."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedgradnorm.build import build_federation
 from fedgradnorm.compare.cells import Ended, Order, folder_of, note_end, order_for, state_of
+from fedgradnorm.compare.estimates import estimates_of
 from fedgradnorm.compare.grid import Cell, Point, final_cells, points_of, tuning_cells
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
-from fedgradnorm.compare.results import CellResult, Results, TunedMethod, estimates_of
+from fedgradnorm.compare.results import CellResult, Results, TunedMethod
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.workers import Listener, Workers
 from fedgradnorm.errors import RunError, StoppedError
@@ -15,7 +16,7 @@ from fedgradnorm.errors import RunError, StoppedError
 __all__ = ["compare", "found_in"]
 
 NOT_TUNED = "– (not for this method)"
-"""Why a method has no score at a point that is on the grid for others."""
+"""Why a method has no score at a point of the grid that is only for others."""
 
 
 def compare(
@@ -26,17 +27,20 @@ def compare(
     listener: Callable[[str, Sequence[Order]], Listener] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Results:
-    """Train every cell of a study that is not trained yet, and gather what was found.
+    """Train every cell of a study that is not trained yet, and gather the results.
 
     Args:
         study: the study.
-        folder: where its cells are, and its figures will be; made where it is not there. One that is holds the cells of earlier calls.
-        jobs: how many cells are trained at once, each in a process of one thread; with 1 they are trained in this process.
-        listener: given ``"tuning"`` or ``"comparison"`` and the cells to train, who is told how they get on.
-        should_stop: asked after every round; True ends the study there, and a later call goes on.
+        folder: the folder of its cells and figures; made if it does not exist. Cells of earlier
+            calls are used.
+        jobs: the number of cells trained at a time, each in a process of one thread. With 1 they
+            are trained in this process.
+        listener: takes ``"tuning"`` or ``"comparison"`` and the cells to train, and gives the
+            listener for their progress.
+        should_stop: called after every round. True stops the study, and a later call resumes it.
 
     Raises:
-        ConfigError: a setting of some method that is unknown or out of range; nothing is trained then.
+        ConfigError: a setting of a method is unknown or out of range. Nothing is trained then.
         StoppedError: it was stopped.
         RunError: the folder cannot be written.
     """
@@ -44,23 +48,23 @@ def compare(
     with Workers(jobs) as workers:
         grid = _Grid(folder, workers, listener or (lambda _stage, _orders: _Silent()), should_stop)
         grid.train("tuning", tuning_cells(study))
-        chosen = {(one.variant, one.method): one.chosen for one in _tuned(study, folder)}
-        grid.train("comparison", final_cells(study, chosen))
+        grid.train("comparison", final_cells(study, _points(_tuned(study, folder))))
     return found_in(study, folder)
 
 
 def found_in(study: Study, folder: Path) -> Results:
-    """What a study's folder holds so far. Cells that are not trained are missing."""
+    """The results in a study's folder so far. Untrained cells are missing."""
     tuned = _tuned(study, folder)
-    cells = [
-        _result(study, folder, cell)
-        for cell in final_cells(study, {(one.variant, one.method): one.chosen for one in tuned})
-    ]
+    cells = [_result(study, folder, cell) for cell in final_cells(study, _points(tuned))]
     return Results(study, tuned, cells, estimates_of(study, cells))
 
 
+def _points(tuned: Sequence[TunedMethod]) -> dict[tuple[str, str], Point | None]:
+    return {(method.variant, method.method): method.chosen for method in tuned}
+
+
 def _check(study: Study) -> None:
-    """Build every method's federation once, so that what is wrong with it is said before anything is trained."""
+    """Build every method's federation once, so that its errors come before any training."""
     first = {
         (variant.name, method.name): points_of(study)[0]
         for variant in study.variants
@@ -87,39 +91,32 @@ class _Grid:
         listener: Callable[[str, Sequence[Order]], Listener],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.folder, self.workers, self.listener, self.should_stop = (
-            folder,
-            workers,
-            listener,
-            should_stop,
-        )
+        self.folder, self.workers = folder, workers
+        self.listener, self.should_stop = listener, should_stop
 
     def train(self, stage: str, cells: Sequence[Cell]) -> None:
-        by_folder = {
-            cell.name: cell for cell in cells
-        }  # cells with the same settings are trained once
-        missing = [
-            cell
+        by_folder = {cell.name: cell for cell in cells}  # the same settings are trained once
+        orders = [
+            order_for(self.folder, cell)
             for cell in by_folder.values()
             if state_of(self.folder, cell).state in ("missing", "failed")
         ]
-        orders = [order_for(self.folder, cell) for cell in missing]
         try:
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(
-                f"study folder {self.folder}: cannot be written: {error.strerror or error}"
-            ) from error
+            reason = error.strerror or error
+            raise RunError(f"study folder {self.folder}: cannot be written: {reason}") from error
         noting = _Noting(self.listener(stage, orders))
         if not self.workers.train(orders, noting, self.should_stop):
             left = len(orders) - noting.finished
             raise StoppedError(
-                f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; the same command goes on"
+                f"stopped with {left} of {len(by_folder)} cells of the {stage} to go; "
+                "the same command goes on"
             )
 
 
 class _Noting:
-    """Writes down how cells ended, and passes on what it is told."""
+    """Writes down how cells ended, and passes everything on to another listener."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener, self.finished = listener, 0
@@ -153,12 +150,9 @@ def _result(study: Study, folder: Path, cell: Cell) -> CellResult:
     if ended.state != "trained":
         return CellResult(cell, ended, None)
     measured = measure(folder_of(folder, cell), study.targets)
-    reason = diverged(measured)
-    return (
-        CellResult(cell, Ended("diverged", reason), None)
-        if reason
-        else CellResult(cell, ended, measured)
-    )
+    if reason := diverged(measured):
+        return CellResult(cell, Ended("diverged", reason), None)
+    return CellResult(cell, ended, measured)
 
 
 def _tuned(study: Study, folder: Path) -> list[TunedMethod]:
@@ -178,9 +172,8 @@ def _tuned(study: Study, folder: Path) -> list[TunedMethod]:
         result = _result(without_metrics, folder, cell)
         score = tuning_score(result.measured) if result.measured else None
         if score is None:
-            reasons[key] = " ".join(
-                filter(None, (f"{result.ended.state} with seed {cell.seed}", result.ended.reason))
-            )
+            text = f"{result.ended.state} with seed {cell.seed} {result.ended.reason}"
+            reasons[key] = text.strip()
         else:
             scores.setdefault(key, []).append(score)
     return [
@@ -210,15 +203,12 @@ def _chosen(
             by_point[point] = sum(scores[key]) / len(scores[key])
     known = {point: score for point, score in by_point.items() if score is not None}
     if any(reason.startswith("missing") for reason in why.values()):
-        known = {}  # half a grid chooses nothing
+        known = {}  # an incomplete grid does not choose
     best = min(known, key=known.__getitem__) if known else None
     edges: list[str] = []
     if best is not None:
         for axis, value in zip(study.axes, best, strict=True):
-            if (
-                len(axis.values) > 1
-                and method not in axis.not_for
-                and value in (axis.values[0], axis.values[-1])
-            ):
+            is_tuned = len(axis.values) > 1 and method not in axis.not_for
+            if is_tuned and value in (axis.values[0], axis.values[-1]):
                 edges.append(" = ".join([*axis.keys, f"{value:g}"]))
     return TunedMethod(variant, method, by_point, why, best, tuple(edges))

@@ -1,4 +1,4 @@
-"""Cells in parallel: processes of one thread each, started anew where one dies, stopped between two rounds."""
+"""Cells in parallel, in processes of one thread. A process that dies is replaced."""
 
 import os
 import signal
@@ -21,20 +21,20 @@ __all__ = ["Listener", "Workers"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PATIENCE = 0.2
-"""Seconds after which a wish to stop is asked for again."""
+"""Seconds until `should_stop` is asked again."""
 
 
 class Listener(Protocol):
-    """Who is told how the cells get on."""
+    """Receives the progress of the cells."""
 
     def began(self, order: Order) -> None:
-        """A cell is begun, or gone on with."""
+        """A cell begins, or is resumed."""
 
     def round(self, order: Order, round: int) -> None:
         """A cell's round has ended."""
 
     def ended(self, order: Order, ended: Ended | None) -> None:
-        """A cell has ended; None where it was stopped."""
+        """A cell has ended. None: it was stopped."""
 
 
 @dataclass
@@ -45,10 +45,11 @@ class _Worker:
 
 
 class Workers:
-    """Trains cells, so many at once. A context manager: leaving it ends the processes.
+    """Trains cells in parallel. A context manager, which ends the processes.
 
     Args:
-        jobs: how many at once: 1 trains in this process, more in processes of their own, which are started as they are needed.
+        jobs: the number of cells at a time. With 1 they are trained in this process, otherwise in
+            worker processes, which are started when they are needed.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -63,7 +64,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
-            worker.connection.close()  # a worker whom nobody hears ends after its round
+            worker.connection.close()  # the worker ends after its round
         for worker in self.workers:
             worker.process.join(timeout=60)
             if worker.process.is_alive():
@@ -72,10 +73,10 @@ class Workers:
     def train(
         self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]
     ) -> bool:
-        """Train these cells. One that fails is told of, and the others go on; a process that is killed costs its cell alone.
+        """Train these cells. If a cell fails or its process is killed, the others go on.
 
         Returns:
-            Whether all were trained or tried: False where they were stopped before.
+            Whether every cell was trained or failed. False: they were stopped before.
         """
         if self.jobs == 1:
             return _one_by_one(orders, listener, should_stop)
@@ -119,7 +120,7 @@ class Workers:
         self.listener.ended(order, message)
 
     def _bury(self, worker: _Worker) -> None:
-        """A process that died, by a signal or for want of memory: its cell has failed."""
+        """Remove a process that died, by a signal or without memory. Its cell has failed."""
         worker.process.join(timeout=5)
         self.workers.remove(worker)
         worker.connection.close()
@@ -135,7 +136,7 @@ class Workers:
                 try:
                     worker.connection.send(None)
                 except OSError:
-                    continue  # it is dead, and found to be so when it is listened to
+                    continue  # its process died, which `_hear` notices
 
 
 def _one_by_one(
@@ -165,7 +166,7 @@ def _started() -> _Worker:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes that are started inside the block begin with these variables, which libraries read when they are loaded."""
+    """Set the variables that libraries read when a new process loads them."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     try:
@@ -179,14 +180,13 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _work(connection: Connection) -> None:
-    """What a worker does until nobody is there to hear. Signals are the parent's to deal with, which then says so."""
+    """Train cells until the parent closes the connection. Only the parent handles signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         while (order := connection.recv()) is not None:
-            connection.send(
-                end_of(order, connection.send, connection.poll)
-            )  # whatever is said meanwhile, or silence for good: stop
+            # Any message meanwhile, and a closed connection, mean to stop.
+            connection.send(end_of(order, connection.send, connection.poll))
     except (EOFError, OSError):
         return

@@ -1,4 +1,4 @@
-"""The phases of a client's round as programs: SGD steps on some parameters of a model, which read all of it."""
+"""The phases of a client's round as programs: SGD steps on a part of a model."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,36 +19,46 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 """Inputs and targets."""
 
 ENCODER, HEAD = "encoder.", "head."
-"""How the names of a model's tensors begin, of its two parts."""
+"""The prefixes of the tensors' names in a model of both."""
 
 RATE = 0.01
 """The step size with which a program is tried."""
 
 FAR = {torch.float32: 1e-2, torch.float64: 1e-5}
-"""A gradient that is further from autograd's than this share of its length is another one: near a minimum rounding is a large share."""
+"""The largest relative distance between a program's gradient and autograd's.
+
+It is far above rounding, which is a large share of a gradient near a minimum.
+"""
 
 
-class WrongProgram(Exception):  # noqa: N818  # it says what is to be done: the round again, without it
-    """A program's step has another loss or gradient than autograd has of the model, or examples other features than by themselves."""
+class WrongProgram(Exception):  # noqa: N818  # it is an answer
+    """A shortcut gives other numbers than the code that it stands for.
+
+    A program's step has another loss or gradient than autograd has of the model, or an example has
+    other features than it has by itself.
+    """
 
 
 class Phase:
-    """Steps on the parameters of a model whose names begin with one of these.
+    """Steps on the parameters of a model whose names begin with one of the given prefixes.
 
     Args:
-        model: with its values as scratch space.
-        task: whose loss goes down.
-        parts: how the names of the trained parameters begin.
-        batch: one batch of a client, to trace a step with.
-        width: of so many alike clients at once, all tensors, inputs and targets stacked along dimension 0; None: of one.
-        shared: how the names of untrained tensors begin that such clients have in common, and that are not stacked.
+        model: its values are scratch space.
+        task: the task whose loss is reduced.
+        parts: the prefixes of the trained parameters.
+        batch: one batch of a client, with which a step is traced.
+        width: the number of stacked clients, whose tensors, inputs and targets are stacked along
+            dimension 0, or None for a single client.
+        shared: the prefixes of untrained tensors that stacked clients share: these are not stacked.
 
     Raises:
-        Exception: whatever `Program` or ``vmap`` raises on a model that cannot be traced or stacked.
+        Exception: whatever `Program` or ``vmap`` raises on such a model.
 
     Attributes:
-        trained: the names of the parameters that are trained and have a gradient, in the model's order.
-        fixed: of all other tensors.
+        trained: the names of the trained parameters, in the model's order. The loss need not
+            depend on all of them, see ``program.has_gradient``.
+        fixed: the names of all other tensors.
+        program: the steps.
     """
 
     def __init__(
@@ -65,28 +75,31 @@ class Phase:
         self.fixed = tuple(name for name in tensors_of(model) if name not in set(self.trained))
         self._axes = [None if name.startswith(shared) else 0 for name in self.fixed]
         (trained, fixed), loss = self.of(model), self.loss(model, task)
+        inputs, targets = batch
         if width is not None:
-            trained, fixed = (
-                _widened(trained, [0] * len(trained), width),
-                _widened(fixed, self._axes, width),
-            )
-            batch = (
-                batch[0].expand(width, *batch[0].shape),
-                batch[1].expand(width, *batch[1].shape),
-            )
+            trained, fixed = self._widened(trained, fixed, width)
+            inputs, targets = (part.expand(width, *part.shape) for part in batch)
             loss = self._of_many(loss)
-        self.program = Program(loss, trained, fixed, *batch)
+        self.program = Program(loss, trained, fixed, inputs, targets)
 
     def _of_many(self, loss: Loss) -> Loss:
         def losses(
             trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
         ) -> Tensor:
-            stacked: Tensor = vmap(loss, in_dims=(0, self._axes, 0, 0))(
-                list(trained), list(fixed), inputs, targets
-            )
+            of_each = vmap(loss, in_dims=(0, self._axes, 0, 0))
+            stacked: Tensor = of_each(list(trained), list(fixed), inputs, targets)
             return stacked
 
         return losses
+
+    def _widened(
+        self, trained: Sequence[Tensor], fixed: Sequence[Tensor], width: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of clients that all have the same values. Shared tensors stay as they are."""
+        return [tensor.expand(width, *tensor.shape) for tensor in trained], [
+            tensor if axis is None else tensor.expand(width, *tensor.shape)
+            for tensor, axis in zip(fixed, self._axes, strict=True)
+        ]
 
     def of(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """The trained and the fixed tensors of such a model."""
@@ -100,44 +113,32 @@ class Phase:
         def loss(
             trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
         ) -> Tensor:
-            outputs = functional_call(
-                model, dict(zip(names, (*trained, *fixed), strict=True)), (inputs,)
-            )
-            return task.loss(outputs, targets).reshape(())
+            tensors = dict(zip(names, (*trained, *fixed), strict=True))
+            return task.loss(functional_call(model, tensors, (inputs,)), targets).reshape(())
 
         return loss
 
     def is_right(self, model: nn.Module, task: Task, batch: Batch, other: Batch) -> bool:
-        """Whether the program's losses and gradients are those of the model, over a step on each of two batches.
+        """Whether the program's losses and gradients are the model's, over a step on each batch.
 
-        With another batch than was traced, what was wrongly taken for a constant shows. In a stack, which is to be one of two clients
-        here, the second client gets the two the other way round.
+        The second batch was not traced: it shows what was wrongly taken for a constant. A stack,
+        which has to be of two clients here, gives its second client the batches in reverse order.
         """
         trained, fixed = self.of(model)
-        inputs, targets = ([one, two] for one, two in zip(batch, other, strict=True))
-        if self.width is None:
-            expected = self._plain(model, task, [batch, other])
-        else:
-            ways = [
-                self._plain(model, task, batches) for batches in ([batch, other], [other, batch])
-            ]
+        inputs, targets = ([first, second] for first, second in zip(batch, other, strict=True))
+        expected = self._plain(model, task, [batch, other])
+        if self.width is not None:
+            of_second = self._plain(model, task, [other, batch])
             expected = [
                 torch.stack(parts, dim=1 if place == 0 else 0)
-                for place, parts in enumerate(zip(*ways, strict=True))
+                for place, parts in enumerate(zip(expected, of_second, strict=True))
             ]
-            trained, fixed = (
-                _widened(trained, [0] * len(trained), 2),
-                _widened(fixed, self._axes, 2),
-            )
+            trained, fixed = self._widened(trained, fixed, 2)
             inputs, targets = (
                 [torch.stack(pair), torch.stack(pair[::-1])] for pair in (inputs, targets)
             )
-        sums = [torch.zeros_like(tensor) for tensor in trained]
-        moved = [tensor.clone() for tensor in trained]
-        losses = self.program.run(
-            moved, fixed, inputs, targets, [RATE] * len(trained), starts=trained, sums=sums
-        )
-        return all(same(one, found) for one, found in zip(expected, (losses, *sums), strict=True))
+        actual = self._tried(trained, fixed, inputs, targets)
+        return all(same(*pair) for pair in zip(expected, actual, strict=True))
 
     def hold_against_autograd(
         self,
@@ -147,56 +148,59 @@ class Phase:
         given: tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor] | None = None,
         row: int | None = None,
     ) -> None:
-        """Raise WrongProgram where a step of the program is not that of the model. All values are left as they are.
+        """Compare a step of the program with the step of the model. All values stay as they are.
 
         Args:
             model: with the values of one client.
-            task: its task.
-            batch: one of its batches.
-            given: what the program is given of a stack: trained and fixed tensors, inputs and targets; None: those of the model.
-            row: which client of the stack it is.
+            task: the client's task.
+            batch: one of the client's batches.
+            given: in a stack, what the program gets: trained and fixed tensors, inputs and targets.
+                None: the model's own tensors and the batch.
+            row: the client's place in the stack.
+
+        Raises:
+            WrongProgram: they differ.
         """
         parameters = dict(model.named_parameters())
-        value = task.loss(model(batch[0]), batch[1])
-        expected = torch.autograd.grad(
+        value = task.loss(model(batch[0]), batch[1]).reshape(())
+        gradients = torch.autograd.grad(
             value,
             [parameters[name] for name in self.trained],
             allow_unused=True,
             materialize_grads=True,
         )
         trained, fixed, inputs, targets = given or (*self.of(model), *batch)
-        sums = [torch.zeros_like(tensor) for tensor in trained]
-        moved = [tensor.clone() for tensor in trained]
-        losses = self.program.run(
-            moved, fixed, [inputs], [targets], [RATE] * len(trained), starts=trained, sums=sums
-        )
+        losses, *sums = self._tried(trained, fixed, [inputs], [targets])
         loss = losses.flatten()[0 if row is None else row]
-        gradient = torch.cat([(total if row is None else total[row]).reshape(-1) for total in sums])
-        autograd = torch.cat(
-            [
-                part.to_dense().reshape(-1) if part.is_sparse else part.reshape(-1)
-                for part in expected
-            ]
+        actual = torch.cat([(total if row is None else total[row]).reshape(-1) for total in sums])
+        expected = torch.cat(
+            [(part.to_dense() if part.is_sparse else part).reshape(-1) for part in gradients]
         )
-        far = FAR.get(gradient.dtype, 0.1)
-        same_loss = torch.allclose(
-            loss, value.detach().reshape(()), rtol=far, atol=1e-6, equal_nan=True
-        )
-        apart, length = (
-            torch.linalg.vector_norm(gradient - autograd),
-            torch.linalg.vector_norm(autograd),
-        )
-        if not same_loss or bool(apart > far * length + torch.finfo(gradient.dtype).eps):
+        far = FAR.get(actual.dtype, 0.1)
+        same_loss = torch.allclose(loss, value.detach(), rtol=far, atol=1e-6, equal_nan=True)
+        apart, length = (torch.linalg.vector_norm(part) for part in (actual - expected, expected))
+        if not same_loss or bool(apart > far * length + torch.finfo(actual.dtype).eps):
             raise WrongProgram("a traced step is no longer the step of its code")
 
+    def _tried(
+        self,
+        trained: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """The losses of the program's steps on copies of the tensors, and the gradients' sums."""
+        sums = [torch.zeros_like(tensor) for tensor in trained]
+        moved, rates = [tensor.clone() for tensor in trained], [RATE] * len(trained)
+        losses = self.program.run(moved, fixed, inputs, targets, rates, starts=trained, sums=sums)
+        return [losses, *sums]
+
     def _plain(self, model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Tensor]:
-        """The losses of such steps by autograd on the model itself, whose values are left as they were, and the sums of the gradients."""
+        """The same by autograd on the model itself, whose values are then put back."""
         parameters = dict(model.named_parameters())
         learned, losses = [parameters[name] for name in self.trained], []
-        starts, sums = (
-            [parameter.detach().clone() for parameter in learned],
-            [torch.zeros_like(parameter) for parameter in learned],
-        )
+        starts = [parameter.detach().clone() for parameter in learned]
+        sums = [torch.zeros_like(parameter) for parameter in learned]
         for inputs, targets in batches:
             value = task.loss(model(inputs), targets)
             gradients = torch.autograd.grad(
@@ -221,15 +225,5 @@ def both(encoder: nn.Module, head: nn.Module) -> nn.Module:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers, by name."""
-    return {
-        name: tensor.detach()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-
-
-def _widened(tensors: Sequence[Tensor], axes: Sequence[int | None], width: int) -> list[Tensor]:
-    """The tensors of so many clients that have the same ones; those without an axis are left as they are."""
-    pairs = zip(tensors, axes, strict=True)
-    return [
-        tensor if axis is None else tensor.expand(width, *tensor.shape) for tensor, axis in pairs
-    ]
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}

@@ -1,4 +1,4 @@
-"""Between the CPU, where instructions, reports and states are, and the device that trains."""
+"""Moves values between the CPU, where messages and states are, and the device that trains."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def device_named(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of the machine that are free, or of the GPU."""
+    """The free memory of the machine or of the GPU, in bytes."""
     return (
         psutil.virtual_memory().available
         if device.type == "cpu"
@@ -43,7 +43,7 @@ def free_memory(device: torch.device) -> int:
 def instructions_on(
     device: torch.device, instructions: Sequence[Instruction]
 ) -> Sequence[Instruction]:
-    """The instructions with their encoders on the device; those that share one share its copy."""
+    """The instructions with their encoders on the device. A shared encoder is copied once."""
     if device.type == "cpu":
         return instructions
     copies: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""One client after another, in plain torch: the oracle that every other engine is held against."""
+"""One client after another, in plain torch: every other engine is compared with this one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,16 +20,20 @@ class ReferenceEngine(Engine):
     """A plain loop over the clients, on the CPU.
 
     Args:
-        federation: whose clients it runs.
+        federation: the clients.
         seed: of the heads' initialisation.
-        threads: kernel threads, for as long as it works. With one, sums do not depend on the machine's number of cores, and
-            clients of other processes on it are not waited for; more help where the kernels are large and the cores free.
+        threads: kernel threads while it works. With one, sums do not depend on the number of
+            cores, and kernels do not wait for other processes. More threads help where kernels
+            are large and cores are free.
+
+    Raises:
+        ConfigError: ``threads`` is out of range.
     """
 
     def __init__(self, federation: Federation, seed: int, threads: int = 1) -> None:
         require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
         self.federation, self.seed, self.threads = federation, seed, threads
-        self.encoder = federation.make_encoder(seed)  # scratch space, like the heads
+        self.encoder = federation.make_encoder(seed)  # scratch space, as the heads are
         self.heads = {
             client.id: federation.make_head(client, seed) for client in federation.clients
         }

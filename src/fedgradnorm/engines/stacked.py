@@ -1,7 +1,7 @@
-"""Many small clients at once: their models stacked, and every step one batched operation for all of them (``torch.func.vmap``).
+"""Many small clients at once: models stacked, every step one batched operation for all of them.
 
-The clients of a stack are alike: one kind of head and loss, the same shapes of an example and of a batch. They may differ in how many
-examples they have.
+The clients of a stack are identical: one kind of head and loss, the same shapes of an example and
+of a batch. They may have different numbers of examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
 from fedgradnorm.client import ClientState, guess_loss, load_head, loss_batches
-from fedgradnorm.data import batch_order, size, take, tensors
+from fedgradnorm.config import TrainConfig
+from fedgradnorm.data import batch_order, size, take
 from fedgradnorm.engines.looped import hold_features
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
-from fedgradnorm.engines.workspace import Workspace
-from fedgradnorm.evaluation import Evaluation, evaluation_of
+from fedgradnorm.engines.workspace import Workspace, encode
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
@@ -32,17 +32,13 @@ __all__ = [
     "Trained",
     "outcomes",
     "stack_of",
-    "stacked_evaluations",
     "stacked_order",
     "stacked_update",
 ]
 
-ENCODED_AT_ONCE = 4096
-"""Examples of all clients together in one pass for features."""
-
 
 class Member(NamedTuple):
-    """A client of a stack: who, its training data, its state after its last round, and what the server sent."""
+    """A client of a stack, its data, its state after its last round, and what the server sent."""
 
     client: Client
     data: tuple[Tensor, Tensor]
@@ -51,7 +47,7 @@ class Member(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """The steps of so many alike clients at once: on their heads, on features; and on their encoders."""
+    """The steps of ``width`` identical clients on their heads and on their encoders."""
 
     width: int
     head: Phase
@@ -76,7 +72,7 @@ def stack_of(client: Client, workspace: Workspace, batch: Batch, width: int) -> 
 
 
 class Trained(NamedTuple):
-    """What is known of a stack's clients after their steps, still stacked."""
+    """The results of a stack's clients after their steps, still stacked."""
 
     heads: Mapping[str, Tensor]
     velocity: Mapping[str, Tensor]
@@ -90,39 +86,31 @@ class Trained(NamedTuple):
 
 
 def stacked_order(members: Sequence[Member], width: int) -> tuple[Tensor, Tensor]:
-    """The examples of the head's and of the encoder's batches among those of all members, shapes ``(steps, width, batch)``.
+    """The examples of the head's and of the encoder's batches, shapes ``(steps, width, batch)``.
 
-    It is Python for the most part, so it is not for threads that would wait for one another.
+    They are places among the examples of all members. This is Python for the most part: threads
+    would wait for each other.
     """
-    training, sizes = (
-        members[0].instruction.training,
-        np.array([size(member.data) for member in members]),
-    )
-    offsets, found = (sizes.cumsum() - sizes)[:, None, None], []
-    for purpose, steps in (
-        (HEAD_BATCHES, training.head_steps),
-        (ENCODER_BATCHES, training.encoder_steps),
-    ):
-        order = np.empty((len(members), steps, min(training.batch_size, sizes[0])), dtype=np.int64)
+    training = members[0].instruction.training
+    sizes = np.array([size(member.data) for member in members])
+    offsets, batch = (sizes.cumsum() - sizes)[:, None, None], min(training.batch_size, sizes[0])
+
+    def order_for(purpose: str, steps: int) -> Tensor:
+        order = np.empty((len(members), steps, batch), dtype=np.int64)
         for examples in np.unique(sizes):
-            alike = np.flatnonzero(sizes == examples)
-            some = (members[index] for index in alike.tolist())
-            numbers = np.stack(
-                [
-                    order_numbers(member.client, member.instruction, purpose, steps)
-                    for member in some
-                ]
-            )
-            order[alike] = batch_order(numbers, training.batch_size, steps)
+            places = np.flatnonzero(sizes == examples)
+            clients = [members[place] for place in places.tolist()]
+            numbers = [order_numbers(m.client, m.instruction, purpose, steps) for m in clients]
+            order[places] = batch_order(np.stack(numbers), training.batch_size, steps)
         order += offsets
-        found.append(
-            torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1)))
-        )
-    return found[0], found[1]
+        return torch.from_numpy(np.ascontiguousarray(order[_rows(members, width)].swapaxes(0, 1)))
+
+    of_heads = order_for(HEAD_BATCHES, training.head_steps)
+    return of_heads, order_for(ENCODER_BATCHES, training.encoder_steps)
 
 
 def _rows(members: Sequence[Member], width: int) -> list[int]:
-    """Who has which place in a stack: the last client has those that are left."""
+    """The member at each place of a stack: the last member also has the places that are left."""
     return [min(row, len(members) - 1) for row in range(width)]
 
 
@@ -136,88 +124,56 @@ def stacked_update(
     """The steps of `local_update` with the method FedRep for many clients.
 
     Args:
-        members: no more than the stack is wide, all sent the same encoder.
-        order: of their batches.
+        members: no more than the stack is wide, all with the same encoder.
+        order: of their batches, see `stacked_order`.
         workspace: scratch space.
         stack: of clients like these.
-        tried: a number that chooses the client and the steps that are held against autograd; None: none are.
+        tried: chooses the client and the steps that are compared with autograd; None: none are.
 
     Raises:
-        WrongProgram: they are other ones.
+        WrongProgram: these steps differ.
     """
-    start, first, device, count = perf_counter(), members[0], workspace.device, len(members)
-    training, rows = first.instruction.training, _rows(members, stack.width)
-    load_flat(workspace.encoder, first.instruction.encoder)
+    start, device, count = perf_counter(), workspace.device, len(members)
+    training, rows = members[0].instruction.training, _rows(members, stack.width)
+    load_flat(workspace.encoder, members[0].instruction.encoder)
     heads = {
         name: torch.stack([members[row].state.head[name] for row in rows]).to(device)
-        for name in first.state.head
+        for name in members[0].state.head
     }
-    known = [member.state.initial_loss for member in members]
-    starting = _initial_losses(members, workspace, heads) if None in known else []
-    initial_losses = [starting[index] if loss is None else loss for index, loss in enumerate(known)]
-
+    initial_losses = _initial_losses(members, workspace, heads)
     inputs, targets = (
         torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1)
     )
-    of_heads, of_encoders = (one.to(device) for one in order)
+    of_heads, of_encoders = (places.to(device) for places in order)
     with record_function("head steps"):
         features = _features(workspace.encoder.train(), inputs, of_heads)
+        batches = targets[of_heads]
         if tried is not None:
-            row, step = tried % len(members), tried % len(features)
+            row, step = tried % count, tried % len(features)
             hold_features(workspace.encoder, inputs[of_heads[step, row]], features[step, row])
-            _hold_heads(members, workspace, stack.head, heads, features, targets[of_heads], tried)
-        velocity = _train_heads(heads, stack.head, features, targets[of_heads], members, rows)
-    exact_losses = (
-        _mean_losses(members, workspace, heads) if training.loss_estimate == "exact" else None
-    )
+            _hold_heads(members, workspace, stack.head, heads, features, batches, tried)
+        velocity = _train_heads(heads, stack.head, features, batches, members, rows)
+    exact = training.loss_estimate == "exact"
+    exact_losses = _mean_losses(members, workspace, heads) if exact else None
     head_seconds = (perf_counter() - start) / count
     with record_function("encoder steps"):
-        model = both(workspace.encoder, workspace.head(first.client))
+        model = both(workspace.encoder, workspace.head(members[0].client))
+        phase, gathered = stack.encoder, (inputs[of_encoders], targets[of_encoders])
         if tried is not None:
-            _hold_encoders(
-                members,
-                model,
-                stack.encoder,
-                heads,
-                inputs[of_encoders],
-                targets[of_encoders],
-                tried,
-            )
-        gradients, losses = _train_encoders(
-            model,
-            first.instruction,
-            heads,
-            stack.encoder,
-            inputs[of_encoders],
-            targets[of_encoders],
-        )
-    norms, lengths = (
-        norm_over(gradients, workspace.norm_layer).tolist(),
-        torch.linalg.vector_norm(gradients, dim=1).tolist(),
-    )
-    seconds = (perf_counter() - start) / count
-    return Trained(
-        heads,
-        velocity,
-        gradients,
-        norms,
-        lengths,
-        exact_losses or losses,
-        initial_losses,
-        seconds,
-        head_seconds,
-    )
+            _hold_encoders(members, model, phase, heads, *gathered, tried)
+        gradients, losses = _train_encoders(model, training, heads, phase, *gathered)
+    norms = norm_over(gradients, workspace.norm_layer).tolist()
+    lengths = torch.linalg.vector_norm(gradients, dim=1).tolist()
+    losses, seconds = exact_losses or losses, ((perf_counter() - start) / count, head_seconds)
+    return Trained(heads, velocity, gradients, norms, lengths, losses, initial_losses, *seconds)
 
 
 def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, ClientState]]:
-    """The report and the next state of each client, as `local_update` gives them."""
+    """The report and the next state of each client, as `local_update` returns them."""
     count = len(members)
-    gradients, heads, velocity = (
-        trained.gradients.cpu().unbind(),
-        _apart(trained.heads, count),
-        _apart(trained.velocity, count),
-    )
-    found = []
+    gradients, heads = trained.gradients.cpu().unbind(), _apart(trained.heads, count)
+    velocity = _apart(trained.velocity, count)
+    pairs = []
     for index, member in enumerate(members):
         report = Report(
             client=member.client.id,
@@ -232,30 +188,23 @@ def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, 
             head_seconds=trained.head_seconds,
             loss_floor=member.client.task.loss_floor,
         )
-        if trained.lengths[index] <= LARGEST:  # else the report finds out why
-            vars(report)["length"] = trained.lengths[
-                index
-            ]  # the server will ask for it, and has one thread
-        found.append(
-            (
-                report,
-                ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round),
-            )
-        )
-    return found
+        if trained.lengths[index] <= LARGEST:  # else the report computes it, and finds out why
+            vars(report)["length"] = trained.lengths[index]  # the server needs it, in one thread
+        state = ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round)
+        pairs.append((report, state))
+    return pairs
 
 
 @torch.no_grad()
 def _features(encoder: nn.Module, inputs: Tensor, order: Tensor) -> Tensor:
-    """The features of the batches, shape ``(steps, width, batch, ...)``. No example is encoded more often than it has to be."""
+    """The features of the batches, shape ``(steps, width, batch, ...)``.
+
+    No example is encoded more often than necessary.
+    """
     if order.numel() >= len(inputs):
-        return _encode(encoder, inputs)[order]
-    features = _encode(encoder, inputs[order.view(-1)])
+        return encode(encoder, inputs)[order]
+    features = encode(encoder, inputs[order.view(-1)])
     return features.view(*order.shape, *features.shape[1:])
-
-
-def _encode(encoder: nn.Module, inputs: Tensor) -> Tensor:
-    return torch.cat([encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
 
 
 def _train_heads(
@@ -266,7 +215,11 @@ def _train_heads(
     members: Sequence[Member],
     rows: Sequence[int],
 ) -> dict[str, Tensor]:
-    """The SGD steps with step size α, on the stacked heads in place. Gives their momentum, stacked likewise."""
+    """The SGD steps with step size α, on the stacked heads in place.
+
+    Returns:
+        The heads' momentum, stacked likewise.
+    """
     training, velocity = members[0].instruction.training, dict[str, Tensor]()
     names = [name.removeprefix(HEAD) for name in phase.trained]
     if training.head_momentum:
@@ -290,25 +243,24 @@ def _train_heads(
 
 def _train_encoders(
     model: nn.Module,
-    sent: Instruction,
+    training: TrainConfig,
     heads: Mapping[str, Tensor],
     phase: Phase,
     inputs: Tensor,
     targets: Tensor,
 ) -> tuple[Tensor, list[float]]:
-    """The SGD steps with step size β: the mean gradients g_i, shape ``(width, P)``, and the mean losses of the batches."""
-    training, width = sent.training, inputs.shape[1]
-    starts, fixed = phase.of(model)
+    """The SGD steps with step size β.
+
+    Returns:
+        The mean gradients g_i, shape ``(width, P)``, and the mean losses of the batches.
+    """
+    width, starts = inputs.shape[1], phase.of(model)[0]
     sums = [
         torch.zeros(width, *part.shape, dtype=part.dtype, device=part.device) for part in starts
     ]
-    tensors = {
-        **dict(zip(phase.fixed, fixed, strict=True)),
-        **{HEAD + name: value for name, value in heads.items()},
-    }
     losses = phase.program.run(
         [part.expand(width, *part.shape).clone() for part in starts],
-        [tensors[name] for name in phase.fixed],
+        _fixed(phase, model, heads),
         inputs.unbind(),
         targets.unbind(),
         [training.encoder_lr] * len(starts),  # β
@@ -317,6 +269,13 @@ def _train_encoders(
     )
     gradients = torch.cat([total.view(width, -1) for total in sums], dim=1)
     return gradients.div_(training.encoder_steps), losses.double().mean(dim=0).tolist()
+
+
+def _fixed(phase: Phase, model: nn.Module, heads: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors that the encoder's steps only read: those of the heads stacked."""
+    stacked = {HEAD + name: value for name, value in heads.items()}
+    own = zip(phase.fixed, phase.of(model)[1], strict=True)
+    return [stacked.get(name, tensor) for name, tensor in own]
 
 
 def _hold_heads(
@@ -328,7 +287,7 @@ def _hold_heads(
     targets: Tensor,
     tried: int,
 ) -> None:
-    """Hold a step on one client's head against autograd. Raises WrongProgram."""
+    """Compare a step on one client's head with autograd. Raises WrongProgram."""
     row, step = tried % len(members), tried % len(features)
     head = workspace.head(members[0].client).train()
     load_head(head, {name: value[row] for name, value in heads.items()})
@@ -351,46 +310,45 @@ def _hold_encoders(
     targets: Tensor,
     tried: int,
 ) -> None:
-    """Hold a step on one client's encoder against autograd. Raises WrongProgram."""
+    """Compare a step on one client's encoder with autograd. Raises WrongProgram."""
     row, step, width = tried % len(members), tried % len(inputs), inputs.shape[1]
     load_head(model.get_submodule("head"), {name: value[row] for name, value in heads.items()})
-    starts, fixed = phase.of(model)
-    tensors = {
-        **dict(zip(phase.fixed, fixed, strict=True)),
-        **{HEAD + name: value for name, value in heads.items()},
-    }
-    trained = [part.expand(width, *part.shape) for part in starts]
-    given = trained, [tensors[name] for name in phase.fixed], inputs[step], targets[step]
-    phase.hold_against_autograd(
-        model, members[0].client.task, (inputs[step, row], targets[step, row]), given, row
-    )
+    trained = [part.expand(width, *part.shape) for part in phase.of(model)[0]]
+    given = trained, _fixed(phase, model, heads), inputs[step], targets[step]
+    batch = inputs[step, row], targets[step, row]
+    phase.hold_against_autograd(model, members[0].client.task, batch, given, row)
 
 
 def _initial_losses(
     members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
 ) -> list[float]:
-    """F(0) of each client, as `client.initial_loss_of` gives it."""
+    """F(0) of each client: known from its first round, or as `client.initial_loss_of` gives it."""
+    known = [member.state.initial_loss for member in members]
+    if None not in known:
+        return [loss for loss in known if loss is not None]
     if members[0].instruction.training.initial_loss == "measured":
-        return _mean_losses(members, workspace, heads)
-    head = workspace.head(members[0].client)
-    return [
-        guess_loss(member.client, workspace.encoder, head, member.instruction.training)
-        for member in members
-    ]
+        starting = _mean_losses(members, workspace, heads)
+    else:
+        head = workspace.head(members[0].client)
+        starting = [
+            guess_loss(member.client, workspace.encoder, head, member.instruction.training)
+            for member in members
+        ]
+    return [new if loss is None else loss for new, loss in zip(starting, known, strict=True)]
 
 
 @torch.no_grad()
 def _mean_losses(
     members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
 ) -> list[float]:
-    """The mean training losses as `client.mean_loss` gives them, all batches of all clients at once."""
+    """The mean training losses as in `client.mean_loss`, all batches of all clients at once."""
     training, task = members[0].instruction.training, members[0].client.task
     head, encoder = workspace.head(members[0].client).train(), workspace.encoder.train()
     orders = [loss_batches(member.client, training) for member in members]
     examples = [
         take(member.data, order.reshape(-1)) for member, order in zip(members, orders, strict=True)
     ]
-    features = _encode(encoder, torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
+    features = encode(encoder, torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
     targets = torch.cat([expected for _, expected in examples]).to(workspace.device)
     batch, counts = orders[0].shape[1], [len(order) for order in orders]
 
@@ -414,33 +372,9 @@ def _mean_losses(
 
 
 def _apart(stacked: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The tensors of the first clients of a stack, as copies of their own."""
+    """The tensors of the first clients of a stack, as separate copies."""
     parts = {
         name: [part.clone() for part in value[:count].cpu().unbind()]
         for name, value in stacked.items()
     }
     return [{name: values[index] for name, values in parts.items()} for index in range(count)]
-
-
-@torch.no_grad()
-def stacked_evaluations(
-    clients: Sequence[Client],
-    states: Mapping[str, ClientState],
-    encoder: Tensor,
-    workspace: Workspace,
-) -> dict[str, Evaluation]:
-    """`client.evaluate` for many clients with test data that are tensors: all their inputs pass through the encoder at once."""
-    load_flat(workspace.encoder, encoder)
-    data = [tensors(client.test_data) for client in clients if client.test_data is not None]
-    features = _encode(
-        workspace.encoder.eval(), torch.cat([inputs for inputs, _ in data]).to(workspace.device)
-    )
-    evaluations = {}
-    parts = features.split([len(inputs) for inputs, _ in data])
-    for client, part, (_, targets) in zip(clients, parts, data, strict=True):
-        head = workspace.head(client).eval()
-        load_head(head, states[client.id].head)
-        outputs, expected = head(part), targets.to(workspace.device)
-        loss = client.task.loss(outputs.clone(), expected.clone())  # it may work in place
-        evaluations[client.id] = evaluation_of(client.task, loss.item(), outputs, expected)
-    return evaluations

@@ -1,8 +1,9 @@
-"""Scratch models that a worker trains in, arranged for speed."""
+"""The scratch models of a worker, arranged for speed."""
 
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm.engines.failures import Attempt
 from fedgradnorm.engines.watching import Watch
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.modules import follow
@@ -13,6 +14,7 @@ __all__ = [
     "Workspace",
     "arrange",
     "can_be_arranged",
+    "encode",
     "holds_more_than_its_state",
     "pool_first",
     "same",
@@ -20,17 +22,20 @@ __all__ = [
 ]
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""How far apart two ways may be to count as the same: far above rounding, far below any real difference."""
+"""The largest relative distance of equal results: far above rounding, far below a difference."""
+
+ENCODED_AT_ONCE = 4096
+"""Examples of all clients together in one pass through the encoder."""
 
 
 class Workspace:
-    """An encoder, and a head of each kind, as scratch space of one worker.
+    """An encoder, and a head of each kind, as the scratch space of one worker.
 
     Args:
-        federation: whose models.
-        seed: of their initialisation, which is where frozen parameters stay.
-        device: where they are.
-        arranged: whether the encoder is to be arranged for speed, see `arrange`.
+        federation: the models.
+        seed: of their initialisation, whose values frozen parameters keep.
+        device: where the models are.
+        arranged: whether the encoder is arranged for speed, see `arrange`.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Workspace:
         self._heads: dict[object, nn.Module] = {}
 
     def head(self, client: Client) -> nn.Module:
-        """A head such as this client's, with whatever parameters it was left with."""
+        """A head of this client's kind. Its parameters may have any values."""
         kind = self.federation.head_kind(client, self.seed)
         if kind in self._heads:
             return self._heads[kind]
@@ -60,17 +65,17 @@ class Workspace:
         return self._heads[client.id]
 
     def follow(self) -> None:
-        """Set in the models what was set in the users' own objects since they were copied."""
+        """Repeat in the models what was set in the users' own objects since they were copied."""
         follow(self.encoder, *self._heads.values())
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether gradients of parameters pass through hooks of theirs."""
+    """Whether parameters have hooks on their gradients."""
     return any(parameter._backward_hooks for parameter in module.parameters())
 
 
 def holds_more_than_its_state(module: nn.Module) -> bool:
-    """Whether a module has tensors that a state dict leaves out: then another client's may be different."""
+    """Whether a module has tensors that are not in its state dict, and may differ by client."""
     tensors = any(
         isinstance(value, Tensor) for part in module.modules() for value in vars(part).values()
     )
@@ -78,7 +83,7 @@ def holds_more_than_its_state(module: nn.Module) -> bool:
 
 
 def arrange(encoder: nn.Module) -> None:
-    """Arrange an encoder for speed, in place: pooling first, and the weights of convolutions in the channels-last layout."""
+    """Arrange an encoder for speed, in place: pooling before ReLU, convolutions channels-last."""
     pool_first(encoder)
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -88,7 +93,8 @@ def arrange(encoder: nn.Module) -> None:
 def channels_last(weight: Tensor) -> Tensor:
     """A convolution's weights in the channels-last layout, by which torch lays out its output.
 
-    ``contiguous`` leaves the weights of a single input channel alone, as they lie the same in both layouts; the output is then not in it.
+    ``contiguous`` does not change the weights of a single input channel, which lie the same in both
+    layouts: then the output would not be in the channels-last layout.
     """
     _, inputs, height, width = weight.shape
     return torch.empty_strided(
@@ -102,41 +108,50 @@ def channels_last(weight: Tensor) -> Tensor:
 def can_be_arranged(
     federation: Federation, seed: int, device: torch.device, inputs: Tensor
 ) -> bool:
-    """Whether an arranged encoder has the features and the gradients of an untouched one, on this batch."""
+    """Whether arranging changes neither the features of this batch nor the gradients."""
     outcomes = []
-    for arranged in (False, True):
-        encoder = Workspace(federation, seed, device, arranged).encoder
-        try:
+    with Attempt("encoders are not arranged for speed"):
+        for arranged in (False, True):
+            encoder = Workspace(federation, seed, device, arranged).encoder
             watch = Watch([encoder], [])
             with seeded(0, 0, "", "arrange", device):
-                features = encoder.train()(inputs)
-                if watch.changed() is not None:
-                    watch.put_back()
-                    return False
-                generator = torch.Generator().manual_seed(0)
-                direction = torch.randn(
-                    features.shape, generator=generator, dtype=torch.float64
-                ).to(features)
-                parameters = [parameter for _, parameter in trainable(encoder)]
-                gradients = torch.autograd.grad(
-                    (features * direction).sum(),
-                    parameters,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                outcomes.append([features.detach(), encoder.eval()(inputs).detach(), *gradients])
-        except Exception:  # noqa: BLE001  # whatever the user's own code does not bear
-            return False
-    return all(same(plain, other) for plain, other in zip(*outcomes, strict=True))
+                outcomes.append(_features_and_gradients(encoder, inputs, watch))
+        plain, other = outcomes
+        return plain is not None and other is not None and all(map(same, plain, other))
+    return False
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def _features_and_gradients(
+    encoder: nn.Module, inputs: Tensor, watch: Watch
+) -> list[Tensor] | None:
+    """The features in both modes and the gradients; None where the encoder changes in Python."""
+    features = encoder.train()(inputs)
+    if watch.changed() is not None:
+        watch.put_back()
+        return None
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
+    gradients = torch.autograd.grad(
+        (features * direction).sum(),
+        [parameter for _, parameter in trainable(encoder)],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [features.detach(), encoder.eval()(inputs).detach(), *gradients]
+
+
+def encode(encoder: nn.Module, inputs: Tensor) -> Tensor:
+    """The features of many clients' examples, some thousands in one pass."""
+    return torch.cat([encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
+
+
+def same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors differ by no more than rounding."""
-    one, other = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in (one, other))
-    if one.shape != other.shape:
+    first, second = (part.to_dense() if part.is_sparse else part for part in (first, second))
+    if first.shape != second.shape:
         return False
-    apart, size = torch.linalg.vector_norm(one - other), torch.linalg.vector_norm(one)
-    return bool(apart <= SAME.get(one.dtype, 1e-2) * size)
+    apart, length = torch.linalg.vector_norm(first - second), torch.linalg.vector_norm(first)
+    return bool(apart <= SAME.get(first.dtype, 1e-2) * length)
 
 
 def views(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
@@ -150,7 +165,10 @@ def views(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
 
 
 def pool_first(module: nn.Module) -> None:
-    """In every ``nn.Sequential`` let max-pooling come before a ReLU that it follows: the same numbers for a quarter of the work."""
+    """In every ``nn.Sequential``, exchange a ReLU with the max-pooling behind it.
+
+    The numbers are the same, and the ReLU has a quarter of the work.
+    """
     for sequence in module.modules():
         if type(sequence) is nn.Sequential:
             for place in range(len(sequence) - 1):

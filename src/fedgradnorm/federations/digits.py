@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits with five tasks: bundled, and small enough for every test."""
+"""scikit-learn's 1,797 handwritten digits with five tasks, bundled and small."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -25,7 +25,10 @@ BRIGHTEST = 16
 
 
 def _tenth_of_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """So that its gradients are as large as the cross-entropies' and the default step sizes are stable for it too."""
+    """The squared error / 10, whose gradients are about as large as those of cross-entropies.
+
+    So the default step sizes are stable for it too.
+    """
     return functional.mse_loss(outputs, targets) / 10
 
 
@@ -45,7 +48,7 @@ TASKS = {
 
 @cache
 def _pool() -> tuple[Tensor, dict[str, Tensor]]:
-    """All images, shape (1797, 64), standardised over all pixels, and the targets of every task."""
+    """All images, shape ``(1797, 64)``, standardised over all pixels, and the targets by task."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / BRIGHTEST
     labels = torch.tensor(digits.target, dtype=torch.int64)
@@ -69,17 +72,18 @@ def make(
     test_fraction: float = 0.25,
     loss_scale: Mapping[str, float] = {},
 ) -> Federation:
-    """Handwritten digits of 8 x 8 pixels: which digit, odd or even, has a loop (0, 6, 8, 9), and the stroke mass (regression).
+    """Handwritten digits of 8 x 8 pixels with up to five tasks.
 
-    A fifth task, not among the default ones: 5 or more (``large``).
+    ``class``: which digit; ``parity``: odd or even; ``loop``: whether it has a loop (0, 6, 8, 9);
+    ``mass``: the stroke mass, a regression; ``large``: whether it is 5 or more.
 
     Args:
-        seed: of the split into clients; the test split is the same for every seed.
+        seed: seed of the split into clients. The test split is the same for every seed.
         tasks: which of ``class``, ``parity``, ``loop``, ``large``, ``mass``.
-        clients_per_task: how many clients each task has.
-        sizes: how the training images are dealt out; see `partition`.
-        alpha: for ``sizes="dirichlet"``.
-        test_fraction: the share of the images that is kept for testing, whole, at every client.
+        clients_per_task: the number of clients of each task.
+        sizes: how the training images are divided among the clients; see `partition`.
+        alpha: the concentration for ``sizes="dirichlet"``.
+        test_fraction: the share of the images for testing. Every client has all test images.
         loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:

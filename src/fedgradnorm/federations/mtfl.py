@@ -1,4 +1,7 @@
-"""MTFL, the Multi-Task Facial Landmark set: five landmarks, gender, smile, glasses and head pose of 12,995 faces."""
+"""MTFL, the Multi-Task Facial Landmark set.
+
+It has five landmarks, gender, smile, glasses and head pose of 12,995 faces.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +15,8 @@ from torch.nn import functional
 
 from fedgradnorm.errors import DataError
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.federations.mtfl_images import (
-    NUM_CLASSES,
-    NUM_COORDINATES,
-    Crop,
-    face_arrays,
-    read_faces,
-)
+from fedgradnorm.federations.mtfl_annotations import NUM_CLASSES, NUM_COORDINATES, read_faces
+from fedgradnorm.federations.mtfl_images import Crop, face_arrays
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn
@@ -30,20 +28,26 @@ VARIABLE = "FEDGRADNORM_MTFL"
 FAILURE_THRESHOLD = 0.1
 DARKEST_SPREAD = 0.01
 MEAN_FACE = ((-0.42, 0.42, 0.0, -0.36, 0.36), (-0.45, -0.45, 0.06, 0.46, 0.46))
-"""x and y of eyes, nose and mouth's corners from the middle of the landmarks' box, in box sides: MTFL's mean, made symmetric."""
+"""MTFL's mean face, made symmetric: x and y of the eyes, the nose and the corners of the mouth.
+
+They are in box sides from the middle of the landmarks' box.
+"""
 SPREAD = 0.06
-"""The standard deviation of a landmark's coordinate in a crop, in crop sides, rounded: the unit of the landmark loss."""
+"""The unit of the landmark loss: the standard deviation of a landmark's coordinate, rounded.
+
+It is in crop sides.
+"""
 
 
 def face_errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The landmark error of each face: the mean distance of its five points over the true distance of the eyes.
+    """The landmark error of each face: the mean distance of its points over that of the eyes.
 
     Args:
         outputs: predictions, shape ``(n, 10)``, x1..x5 then y1..y5.
-        targets: the true landmarks, likewise; points 0 and 1 are the eyes.
+        targets: the true landmarks, of the same shape. Points 0 and 1 are the eyes.
 
     Returns:
-        Shape ``(n,)``, as a share of the inter-ocular distance.
+        Shape ``(n,)``, as a share of the true distance of the eyes.
     """
     predicted, true = outputs.double().view(-1, 2, 5), targets.double().view(-1, 2, 5)
     inter_ocular = torch.linalg.vector_norm(true[:, :, 0] - true[:, :, 1], dim=1)
@@ -57,7 +61,10 @@ def landmark_error(outputs: Tensor, targets: Tensor) -> float:
 
 
 def failure_rate(outputs: Tensor, targets: Tensor) -> float:
-    """The share of faces whose error is above 10 % of the inter-ocular distance (Zhang et al., ECCV 2014)."""
+    """The share of faces with an error above 10 % of the distance of the eyes.
+
+    Source: Zhang et al., ECCV 2014.
+    """
     return float((face_errors(outputs, targets) > FAILURE_THRESHOLD).double().mean())
 
 
@@ -66,11 +73,13 @@ FAILURE_RATE = Metric("failure rate", failure_rate, higher_is_better=False, perc
 
 
 class LandmarkHead(nn.Module):
-    """Landmarks as what a linear layer adds to the mean face, so that training starts from it and the loss says what was learned.
+    """Landmarks as the mean face and an offset from a linear layer.
+
+    Training starts from the mean face, so the loss shows what was learned.
 
     Args:
         in_features: the size of the encoder's output.
-        margin: the crop's, which says how large the mean face is in it.
+        margin: the margin of the crop, which determines the size of the mean face in it.
     """
 
     mean_face: Tensor
@@ -83,13 +92,13 @@ class LandmarkHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of shape ``(batch, in_features)`` to landmarks of shape ``(batch, 10)``, in crop sides."""
+        """Features, ``(batch, in_features)``, to landmarks, ``(batch, 10)``, in crop sides."""
         landmarks: Tensor = self.mean_face + SPREAD * self.linear(features)
         return landmarks
 
 
 def landmark_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean squared error in units of `SPREAD`: about 1 for the mean face."""
+    """The mean squared error in units of `SPREAD`. It is about 1 for the mean face."""
     return functional.mse_loss(outputs, targets) / SPREAD**2
 
 
@@ -112,10 +121,10 @@ Part = tuple[Tensor, dict[str, Tensor]]
 
 
 def standardised(images: np.ndarray) -> Tensor:
-    """Each image in [0, 1], less its own mean, divided by its own standard deviation; float32.
+    """Each image scaled to [0, 1], less its mean, divided by its standard deviation; float32.
 
-    It needs no statistics of other images, so a client learns nothing of other clients' data.
-    A standard deviation under 0.01 counts as 0.01, so that an empty image does not become noise.
+    It needs no statistics of other images, so a client learns nothing about other clients' data.
+    A standard deviation below 0.01 counts as 0.01, so that an empty image does not become noise.
     """
     scaled = torch.from_numpy(images).float().div_(255)
     mean = scaled.mean(dim=(1, 2, 3), keepdim=True)
@@ -127,7 +136,8 @@ def _located(path: str | None) -> Path:
     location = path or os.environ.get(VARIABLE)
     if not location:
         raise DataError(
-            f"path: expected MTFL.zip or its unpacked folder, as federation.path=... or in ${VARIABLE}; found neither"
+            "path: expected MTFL.zip or its unpacked folder, as federation.path=... "
+            f"or in ${VARIABLE}; found neither"
         )
     return Path(location).expanduser().absolute()
 
@@ -138,11 +148,10 @@ def _parts(
     """The training part of each client by its id, and the test part under ``""``."""
     archive = _located(path)
     faces = read_faces(archive)
-    dealt = deal(len(faces["train"]))
+    train = deal(len(faces["train"]))
     arrays = face_arrays(archive, faces, crop)
-    chosen = {"": ("test", np.arange(len(faces["test"])))} | {
-        client: ("train", part) for client, part in dealt.items()
-    }
+    chosen = {"": ("test", np.arange(len(faces["test"])))}
+    chosen |= {client: ("train", part) for client, part in train.items()}
     parts = {}
     for client, (split, rows) in chosen.items():
         labels = torch.from_numpy(arrays[f"{split}_labels"][rows]).long()
@@ -170,54 +179,49 @@ def make(
     alpha: float = 0.5,
     loss_scale: Mapping[str, float] = {},
 ) -> Federation:
-    """The faces of MTFL: landmarks (10 numbers from 0 to 1, in crop sides), gender, smile, glasses (2 classes each), pose (5 classes).
+    """The faces of MTFL: landmarks, gender, smile, glasses and head pose.
 
-    Classes are the annotation's, from zero: gender 0 is male, smile 0 is smiling, glasses 0 is wearing glasses, pose 0 to 4 is
-    left profile to right profile. The images are standardised one by one (`standardised`), shape ``(n, 1 or 3, image_size, image_size)``.
-    Nothing is read before first use; then the crops are kept in the cache folder. Landmarks are predicted from the mean face on
-    (`LandmarkHead`), and their loss is in units of their spread.
+    Landmarks are 10 numbers from 0 to 1, in crop sides; see `LandmarkHead` and `landmark_loss`.
+    Classes are the annotation's, from zero: gender 0 is male, smile 0 is smiling, glasses 0 is
+    wearing glasses, pose 0 to 4 is left profile to right profile. The images are standardised one
+    by one, shape ``(n, 1 or 3, image_size, image_size)``. They are read on first use, and the crops
+    are kept in the cache folder.
 
     Args:
-        seed: of the split into clients; the crops are the same for every seed.
-        path: the official MTFL.zip, or the folder that it unpacks to. None: where ``$FEDGRADNORM_MTFL`` says.
+        seed: seed of the split into clients. The crops are the same for every seed.
+        path: the official MTFL.zip, or the folder that it unpacks to. None: ``$FEDGRADNORM_MTFL``.
         tasks: which of ``landmarks``, ``gender``, ``smile``, ``glasses``, ``pose``.
         image_size: the side of a face crop in pixels.
         colour: three channels instead of one.
         margin: what the crop adds on each side of the landmarks' box, in box sides; see `Crop`.
         jitter: how far the crop is moved, in box sides, and scaled; see `Crop`.
-        clients_per_task: how many clients each task has.
-        sizes: how the training images are dealt out, each to one client; see `partition`. Every client has all test images.
-        alpha: for ``sizes="dirichlet"``.
+        clients_per_task: the number of clients of each task.
+        sizes: how the training images are divided among the clients; see `partition`. Every client
+            has all test images.
+        alpha: the concentration for ``sizes="dirichlet"``.
         loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
-        DataError: on first use, a path, an annotation or an image that is missing or not as it should be.
+        DataError: on first use, a missing or malformed path, annotation or image.
 
-    Source: Zhang, Luo, Loy and Tang, "Facial landmark detection by deep multi-task learning", ECCV 2014.
+    Source: Zhang, Luo, Loy and Tang, "Facial landmark detection by deep multi-task learning", ECCV
+    2014.
     """
     crop = Crop(image_size, colour, margin, jitter)
     known = with_loss_scale(tasks_for(margin), loss_scale)
     clients = client_ids_of(tasks, clients_per_task, known)
-    parts = cache(
-        partial(
-            _parts,
-            path,
-            crop,
-            partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed),
-        )
-    )
+    deal = partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed)
+    parts = cache(partial(_parts, path, crop, deal))
     shape = (3 if colour else 1, image_size, image_size)
+    encoder = partial(cnn, input_shape=shape, batch_norm=True)
     return Federation(
         [
             Client(
-                client,
-                known[task],
-                partial(_data, parts, client, task),
-                partial(_data, parts, "", task),
+                id, known[task], partial(_data, parts, id, task), partial(_data, parts, "", task)
             )
-            for client, task in clients.items()
+            for id, task in clients.items()
         ],
-        encoder=partial(cnn, input_shape=shape, batch_norm=True),
+        encoder=encoder,
         example=torch.zeros(1, *shape),
     )

@@ -1,4 +1,7 @@
-"""The files of MTFL, in its zip or in the unpacked folder: nothing outside is read, and nothing too large."""
+"""The files of MTFL, in its zip or in the unpacked folder.
+
+Nothing outside of them is read, and nothing too large.
+"""
 
 import hashlib
 import lzma
@@ -30,24 +33,32 @@ DAMAGED = (
     lzma.LZMAError,
     zipfile.BadZipFile,
 )
-"""What Python's readers raise on damaged files."""
+"""The errors of Python's readers on damaged files."""
 
 
 class Archive(Protocol):
     """MTFL's files by their relative paths."""
 
     def read(self, name: str, where: str) -> bytes:
-        """A file's content. Raises DataError, starting with ``where``, if it is missing, damaged or too large."""
+        """A file's content.
+
+        Raises:
+            DataError: it is missing, damaged or too large. The message begins with ``where``.
+        """
         ...
 
     def fingerprint(self, images: Iterable[tuple[str, str]]) -> str:
-        """A hash that changes when the files do. An image is given as its path, and where that path was found."""
+        """A hash that changes when the files do.
+
+        Args:
+            images: for each image its path, and where the annotations have this path.
+        """
         ...
 
 
 @final
 class ZipArchive:
-    """The files of a zip, which are read without unpacking it."""
+    """The files of a zip, read without unpacking it."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
@@ -75,7 +86,7 @@ class ZipArchive:
 
 @final
 class FolderArchive:
-    """The files of the unpacked folder. A link that leads out of the folder is refused."""
+    """The files of the unpacked folder. A link out of the folder is refused."""
 
     def __init__(self, path: Path) -> None:
         folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
@@ -95,28 +106,31 @@ class FolderArchive:
             file = (self._root / name).resolve(strict=True)
             if not (file.is_relative_to(self._limit) and file.is_file()):
                 raise DataError(
-                    f"{where}: {name!r}: expected a file inside the folder, found none, or a link that leads out of it"
+                    f"{where}: {name!r}: expected a file inside the folder, "
+                    "found none, or a link that leads out of it"
                 )
             _check_bytes(file.stat().st_size, name, where)
             return file.read_bytes()
         except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{where}: cannot read the file {name!r}: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{where}: cannot read the file {name!r}: {reason}") from error
 
     def fingerprint(self, images: Iterable[tuple[str, str]]) -> str:
-        """A hash of the annotation files and of the images' names, sizes and times: to hash the images would mean to read them all."""
+        """A hash of the annotation files, and of the images' names, sizes and times.
+
+        To hash the images' contents, all of them would have to be read.
+        """
         digest = hashlib.sha256()
         for annotations in ANNOTATIONS.values():
             digest.update(self.read(annotations, str(self.path)))
         for name, where in images:
             try:
-                found = (self._root / name).stat()
+                stat = (self._root / name).stat()
             except OSError as error:
                 raise DataError(
                     f"{where}: cannot read the file {name!r}: {error.strerror}"
                 ) from error
-            digest.update(f"\0{name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+            digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
 
 
@@ -127,7 +141,11 @@ def _check_bytes(size: int, name: str, where: str) -> None:
 
 
 def inside(name: str, where: str) -> str:
-    """The path with ``/`` alone. Raises DataError for one that is absolute, leads upwards, or names nothing."""
+    """The path with ``/`` as its only separator.
+
+    Raises:
+        DataError: a path that is absolute, leads upwards, or is empty.
+    """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if (
         not parts
@@ -143,8 +161,8 @@ def inside(name: str, where: str) -> str:
 
 
 def _root_of(names: Iterable[str], path: Path) -> str:
-    """Where the annotation files lie: ``""``, or the one top folder with its ``/``."""
-    found = {
+    """The folder of the annotation files: ``""``, or the one top folder with its ``/``."""
+    roots_of = {
         file: {
             name.removesuffix(file)
             for name in names
@@ -152,31 +170,36 @@ def _root_of(names: Iterable[str], path: Path) -> str:
         }
         for file in ANNOTATIONS.values()
     }
-    for file, roots in found.items():
+    for file, roots in roots_of.items():
         if not roots:
             raise DataError(
                 f"{path}: expected a file {file!r} in it or in its top folder, found none"
             )
-    both = sorted(set.intersection(*found.values()))
+    both = sorted(set.intersection(*roots_of.values()))
     if "" in both:
         return ""
     if len(both) != 1:
         raise DataError(
-            f"{path}: expected {' and '.join(found)} together in one folder, found {both or 'them apart'}"
+            f"{path}: expected {' and '.join(roots_of)} together in one folder, "
+            f"found {both or 'them apart'}"
         )
     return both[0]
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
-    """The zip or the folder, open for reading. Raises DataError where it is missing or is neither."""
+    """The zip or the folder, open for reading.
+
+    Raises:
+        DataError: it is missing, or cannot be read.
+    """
     with ExitStack() as stack:
         try:
-            archive: Archive = (
-                FolderArchive(path)
-                if path.is_dir()
-                else ZipArchive(path, stack.enter_context(zipfile.ZipFile(path)))
-            )
+            archive: Archive
+            if path.is_dir():
+                archive = FolderArchive(path)
+            else:
+                archive = ZipArchive(path, stack.enter_context(zipfile.ZipFile(path)))
         except DataError:
             raise
         except FileNotFoundError as error:
@@ -185,6 +208,7 @@ def opened(path: Path) -> Iterator[Archive]:
             ) from error
         except DAMAGED as error:
             raise DataError(
-                f"{path}: expected MTFL.zip or its unpacked folder, but it cannot be read as such: {error}"
+                f"{path}: expected MTFL.zip or its unpacked folder, "
+                f"but it cannot be read as such: {error}"
             ) from error
         yield archive

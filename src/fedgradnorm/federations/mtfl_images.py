@@ -1,6 +1,5 @@
-"""MTFL's annotations, every line checked, and its faces, cropped."""
+"""MTFL's faces, decoded and cropped."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,62 +12,35 @@ import numpy as np
 
 from fedgradnorm.errors import ConfigError, DataError
 from fedgradnorm.federations.cache import cached_arrays
-from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, DAMAGED, Archive, inside, opened
+from fedgradnorm.federations.mtfl_annotations import Face
+from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, DAMAGED, Archive, opened
 from fedgradnorm.randomness import generator
 
-__all__ = [
-    "NUM_CLASSES",
-    "NUM_COORDINATES",
-    "Crop",
-    "Face",
-    "face_arrays",
-    "face_square",
-    "read_faces",
-]
+__all__ = ["Crop", "face_arrays", "face_square"]
 
-NUM_CLASSES = {"gender": 2, "smile": 2, "glasses": 2, "pose": 5}
-NUM_COORDINATES = 10
 MAX_PIXELS = 25_000_000
-LIMIT = 1_000_000
 CACHE_VERSION = 3
 EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"}
-"""Pillow's modes with 8 bits a channel, or 1."""
+"""Pillow's modes with 8 bits or 1 bit a channel."""
 
 MOST_OF_16_BITS, MOST_OF_12_BITS = 2**16 - 1, 2**12 - 1
 
 
 @dataclass(frozen=True)
-class Face:
-    """One line of an annotation file.
-
-    Args:
-        image: the path of its image inside the archive, with ``/``.
-        landmarks: shape ``(5, 2)``, x and y in pixels from the image's left and top edge: the eyes, the nose, the mouth's corners.
-        labels: gender, smile, glasses and pose, from zero.
-        where: the annotation file and the line, for messages.
-    """
-
-    image: str
-    landmarks: np.ndarray
-    labels: tuple[int, ...]
-    where: str
-
-
-@dataclass(frozen=True)
 class Crop:
-    """How a face is cut out: a square around the box of its landmarks, moved and scaled by a fixed random jitter.
+    """How a face is cropped: a square around the box of its landmarks, with a fixed random jitter.
 
-    Without the jitter the crop would give the landmarks away, since it is made from them.
+    The crop is made from the landmarks, so without the jitter it would reveal them.
 
     Args:
         image_size: the side of the crop in pixels, 16 to 256.
         colour: three channels instead of one.
-        margin: what is added on each side of the box, in box sides; the box side is its longer one.
-        jitter: the square's centre moves by up to this many box sides along x and along y, and its side is multiplied
-            by a factor between 1 / (1 + jitter) and 1 + jitter.
+        margin: what is added on each side of the box, in box sides. The box side is the longer one.
+        jitter: the square's centre moves by at most this many box sides along x and along y. Its
+            side is multiplied by a factor between 1 / (1 + jitter) and 1 + jitter.
 
     Raises:
-        ConfigError: a value out of range, or a jitter so large that a landmark could leave the square.
+        ConfigError: a value out of range, or a jitter that could move a landmark out of the square.
     """
 
     image_size: int
@@ -85,84 +57,16 @@ class Crop:
         needed = ((0.5 + self.jitter) * 2 * (1 + self.jitter) - 1) / 2
         if self.margin < needed - 1e-9:
             raise ConfigError(
-                f"margin: a jitter of {self.jitter} needs at least {needed:.3f} to keep the face inside, found {self.margin}"
+                f"margin: a jitter of {self.jitter} needs at least {needed:.3f} "
+                f"to keep the face inside, found {self.margin}"
             )
-
-
-def read_faces(path: Path) -> dict[str, list[Face]]:
-    r"""The annotations of the two splits, ``train`` and ``test``, without reading an image.
-
-    A line holds the image's path (with ``/`` or ``\``), x1..x5, y1..y5, and gender, smile, glasses and pose from one;
-    blank lines and spaces around a line are passed over.
-
-    Args:
-        path: MTFL.zip, or the folder that it unpacks to; in both the files may lie in one top folder.
-
-    Raises:
-        DataError: a path that is missing or no zip, an annotation file that is missing or empty, or a line that is not as above.
-
-    Source: Zhang, Luo, Loy and Tang, "Facial landmark detection by deep multi-task learning", ECCV 2014; the data set's readme.txt.
-    """
-    faces = {}
-    with opened(path) as archive:
-        for split, name in ANNOTATIONS.items():
-            try:
-                text = archive.read(name, str(path)).decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: {name}: expected text, found other bytes: {error}"
-                ) from error
-            lines = enumerate(text.splitlines(), start=1)
-            faces[split] = [
-                _face(line.split(), f"{path}: {name} line {number}")
-                for number, line in lines
-                if line.strip()
-            ]
-            if not faces[split]:
-                raise DataError(f"{path}: {name}: expected one line a face, found none")
-    return faces
-
-
-def _face(fields: Sequence[str], where: str) -> Face:
-    expected = 1 + NUM_COORDINATES + len(NUM_CLASSES)
-    if len(fields) != expected:
-        raise DataError(
-            f"{where}: expected {expected} fields (path, x1..x5, y1..y5, {', '.join(NUM_CLASSES)}), found {len(fields)}"
-        )
-    numbers = [_number(field, where) for field in fields[1:]]
-    landmarks = np.array(numbers[:NUM_COORDINATES]).reshape(2, 5).T
-    span = float(np.ptp(landmarks, axis=0).max())
-    eyes = math.dist(landmarks[0], landmarks[1])
-    if min(span, eyes) < 1:
-        raise DataError(
-            f"{where}: expected eyes at least one pixel apart, found {eyes:g} (all landmarks span {span:g} pixels)"
-        )
-    labels = []
-    for (name, num_classes), label in zip(
-        NUM_CLASSES.items(), numbers[NUM_COORDINATES:], strict=True
-    ):
-        if label not in range(1, num_classes + 1):
-            raise DataError(
-                f"{where}: {name}: expected a whole number from 1 to {num_classes}, found {label:g}"
-            )
-        labels.append(int(label) - 1)
-    return Face(inside(fields[0], f"{where}: path"), landmarks, tuple(labels), where)
-
-
-def _number(field: str, where: str) -> float:
-    try:
-        number = float(field)
-    except ValueError:
-        number = math.nan
-    if not abs(number) < LIMIT:
-        raise DataError(f"{where}: expected a finite number below {LIMIT}, found {field[:40]!r}")
-    return number
 
 
 def face_square(face: Face, crop: Crop) -> tuple[np.ndarray, float]:
-    """The square to cut out: its left and top edge, shape ``(2,)``, and its side, in pixels of the image.
+    """The square of a crop: its left and top edge, shape ``(2,)``, and its side, in pixels.
 
-    The jitter is drawn from the image's path alone, so a face has the same crop in every run and at every client.
+    The jitter depends on the image's path alone, so a face has the same crop in every run and at
+    every client.
     """
     low, high = face.landmarks.min(axis=0), face.landmarks.max(axis=0)
     box = float((high - low).max())
@@ -175,19 +79,21 @@ def face_square(face: Face, crop: Crop) -> tuple[np.ndarray, float]:
 def face_arrays(
     path: Path, faces: Mapping[str, Sequence[Face]], crop: Crop
 ) -> dict[str, np.ndarray]:
-    """Crops, landmarks and labels of both splits; the images are decoded once and then come from the cache.
+    """Crops, landmarks and labels of both splits. The images are decoded once and then cached.
 
     Args:
         path: the zip or the folder.
-        faces: what `read_faces` gives for it.
-        crop: how the faces are cut out.
+        faces: the result of `read_faces`.
+        crop: how the faces are cropped.
 
     Returns:
-        For each split: ``{split}_images``, uint8 ``(n, 1 or 3, image_size, image_size)``; ``{split}_landmarks``, float32
-        ``(n, 10)``, x1..x5 then y1..y5 from the crop's left and top edge in crop sides; ``{split}_labels``, uint8 ``(n, 4)``.
+        For each split: ``{split}_images``, uint8 ``(n, 1 or 3, image_size, image_size)``;
+        ``{split}_landmarks``, float32 ``(n, 10)``, x1..x5 then y1..y5 from the crop's left and top
+        edge in crop sides; ``{split}_labels``, uint8 ``(n, 4)``.
 
     Raises:
-        DataError: an image that is missing, damaged, too large, or nowhere near its landmarks; or Pillow is not installed.
+        DataError: an image that is missing, damaged, too large, or far from its landmarks; or
+            Pillow is not installed.
     """
     with opened(path) as archive:
         everyone = [face for split in ANNOTATIONS for face in faces[split]]
@@ -232,10 +138,11 @@ def _cropped(
         or side**2 > MAX_PIXELS
     ):
         raise DataError(
-            f"{face.where}: the landmarks lie far outside the image {face.image!r} of {width} x {height} pixels"
+            f"{face.where}: the landmarks lie far outside the image {face.image!r} "
+            f"of {width} x {height} pixels"
         )
     start, end = np.floor(corner).astype(int), np.ceil(corner + side).astype(int)
-    # An index past an edge is moved back to it, which repeats the edge's pixels.
+    # Indices are clipped to the edges, which repeats the edge's pixels.
     columns, rows = (
         np.clip(np.arange(start[axis], end[axis]), 0, size[axis] - 1) for axis in (0, 1)
     )
@@ -251,7 +158,10 @@ def _cropped(
 
 
 def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.ndarray:
-    """The image as uint8, ``(height, width)`` or ``(height, width, 3)``; its size is checked before it is decoded."""
+    """The image as uint8, ``(height, width)`` or ``(height, width, 3)``.
+
+    Its size is checked before it is decoded.
+    """
     damaged = (
         *DAMAGED,
         SyntaxError,
@@ -264,7 +174,8 @@ def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
-                    f"{face.where}: {face.image!r} has {width} x {height} pixels, expected at most {MAX_PIXELS}"
+                    f"{face.where}: {face.image!r} has {width} x {height} pixels, "
+                    f"expected at most {MAX_PIXELS}"
                 )
             return np.asarray(_in_eight_bits(pillow, image, face).convert("RGB" if colour else "L"))
     except DataError:
@@ -276,22 +187,24 @@ def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.
 
 
 def _in_eight_bits(pillow: ModuleType, image: Any, face: Face) -> Any:
-    """An image whose pixels are of 8 bits, by the range of its mode: Pillow's own conversion would clip 16 bits to white.
+    """The image with 8 bits a channel. Pillow's own conversion would clip 16 bits to white.
 
     Raises:
-        DataError: pixels whose range is not known, such as 16 bits that only hold values of 12.
+        DataError: the range of the pixels is unknown, such as that of 16 bits with values of 12.
     """
     if image.mode in EIGHT_BITS:
         return image
     pixels = np.asarray(image)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > MOST_OF_16_BITS:
         raise DataError(
-            f"{face.where}: {face.image!r} has pixels of mode {image.mode!r}, expected 8 or 16 bits a channel"
+            f"{face.where}: {face.image!r} has pixels of mode {image.mode!r}, "
+            "expected 8 or 16 bits a channel"
         )
     if 0 < pixels.max() <= MOST_OF_12_BITS:
         raise DataError(
-            f"{face.where}: {face.image!r} has 16 bits a channel, but its largest value is {pixels.max()}, which would be nearly black: "
-            "it seems to hold values of 8 or 12 bits; scale them to the range of 0 to 65535, or save it with 8 bits"
+            f"{face.where}: {face.image!r} has 16 bits a channel, but its largest value is "
+            f"{pixels.max()}, which would be nearly black: it seems to hold values of 8 or 12 "
+            "bits; scale them to the range of 0 to 65535, or save it with 8 bits"
         )
     return pillow.fromarray(((pixels.astype(np.int64) + 128) // 257).astype(np.uint8))
 

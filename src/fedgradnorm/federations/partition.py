@@ -1,4 +1,4 @@
-"""Who gets which training examples: disjoint parts of one pool, equal, Dirichlet or explicit in size."""
+"""The division of training examples among clients: disjoint parts, equal, Dirichlet or explicit."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -13,9 +13,13 @@ __all__ = ["client_ids_of", "partition"]
 def client_ids_of(
     tasks: Sequence[str], clients_per_task: int, known: Collection[str]
 ) -> dict[str, str]:
-    """Client ids to task names: the task's own name for one client a task, else ``name-0``, ``name-1``, ...
+    """Client ids to task names.
 
-    Raises ConfigError for no task, a task that is not in ``known`` or is named twice, or fewer than one client a task.
+    With one client for each task, its id is the task's name. With more, they are ``name-0``,
+    ``name-1``, ...
+
+    Raises:
+        ConfigError: no task, an unknown task, a task named twice, or fewer than one client.
 
     >>> client_ids_of(["smile", "pose"], 1, {"smile", "pose"})
     {'smile': 'smile', 'pose': 'pose'}
@@ -29,7 +33,8 @@ def client_ids_of(
             raise ConfigError(f"tasks: there is no task '{task}'; {nearest(task, known)}")
     if len(set(tasks)) < len(tasks):
         raise ConfigError(
-            f"tasks: a task is named twice in {list(tasks)}; for several clients use clients_per_task"
+            f"tasks: a task is named twice in {list(tasks)}; "
+            "for several clients use clients_per_task"
         )
     if clients_per_task < 1:
         raise ConfigError(f"clients_per_task: expected at least 1, found {clients_per_task}")
@@ -45,19 +50,23 @@ def partition(
     alpha: float,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Disjoint random parts of ``range(num_examples)``, one a client; they do not depend on the order of the clients.
+    """Disjoint random parts of ``range(num_examples)``, one for each client.
+
+    They do not depend on the order of the clients.
 
     Args:
         num_examples: the size of the pool.
         clients: client ids to task names, as `client_ids_of` gives them.
-        sizes: ``"equal"``; ``"dirichlet"``, sizes in proportions drawn from Dir(alpha, ..., alpha), at least 1 each; or a number of
-            examples by client id or by task name (for each client of that task), the others getting ``num_examples // len(clients)``;
-            a number below 1 is a share of that, such as 0.1 for a tenth of what the others have.
-        alpha: the concentration for ``"dirichlet"``: the smaller, the more unequal.
-        seed: of the shuffle and of the Dirichlet draw.
+        sizes: ``"equal"``; ``"dirichlet"``: at least 1 each, in proportions drawn from
+            Dir(alpha, ..., alpha); or a number of examples by client id, or by task name for each
+            client of the task. Other clients get ``num_examples // len(clients)``. A number below
+            1 is a share of that, such as 0.1 for a tenth.
+        alpha: the concentration for ``"dirichlet"``. Sizes are more unequal if it is small.
+        seed: seed of the shuffle and of the Dirichlet draw.
 
     Raises:
-        ConfigError: an unknown kind or name, a size of 0 or less or of a fraction above 1, or sizes that add up to more than the pool.
+        ConfigError: an unknown kind or name, a size of 0 or less, a size above 1 that is not
+            whole, or sizes with a sum above the pool's.
     """
     ids = sorted(clients)
     if num_examples < len(ids):
@@ -71,13 +80,7 @@ def partition(
     elif sizes == "equal":
         counts = [len(part) for part in np.array_split(order, len(ids))]
     elif sizes == "dirichlet":
-        if alpha <= 0:
-            raise ConfigError(f"alpha: expected a number above 0, found {alpha}")
-        shares = np.cumsum(rng.dirichlet(np.full(len(ids), alpha)))[:-1]
-        spare = num_examples - len(ids)
-        counts = [
-            int(count) + 1 for count in np.diff(np.rint(shares * spare), prepend=0, append=spare)
-        ]
+        counts = _dirichlet(alpha, len(ids), num_examples, rng)
     else:
         raise ConfigError(
             f"sizes: expected 'equal', 'dirichlet' or a table of numbers, found '{sizes}'"
@@ -88,6 +91,17 @@ def partition(
     }
 
 
+def _dirichlet(
+    alpha: float, num_clients: int, num_examples: int, rng: np.random.Generator
+) -> list[int]:
+    if alpha <= 0:
+        raise ConfigError(f"alpha: expected a number above 0, found {alpha}")
+    shares = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))[:-1]
+    spare = num_examples - num_clients
+    counts = np.diff(np.rint(shares * spare), prepend=0, append=spare)
+    return [int(count) + 1 for count in counts]
+
+
 def _explicit(
     sizes: Mapping[str, int | float],
     clients: Mapping[str, str],
@@ -95,7 +109,7 @@ def _explicit(
     num_examples: int,
 ) -> list[int]:
     known, equal = set(clients) | set(clients.values()), num_examples // len(ids)
-    asked = {}
+    given = {}
     for name, count in sizes.items():
         if name not in known:
             raise ConfigError(f"sizes.{name}: no such client or task; {nearest(name, known)}")
@@ -103,10 +117,11 @@ def _explicit(
             raise ConfigError(f"sizes.{name}: expected at least 1 example, found {count}")
         if count > 1 and count != int(count):
             raise ConfigError(
-                f"sizes.{name}: expected a whole number of examples, or a share below 1, found {count}"
+                f"sizes.{name}: expected a whole number of examples, or a share below 1, "
+                f"found {count}"
             )
-        asked[name] = int(count) if count >= 1 else max(1, round(count * equal))
-    counts = [asked.get(id, asked.get(clients[id], equal)) for id in ids]
+        given[name] = int(count) if count >= 1 else max(1, round(count * equal))
+    counts = [given.get(id, given.get(clients[id], equal)) for id in ids]
     if sum(counts) > num_examples:
         raise ConfigError(
             f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}"

@@ -1,4 +1,7 @@
-"""RadCom: which modulation, which signal, and whether the channel is too noisy, from radio snapshots; generated or read from HDF5."""
+"""RadCom: modulation, signal and channel noise from radio snapshots.
+
+The snapshots are generated, or read from HDF5.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
@@ -42,7 +45,13 @@ TASKS = {
 
 
 class _Pool(NamedTuple):
-    """All snapshots in the order of pair, SNR and number: data ``(n, 256)``, index into ``PAIRS`` ``(n,)``, SNR in dB ``(n,)``."""
+    """All snapshots in the order of pair, SNR and number.
+
+    Attributes:
+        data: shape ``(n, 256)``.
+        pair: indices into ``PAIRS``, shape ``(n,)``.
+        snr: in dB, shape ``(n,)``.
+    """
 
     data: np.ndarray
     pair: np.ndarray
@@ -63,33 +72,33 @@ def make(
     test_fraction: float = 0.2,
     loss_scale: Mapping[str, float] = {},
 ) -> Federation:
-    """Radio snapshots of 128 complex samples: the modulation (6), the type of signal (8), and whether the channel is too noisy (2).
+    """Radio snapshots of 128 complex samples with three tasks.
 
-    Without a file, the snapshots are generated (see `radcom_channel`), anew under each seed. With a file, the test split is the same
-    for every seed. In either case every client has the same test snapshots. Nothing is generated or read before first use.
+    ``modulation``: 6 classes; ``signal``: its type, 8 classes; ``anomaly``: whether the channel is
+    too noisy. Without a file, the snapshots are generated (see `radcom_channel`), others for each
+    seed. With a file, the test split is the same for every seed. Every client has the same test
+    snapshots. They are generated or read on first use.
 
     Args:
-        seed: of the generated snapshots, and of the split into clients.
+        seed: seed of the generated snapshots, and of the split into clients.
         path: an HDF5 file in the format of RadComDynamic; see `read_hdf5`. None: generate.
         tasks: which of ``modulation``, ``signal``, ``anomaly``.
-        snapshots: how many of each pair at each SNR. None: 100, or all that the file has.
-        snr_min: the lowest SNR in dB; generated ones go up in steps of 2 dB.
-        snr_max: the highest.
+        snapshots: the number for each pair at each SNR. None: 100, or all that the file has.
+        snr_min: the lowest SNR in dB. Generated ones go up in steps of 2 dB.
+        snr_max: the highest SNR in dB.
         anomaly_threshold: an SNR below it, in dB, is an anomaly.
-        clients_per_task: how many clients each task has.
-        sizes: how the training snapshots are dealt out; see `partition`.
-        alpha: for ``sizes="dirichlet"``.
-        test_fraction: the share of the snapshots of each pair at each SNR that is kept for testing.
+        clients_per_task: the number of clients of each task.
+        sizes: how the training snapshots are divided among the clients; see `partition`.
+        alpha: the concentration for ``sizes="dirichlet"``.
+        test_fraction: the share of the snapshots of each pair at each SNR for testing.
         loss_scale: by task, a factor on its loss, and so on its gradients.
 
     Raises:
         ConfigError: an unknown task, or a value out of range.
-        DataError: on first use, no file at ``path``, or one that is not of the format.
+        DataError: on first use, a file that is missing or not in the format.
     """
-    clients, known = (
-        client_ids_of(tasks, clients_per_task, TASKS),
-        with_loss_scale(TASKS, loss_scale),
-    )
+    clients = client_ids_of(tasks, clients_per_task, TASKS)
+    known = with_loss_scale(TASKS, loss_scale)
     _check_range(test_fraction, snapshots, snr_min, snr_max)
     snrs = range(snr_min, snr_max + 1, SNR_STEP)
     threshold = anomaly_threshold if "anomaly" in tasks else None
@@ -100,29 +109,18 @@ def make(
         count = GENERATED_SNAPSHOTS if snapshots is None else snapshots
         pool = partial(_generated, seed, tuple(snrs), count)
         num_examples = len(PAIRS) * len(snrs) * count
-        deal(
-            num_examples - _test_size(num_examples, test_fraction)
-        )  # so that wrong sizes are told now, not on first use
+        # Wrong sizes are an error now, and not on first use.
+        deal(num_examples - _test_size(num_examples, test_fraction))
     else:
-        pool = partial(
-            _from_file,
-            Path(path).expanduser(),
-            snr_min,
-            snr_max,
-            snapshots,
-            threshold,
-            _least_snapshots(test_fraction),
-        )
+        file, least = Path(path).expanduser(), _least_snapshots(test_fraction)
+        pool = partial(_from_file, file, snr_min, snr_max, snapshots, threshold, least)
     parts = cache(partial(_parts, pool, deal, anomaly_threshold, test_fraction))
     return Federation(
         [
             Client(
-                client,
-                known[task],
-                partial(_data, parts, client, task),
-                partial(_data, parts, "", task),
+                id, known[task], partial(_data, parts, id, task), partial(_data, parts, "", task)
             )
-            for client, task in clients.items()
+            for id, task in clients.items()
         ],
         encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False),
         example=torch.zeros(1, NUM_VALUES),
@@ -137,23 +135,27 @@ def _check_range(test_fraction: float, snapshots: int | None, snr_min: int, snr_
     least = _least_snapshots(test_fraction)
     if snapshots is not None and snapshots < least:
         raise ConfigError(
-            f"snapshots: expected at least {least} of each pair and SNR with test_fraction {test_fraction}, found {snapshots}"
+            f"snapshots: expected at least {least} of each pair and SNR "
+            f"with test_fraction {test_fraction}, found {snapshots}"
         )
     if not -200 <= snr_min <= snr_max <= 200:
         raise ConfigError(
-            f"snr_min, snr_max: expected -200 <= snr_min <= snr_max <= 200, found {snr_min} and {snr_max}"
+            "snr_min, snr_max: expected -200 <= snr_min <= snr_max <= 200, "
+            f"found {snr_min} and {snr_max}"
         )
 
 
 def _check_threshold(threshold: float | None, lowest: int, highest: int) -> None:
     if threshold is not None and not lowest < threshold <= highest:
         raise ConfigError(
-            f"anomaly_threshold: expected SNRs on both sides of it, found {threshold} for SNRs from {lowest} to {highest} dB"
+            f"anomaly_threshold: expected SNRs on both sides of it, found {threshold} "
+            f"for SNRs from {lowest} to {highest} dB"
         )
 
 
 def _least_snapshots(test_fraction: float) -> int:
-    """How many a pair needs at an SNR so that training and test get at least one; the small number makes up for rounding."""
+    """The least number for a pair at an SNR that gives training and test at least one each."""
+    # The small number compensates for rounding.
     return ceil(1 / min(test_fraction, 1 - test_fraction) - 1e-9)
 
 
@@ -163,17 +165,11 @@ def _test_size(num_examples: int, test_fraction: float) -> int:
 
 @lru_cache(maxsize=2)
 def _generated(seed: int, snrs: tuple[int, ...], count: int) -> _Pool:
-    parts = [
-        generate(
-            modulation,
-            signal,
-            snr,
-            count,
-            generator(seed, 0, "", f"radcom {modulation} {signal} {snr}"),
-        )
-        for modulation, signal in PAIRS
-        for snr in snrs
-    ]
+    parts = []
+    for modulation, signal in PAIRS:
+        for snr in snrs:
+            rng = generator(seed, 0, "", f"radcom {modulation} {signal} {snr}")
+            parts.append(generate(modulation, signal, snr, count, rng))
     pair = np.repeat(np.arange(len(PAIRS)), len(snrs) * count)
     return _Pool(np.concatenate(parts), pair, np.tile(np.repeat(snrs, count), len(PAIRS)))
 
@@ -181,26 +177,26 @@ def _generated(seed: int, snrs: tuple[int, ...], count: int) -> _Pool:
 def _from_file(
     path: Path, snr_min: int, snr_max: int, most: int | None, threshold: float | None, least: int
 ) -> _Pool:
-    """The file's snapshots from ``snr_min`` to ``snr_max`` dB: at least ``least`` of each pair at each SNR, the first ``most`` at most."""
-    pool = _Pool(
-        **cached_arrays(
-            "radcom",
-            {"file": file_hash(existing_file(path)), "version": 1},
-            partial(read_arrays, path),
-        )
-    )
+    """The file's snapshots from ``snr_min`` to ``snr_max`` dB.
+
+    Of each pair at each SNR there must be at least ``least``. The first ``most`` are used.
+    """
+    key = {"file": file_hash(existing_file(path)), "version": 1}
+    pool = _Pool(**cached_arrays("radcom", key, partial(read_arrays, path)))
     _, first, group, counts = np.unique(
         _groups(pool), return_index=True, return_inverse=True, return_counts=True
     )
     keep = (pool.snr >= snr_min) & (pool.snr <= snr_max)
     if not keep.any():
         raise DataError(
-            f"{path}: no snapshot at {snr_min} to {snr_max} dB, found {pool.snr.min()} to {pool.snr.max()} dB"
+            f"{path}: no snapshot at {snr_min} to {snr_max} dB, "
+            f"found {pool.snr.min()} to {pool.snr.max()} dB"
         )
     fewest = int(counts[group[keep]].min())
     if fewest < least:
         raise DataError(
-            f"{path}: {fewest} snapshots of a pair at an SNR, expected at least {least} for this test_fraction"
+            f"{path}: {fewest} snapshots of a pair at an SNR, "
+            f"expected at least {least} for this test_fraction"
         )
     if most is not None:
         keep &= np.arange(len(group)) - first[group] < most
@@ -224,20 +220,17 @@ def _parts(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The training part of each client by its id, and the test part under ``""``.
 
-    A part is the inputs, shape ``(n, 256)``, and the pair's index with the anomaly label, shape ``(n, 2)``.
+    A part is the inputs, shape ``(n, 256)``, and the pair's index with the anomaly label, shape
+    ``(n, 2)``.
     """
-    everything = pool()
-    rows = np.arange(len(everything.data))
-    train, test = train_test_split(
-        rows,
-        test_size=_test_size(len(rows), test_fraction),
-        random_state=0,
-        stratify=_groups(everything),
-    )
-    labels = np.stack([everything.pair, everything.snr < threshold], axis=1)
+    data, pair, snr = snapshots = pool()
+    size, groups = _test_size(len(data), test_fraction), _groups(snapshots)
+    rows = np.arange(len(data))
+    train, test = train_test_split(rows, test_size=size, random_state=0, stratify=groups)
+    labels = np.stack([pair, snr < threshold], axis=1)
     chosen = {"": test} | {client: train[part] for client, part in deal(len(train)).items()}
     return {
-        client: (torch.from_numpy(everything.data[part]), torch.from_numpy(labels[part]))
+        client: (torch.from_numpy(data[part]), torch.from_numpy(labels[part]))
         for client, part in chosen.items()
     }
 

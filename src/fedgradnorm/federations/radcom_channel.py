@@ -1,10 +1,12 @@
-"""Radar and communication waveforms through a dynamic radio channel: the snapshots of RadComDynamic, made with NumPy.
+"""Radar and communication waveforms through a dynamic radio channel, made with NumPy.
 
-The channel is that of GNU Radio's ``channels.dynamic_channel_model`` under the parameters that RadComDynamic publishes.
-RadComDynamic names the waveforms but publishes no parameters of theirs: the ones here are a choice. Lengths are in samples of 0.1 µs.
+They imitate the snapshots of RadComDynamic. The channel is that of GNU Radio's
+``channels.dynamic_channel_model`` with the parameters that RadComDynamic publishes. It names the
+waveforms but does not publish their parameters, so these are our choice. Lengths are in samples of
+0.1 µs.
 
-Source: Jagannath and Jagannath, "Dataset for modulation classification and signal type classification for multi-task and
-single task learning", Computer Networks 199 (2021) 108441.
+Source: Jagannath and Jagannath, "Dataset for modulation classification and signal type
+classification for multi-task and single task learning", Computer Networks 199 (2021) 108441.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +34,8 @@ DELAYS = np.array([0.2, 0.3, 0.1])  # samples
 MAGNITUDES = np.array([1.0, 0.5, 0.5])
 NUM_TAPS = 5
 
-STREAM = 8192  # a transmission, over which power and peak are normalised
-SLOT = 256  # one snapshot lies somewhere in each slot of a transmission
+STREAM = 8192  # the length of a transmission, over which power and peak are normalised
+SLOT = 256  # each slot of a transmission contains one snapshot
 SYMBOL_FILTER_TAPS = 33
 NOISE_BANDWIDTH = 0.06  # of Nyquist
 NOISE_FILTER_TAPS = 65
@@ -53,8 +55,9 @@ def snapshots(
     Args:
         modulation: with ``signal``, one of the pairs in ``WAVEFORMS``.
         signal: such as ``"Satcom"``.
-        snr: in dB, of a transmission of unit mean power before the channel against the noise. Fading moves the ratio at the receiver.
-        count: how many, n.
+        snr: in dB: a transmission of unit mean power before the channel against the noise. Fading
+            changes the ratio at the receiver.
+        count: the number n of snapshots.
         rng: the only source of randomness.
 
     Returns:
@@ -67,10 +70,8 @@ def snapshots(
     (3, 256)
     """
     if (modulation, signal) not in WAVEFORMS:
-        known = [" / ".join(pair) for pair in WAVEFORMS]
-        raise ConfigError(
-            f"there is no waveform '{modulation} / {signal}'; {nearest(f'{modulation} / {signal}', known)}"
-        )
+        name, known = f"{modulation} / {signal}", [" / ".join(pair) for pair in WAVEFORMS]
+        raise ConfigError(f"there is no waveform '{name}'; {nearest(name, known)}")
     if count < 1:
         raise ConfigError(f"count: expected at least 1 snapshot, found {count}")
     # The multipath filter looks back by its taps, and the resampling ahead by one sample.
@@ -82,7 +83,10 @@ def snapshots(
 
 
 def _windows(streams: np.ndarray, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Windows at random places, shape ``(count, length)``, of transmissions of shape ``(s, STREAM)`` scaled to unit mean power."""
+    """Windows at random places, shape ``(count, length)``.
+
+    The transmissions, shape ``(s, STREAM)``, are first scaled to unit mean power.
+    """
     streams = streams / np.sqrt((np.abs(streams) ** 2).mean(axis=1, keepdims=True))
     starts = SLOT * np.arange(count) + rng.integers(SLOT - length + 1, size=count)
     windows: np.ndarray = sliding_window_view(streams.ravel(), length)[starts]
@@ -99,17 +103,22 @@ def _num_streams(count: int) -> int:
 
 
 def _filtered(values: np.ndarray, repeats: int, num_taps: int, cutoff: float) -> np.ndarray:
-    """Each value held for some samples, low-passed below ``cutoff`` of Nyquist, as transmissions of shape ``(s, STREAM)``."""
-    smooth: np.ndarray = sp.oaconvolve(
-        np.repeat(values, repeats), sp.firwin(num_taps, cutoff), mode="valid"
-    )
+    """Each value held for ``repeats`` samples, then low-passed below ``cutoff`` of Nyquist.
+
+    The result is transmissions of shape ``(s, STREAM)``.
+    """
+    taps = sp.firwin(num_taps, cutoff)
+    smooth: np.ndarray = sp.oaconvolve(np.repeat(values, repeats), taps, mode="valid")
     return smooth[: len(smooth) // STREAM * STREAM].reshape(-1, STREAM)
 
 
 def _symbols(
     count: int, length: int, rng: np.random.Generator, levels: tuple[float, ...], symbol_length: int
 ) -> np.ndarray:
-    """Random levels, each held for ``symbol_length`` samples; the filter passes up to half the symbol rate."""
+    """Random levels, each held for ``symbol_length`` samples.
+
+    The filter passes up to half the symbol rate.
+    """
     num_symbols = (_num_streams(count) * STREAM + SYMBOL_FILTER_TAPS) // symbol_length + 1
     streams = _filtered(
         rng.choice(levels, num_symbols), symbol_length, SYMBOL_FILTER_TAPS, 1 / symbol_length
@@ -120,16 +129,15 @@ def _symbols(
 def _amplitude_modulation(
     count: int, length: int, rng: np.random.Generator, single_sideband: bool
 ) -> np.ndarray:
-    """Low-pass noise as the message: around a carrier in both sidebands, or in the upper one without a carrier."""
+    """Low-pass noise as the message.
+
+    It has both sidebands around a carrier, or only the upper sideband without a carrier.
+    """
     noise = rng.standard_normal(_num_streams(count) * STREAM + NOISE_FILTER_TAPS - 1)
     message = _filtered(noise, 1, NOISE_FILTER_TAPS, NOISE_BANDWIDTH)
     message /= np.abs(message).max(axis=1, keepdims=True)
-    return _windows(
-        sp.hilbert(message) if single_sideband else 1 + MODULATION_DEPTH * message,
-        count,
-        length,
-        rng,
-    )
+    sent = sp.hilbert(message) if single_sideband else 1 + MODULATION_DEPTH * message
+    return _windows(sent, count, length, rng)
 
 
 def _pulses(
@@ -140,7 +148,10 @@ def _pulses(
     intervals: tuple[int, int],
     stagger: float = 0.0,
 ) -> np.ndarray:
-    """Pulses, each of its own width, interval to the next, carrier offset and phase; ranges are of samples, without their ends."""
+    """Pulses with random widths, intervals to the next pulse, carrier offsets and phases.
+
+    Ranges are in samples and exclude their upper ends.
+    """
     total = _num_streams(count) * STREAM
     num_pulses = int(total / (intervals[0] * (1 - stagger))) + 1
     stretch = rng.uniform(1 - stagger, 1 + stagger, num_pulses)
@@ -154,11 +165,12 @@ def _pulses(
 
 
 def _frequency_sweep(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A triangular sweep of the frequency between plus and minus the deviation; period and deviation differ by snapshot."""
-    period, deviation = (
-        rng.uniform(*FMCW_PERIODS, (count, 1)),
-        rng.uniform(*FMCW_DEVIATIONS, (count, 1)),
-    )
+    """A triangular sweep of the frequency between plus and minus the deviation.
+
+    Period and deviation differ by snapshot.
+    """
+    period = rng.uniform(*FMCW_PERIODS, (count, 1))
+    deviation = rng.uniform(*FMCW_DEVIATIONS, (count, 1))
     place = (np.arange(length) / period + rng.random((count, 1))) % 1
     cycles = np.cumsum(deviation * (4 * np.abs(place - 0.5) - 1), axis=1) + rng.random((count, 1))
     return _phasor(cycles)
@@ -179,7 +191,10 @@ WAVEFORMS: Mapping[tuple[str, str], Waveform] = MappingProxyType(
         ("ask", "short-range"): partial(_symbols, levels=(0.0, 0.33, 0.66, 1.0), symbol_length=10),
     }
 )
-"""Every (modulation, signal) pair of RadComDynamic, to a function ``(count, length, rng) -> (count, length)`` of mean power 1."""
+"""By (modulation, signal) pair of RadComDynamic, a function ``(count, length, rng)``.
+
+It gives transmissions of shape ``(count, length)`` and mean power 1.
+"""
 
 PAIRS = tuple(WAVEFORMS)
 MODULATIONS = tuple(dict.fromkeys(modulation for modulation, _ in PAIRS))
@@ -187,52 +202,54 @@ SIGNALS = tuple(dict.fromkeys(signal for _, signal in PAIRS))
 
 
 def _random_walk(limit: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Offsets in Hz: a walk that is clipped at plus and minus ``limit``, started from its stationary (uniform) distribution."""
+    """Offsets in Hz: a random walk, clipped at plus and minus ``limit``.
+
+    It starts from its stationary distribution, which is uniform.
+    """
     start = rng.uniform(-limit, limit, (shape[0], 1))
-    walk: np.ndarray = np.clip(
-        start + np.cumsum(rng.normal(0, WALK_STD, shape), axis=1), -limit, limit
-    )
+    steps = np.cumsum(rng.normal(0, WALK_STD, shape), axis=1)
+    walk: np.ndarray = np.clip(start + steps, -limit, limit)
     return walk
 
 
 def _rate_offset(sent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a receiver with another clock samples; its clock is aligned at the start, as GNU Radio's is.
+    """The samples of a receiver with another clock, which is aligned at the start, as in GNU Radio.
 
-    The clocks drift apart by at most 0.0008 samples in a snapshot, so linear interpolation is exact enough.
+    The clocks drift apart by at most 0.0008 samples in a snapshot, so linear interpolation is exact
+    enough.
     """
-    drift = (
-        np.cumsum(_random_walk(MAX_RATE_OFFSET, (len(sent), sent.shape[1] - 1), rng), axis=1)
-        / SAMPLE_RATE
-    )
+    offsets = _random_walk(MAX_RATE_OFFSET, (len(sent), sent.shape[1] - 1), rng)
+    drift = np.cumsum(offsets, axis=1) / SAMPLE_RATE
     received: np.ndarray = sent[:, :-1] + drift * np.diff(sent, axis=1)
     return received
 
 
 def _carrier_offset(sent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    cycles = (
-        np.cumsum(_random_walk(MAX_CARRIER_OFFSET, (len(sent), sent.shape[1]), rng), axis=1)
-        / SAMPLE_RATE
-    )
+    offsets = _random_walk(MAX_CARRIER_OFFSET, (len(sent), sent.shape[1]), rng)
+    cycles = np.cumsum(offsets, axis=1) / SAMPLE_RATE
     received: np.ndarray = sent * _phasor(cycles)
     return received
 
 
 def _fading(count: int, rng: np.random.Generator) -> np.ndarray:
-    """The complex gain of each path, shape ``(count, paths)``, of mean power 1: the first is Rician, the others Rayleigh.
+    """The complex gain of each path, shape ``(count, paths)``, of mean power 1.
 
-    A gain is held for the whole snapshot: a Doppler shift of at most 2 Hz turns it by at most 0.0002 rad in 12.8 µs.
+    The first path is Rician, the others are Rayleigh. A gain is constant in a snapshot: a Doppler
+    shift of at most 2 Hz turns it by at most 0.0002 rad in 12.8 µs.
     """
     phases = rng.uniform(-np.pi, np.pi, (2, count, len(DELAYS), NUM_SINUSOIDS))
-    gains: np.ndarray = (
-        np.cos(phases[0]).sum(axis=-1) + 1j * np.sin(phases[1]).sum(axis=-1)
-    ) / np.sqrt(NUM_SINUSOIDS)
+    waves = np.cos(phases[0]).sum(axis=-1) + 1j * np.sin(phases[1]).sum(axis=-1)
+    gains: np.ndarray = waves / np.sqrt(NUM_SINUSOIDS)
     line_of_sight = np.exp(1j * rng.uniform(-np.pi, np.pi, count))
     gains[:, 0] = (gains[:, 0] + np.sqrt(RICIAN_K) * line_of_sight) / np.sqrt(RICIAN_K + 1)
     return gains
 
 
 def _multipath(sent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sum the paths, each delayed by a truncated sinc interpolation: ``(n, 128 + NUM_TAPS - 1)`` to ``(n, 128)``."""
+    """The sum of the paths, each delayed by a truncated sinc interpolation.
+
+    It has shape ``(n, 128)``, and ``sent`` has ``(n, 128 + NUM_TAPS - 1)``.
+    """
     interpolation = MAGNITUDES[:, None] * np.sinc(np.arange(NUM_TAPS) - DELAYS[:, None])
     taps = _fading(len(sent), rng) @ interpolation
     windows = sliding_window_view(sent, NUM_TAPS, axis=1)

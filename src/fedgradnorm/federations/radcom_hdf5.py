@@ -1,4 +1,4 @@
-"""The HDF5 format of RadComDynamic: one data set for each snapshot, under a key that spells out its labels."""
+"""The HDF5 format of RadComDynamic: a data set for each snapshot, with its labels in the key."""
 
 import re
 import tempfile
@@ -24,12 +24,20 @@ __all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5
 KEY_FORM = "a key like \"('bpsk', 'Satcom', 10, 0)\": modulation, signal, SNR in dB, number"
 KEY = re.compile(
     r"""\( ?(['"])(?P<modulation>[^'"\\]{1,60})\1 ?, {0,2}(['"])(?P<signal>[^'"\\]{1,60})\3 ?,"""
-    r""" {0,2}(?P<snr>[+-]?(?:0|[1-9][0-9]{0,5})) ?, {0,2}(?P<number>[+-]?(?:0|[1-9][0-9]{0,14})) ?,? ?\)"""
+    r""" {0,2}(?P<snr>[+-]?(?:0|[1-9][0-9]{0,5})) ?,"""
+    r""" {0,2}(?P<number>[+-]?(?:0|[1-9][0-9]{0,14})) ?,? ?\)"""
 )
 
 
 class Snapshots(NamedTuple):
-    """Labelled snapshots: ``data`` of shape ``(n, 256)``, float32, and ``snr`` in dB of shape ``(n,)``, int64."""
+    """Labelled snapshots.
+
+    Attributes:
+        data: float32, shape ``(n, 256)``.
+        modulation: n names.
+        signal: n names.
+        snr: in dB, int64, shape ``(n,)``.
+    """
 
     data: np.ndarray
     modulation: list[str]
@@ -38,7 +46,11 @@ class Snapshots(NamedTuple):
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path of a file that is there. Raises DataError where there is none."""
+    """The path of an existing file.
+
+    Raises:
+        DataError: there is no such file.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(
@@ -48,14 +60,15 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_hdf5(path: str | Path) -> Snapshots:
-    """All snapshots of an HDF5 file in the format of RadComDynamic, ordered by pair, SNR and number.
+    """Read an HDF5 file in the format of RadComDynamic, in the order of pair, SNR and number.
 
-    Each snapshot is a data set of shape ``(256, 1)``, 128 in-phase then 128 quadrature samples, under a key such as
-    ``"('bpsk', 'Satcom', 10, 0)"``: modulation, signal, SNR in dB, number.
+    Each snapshot is a data set of shape ``(256, 1)``: 128 in-phase, then 128 quadrature samples.
+    Its key is such as ``"('bpsk', 'Satcom', 10, 0)"``: modulation, signal, SNR in dB, number.
 
     Raises:
-        DataError: no such file, one that is not HDF5 or is empty, a key of another form or with an unknown modulation or signal,
-            data of another shape, or numbers that are not finite; it names the file and the key.
+        DataError: a file that is missing, empty or not HDF5; a key of another form, or with an
+            unknown modulation or signal; data of another shape; or numbers that are not finite.
+            The message names the file and the key.
     """
     arrays = read_arrays(existing_file(path))
     names = [PAIRS[index] for index in arrays["pair"]]
@@ -68,7 +81,10 @@ def read_hdf5(path: str | Path) -> Snapshots:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """As `read_hdf5`, but as numbers: ``data`` ``(n, 256)``, ``pair`` ``(n,)``, an index into ``PAIRS``, and ``snr`` ``(n,)``."""
+    """Like `read_hdf5`, but as arrays by name.
+
+    ``data`` has shape ``(n, 256)``; ``pair``, an index into ``PAIRS``, and ``snr`` have ``(n,)``.
+    """
     h5py = _h5py()
     try:
         with h5py.File(path, "r") as file:
@@ -80,20 +96,23 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (OSError, RuntimeError, KeyError, ValueError, OverflowError) as error:
         if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
             raise DataError(
-                f"{path}: another program has the file open for writing, and has locked it: wait until it has ended, or, where the file "
-                "system has no locks, set HDF5_USE_FILE_LOCKING=FALSE"
+                f"{path}: another program has the file open for writing, and has locked it: wait "
+                "until it has ended, or, if the file system has no locks, set "
+                "HDF5_USE_FILE_LOCKING=FALSE"
             ) from error
         if isinstance(error, PermissionError):
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         raise DataError(
-            f"{path}: expected an HDF5 file in the format of RadComDynamic, found one that cannot be read: {error}"
+            f"{path}: expected an HDF5 file in the format of RadComDynamic, "
+            f"found one that cannot be read: {error}"
         ) from error
     if not values:
         raise DataError(f"{path}: expected a data set for each snapshot, found none")
-    for one, other in pairwise(ordered):
-        if keys[one] == keys[other]:
+    for key, other in pairwise(ordered):
+        if keys[key] == keys[other]:
             raise DataError(
-                f"{path}: the keys {one!r} and {other!r} are of one snapshot, expected different ones"
+                f"{path}: the keys {key!r} and {other!r} are of one snapshot, "
+                "expected different ones"
             )
     pair, snr, _ = zip(*(keys[key] for key in ordered), strict=True)
     return {"data": np.stack(values), "pair": np.array(pair), "snr": np.array(snr)}
@@ -107,19 +126,21 @@ def write_hdf5(
     snr: Sequence[int] | np.ndarray,
     overwrite: bool = False,
 ) -> None:
-    """Write snapshots in the format that `read_hdf5` reads, numbered within each pair and SNR; all of the file or nothing.
+    """Write snapshots in the format of `read_hdf5`: the whole file or nothing.
+
+    They are numbered within each pair and SNR.
 
     Args:
-        path: where to.
+        path: the file to write.
         data: shape ``(n, 256)``.
         modulation: n names.
         signal: n names.
         snr: n whole numbers, in dB.
-        overwrite: whether to replace a file that is there.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        DataError: an existing file without ``overwrite``, no folder to write to, arrays that do not fit together, or values that
-            `read_hdf5` refuses.
+        DataError: an existing file without ``overwrite``, a missing folder, arrays of different
+            lengths, or values that `read_hdf5` refuses.
     """
     path = Path(path).expanduser()
     if path.exists() and not overwrite:
@@ -145,9 +166,9 @@ def _check_to_write(
 ) -> None:
     lengths = {len(data), len(modulation), len(signal), len(snr)}
     if np.shape(data)[1:] != (NUM_VALUES,) or len(lengths) != 1 or lengths == {0}:
-        found = f"{np.shape(data)} with {len(modulation)}, {len(signal)} and {len(snr)} labels"
         raise DataError(
-            f"{path}: expected data of shape (n, {NUM_VALUES}) with n labels of each kind, found {found}"
+            f"{path}: expected data of shape (n, {NUM_VALUES}) with n labels of each kind, found "
+            f"{np.shape(data)} with {len(modulation)}, {len(signal)} and {len(snr)} labels"
         )
     if not (np.abs(data) <= np.finfo(np.float32).max).all():
         raise DataError(f"{path}: expected finite float32 numbers to write")
@@ -176,25 +197,20 @@ def _h5py() -> Any:
 
 
 def _parse_key(path: Path, key: str) -> tuple[int, int, int]:
-    """The index of the pair, the SNR in dB and the number that a key gives."""
+    """The index of the pair, the SNR in dB and the number in a key."""
     parts = KEY.fullmatch(key)
     if parts is None:
         raise DataError(f"{path}: key {key[:200]!r}, expected {KEY_FORM}")
-    modulation, signal, snr, number = (
-        parts["modulation"],
-        parts["signal"],
-        int(parts["snr"]),
-        int(parts["number"]),
-    )
+    modulation, signal = parts["modulation"], parts["signal"]
+    snr, number = int(parts["snr"]), int(parts["number"])
     for kind, name, known in (("modulation", modulation, MODULATIONS), ("signal", signal, SIGNALS)):
         if name not in known:
             raise DataError(
                 f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}"
             )
     if (modulation, signal) not in WAVEFORMS:
-        raise DataError(
-            f"{path}: key {key!r}, expected a pair of RadComDynamic: {', '.join(' / '.join(pair) for pair in PAIRS)}"
-        )
+        known_pairs = ", ".join(" / ".join(pair) for pair in PAIRS)
+        raise DataError(f"{path}: key {key!r}, expected a pair of RadComDynamic: {known_pairs}")
     if not -200 <= snr <= 200 or number < 0:
         raise DataError(
             f"{path}: key {key!r}, expected an SNR from -200 to 200 dB and a number from 0"
@@ -211,9 +227,10 @@ def _read_snapshot(h5py: Any, path: Path, file: Any, key: str) -> np.ndarray:
         )
     if item.shape != (NUM_VALUES, 1) or item.dtype.kind != "f":
         raise DataError(
-            f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), found {item.dtype} of shape {item.shape}"
+            f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), "
+            f"found {item.dtype} of shape {item.shape}"
         )
-    with np.errstate(over="ignore"):  # what overflows is refused below
+    with np.errstate(over="ignore"):  # the check below refuses infinities
         values: np.ndarray = item[:, 0].astype(np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path}: key {key!r}, expected finite numbers")

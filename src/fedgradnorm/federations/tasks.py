@@ -1,4 +1,4 @@
-"""What the tasks of the built-in federations share: classification, and losses on another scale."""
+"""Tasks of the built-in federations: classification, and losses on another scale."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,14 +27,17 @@ def classification(name: str, num_classes: int) -> Task:
 
 
 def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) -> dict[str, Task]:
-    """The tasks with c · F_i for the loss F_i where ``loss_scale`` names the task: the same optimum, and c times its gradient.
+    """The tasks, with the loss c · F_i for the tasks in ``loss_scale``.
 
-    The head's step grows by c as well. Metrics stay as they are.
+    The optimum stays the same, the gradient is multiplied by c, and so is the head's step. Metrics
+    do not change.
 
-    Raises ConfigError for a task that is not there, or a factor that is not finite and above 0.
+    Raises:
+        ConfigError: an unknown task, or a factor that is not finite and above 0.
 
     >>> import torch
-    >>> scaled = with_loss_scale({"smile": classification("smile", 2)}, {"smile": 100})["smile"]
+    >>> tasks = {"smile": classification("smile", 2)}
+    >>> scaled = with_loss_scale(tasks, {"smile": 100})["smile"]
     >>> round(scaled.loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)).item(), 1)
     69.3
     """
@@ -47,16 +50,12 @@ def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) 
             raise ConfigError(
                 f"loss_scale.{name}: expected a finite number above 0, found {factor}"
             )
-    return {
-        name: replace(
-            task,
-            loss=partial(_scaled, task.loss, loss_scale[name]),
-            loss_floor=loss_scale[name] * task.loss_floor,
-        )
-        if name in loss_scale
-        else task
-        for name, task in tasks.items()
-    }
+    scaled = dict(tasks)
+    for name, factor in loss_scale.items():
+        task = tasks[name]
+        loss, floor = partial(_scaled, task.loss, factor), factor * task.loss_floor
+        scaled[name] = replace(task, loss=loss, loss_floor=floor)
+    return scaled
 
 
 def _scaled(

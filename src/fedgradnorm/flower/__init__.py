@@ -1,6 +1,8 @@
-"""FedGradNorm on Flower: a strategy, a mod for users' own ClientApps, and ready apps for a federation from a configuration.
+"""FedGradNorm on Flower.
 
-Needs the extra: ``pip install "fedgradnorm[flower]"``. No other folder of the package imports ``flwr``.
+It has a strategy, a mod for users' own ClientApps, and ready apps for a federation that a
+configuration describes. It needs the extra: ``pip install "fedgradnorm[flower]"``. No other folder
+of the package imports ``flwr``.
 """
 
 try:
@@ -9,7 +11,8 @@ except ImportError as error:
     raise ImportError('Flower is not installed: pip install "fedgradnorm[flower]"') from error
 
 from fedgradnorm.flower.client import client_app
-from fedgradnorm.flower.engine import FlowerLocalEngine, GridEngine
+from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.flower.local_engine import FlowerLocalEngine
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.mod import FedGradNormMod
 from fedgradnorm.flower.server import server_app

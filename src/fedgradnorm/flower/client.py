@@ -1,5 +1,9 @@
-"""The client's side of a Federation on Flower: one client a node, its own data alone, its head in its own files."""
+"""The client's side of a Federation on Flower.
 
+Each node runs one client, loads that client's data alone, and keeps its head in its own files.
+"""
+
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,29 +24,29 @@ from fedgradnorm.errors import (
     described,
     require,
 )
-from fedgradnorm.federation import CLIENT_ID, Client, Federation
+from fedgradnorm.federation import Client, Federation
+from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
 from fedgradnorm.flower.messages import (
     VERSIONS,
     Control,
     Greeting,
-    Layout,
-    buffers_in,
+    Refusal,
     control_of,
-    encoder_of,
-    evaluation_reply,
     greeting_reply,
     read_instruction,
-    report_reply,
+    refusal_reply,
     training_of,
 )
+from fedgradnorm.flower.records import one_line
+from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
 from fedgradnorm.identity import data_record, same_data
+from fedgradnorm.members import CLIENT_ID
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
 __all__ = [
     "SHARED",
-    "WRONG_CLIENT",
     "Node",
     "aside",
     "client_app",
@@ -52,31 +56,28 @@ __all__ = [
     "private_errors",
     "state_dir",
     "table_of",
+    "wrong_client",
 ]
 
-WRONG_CLIENT = "came to client"
-"""What a client says to a message for another one, by which the server knows it."""
+log = logging.getLogger(__name__)
+
 SHARED, LOCAL = ("federation", "model"), ("federation",)
-"""The tables of the settings that server and clients have in common, and those in which a client may differ."""
-CLIENT_KEY, STATE_DIR, SETTINGS, THREADS, LOST = (
-    "client-key",
-    "state-dir",
-    "settings",
-    "threads",
-    "lost-state",
-)
+"""The tables of settings that server and clients share, and those in which a client may differ."""
+CLIENT_KEY, STATE_DIR, SETTINGS = "client-key", "state-dir", "settings"
+THREADS, LOST = "threads", "lost-state"
 
 
 class Node:
-    """One client of a federation that answers to messages.
+    """One client of a federation that answers messages.
 
     Args:
-        federation: whose client it is.
-        client: which one.
-        seed: of the encoder's and the head's initialisation.
+        federation: the federation.
+        client: the client.
+        seed: for the initialisation of the encoder and the head.
         states: gives the place of the client's states in an experiment.
         lost_state: what to do where a state is lost, as in `begin`.
-        watch_data: whether to say when the training data are not those of the state that a round begins with.
+        watch_data: whether to say when the training data differ from those of the state that a
+            round begins with.
     """
 
     def __init__(
@@ -96,49 +97,40 @@ class Node:
         self.initial = initial_state(federation, client, seed, buffers_of(self.encoder))
 
     def answer(self, message: Message) -> Message:
-        """The reply to a message.
+        """The reply to a message; a refusal where the message is for another client.
 
         Raises:
-            FedGradNormError: a message that is none of ours or is for someone else, or a state that is lost.
+            FedGradNormError: a message that is not from FedGradNorm, or a state that is lost.
         """
         control = control_of(message)
         if control.kind == "hello":
-            client, tests = self.client, self.client.test is not None
-            return greeting_reply(
-                Greeting(
-                    client=client.id,
-                    task=client.task.name,
-                    num_examples=_known_examples(client),
-                    tests=tests,
-                    **VERSIONS,
-                ),
-                message,
-            )
+            return greeting_reply(self._greeting(), message)
         if control.client != self.client.id:
-            raise MessageError(
-                f"a message for client '{control.client}' {WRONG_CLIENT} '{self.client.id}'"
-            )
-        return (
-            self._train(message, control)
-            if control.kind == "train"
-            else self._evaluate(message, control)
+            return wrong_client(message, control.client, self.client.id)
+        if control.kind == "train":
+            return self._train(message, control)
+        return self._evaluate(message, control)
+
+    def _greeting(self) -> Greeting:
+        return Greeting(
+            client=self.client.id,
+            task=self.client.task.name,
+            num_examples=_known_examples(self.client),
+            tests=self.client.test is not None,
+            **VERSIONS,
         )
 
     def _train(self, message: Message, control: Control) -> Message:
-        instruction, states = (
-            read_instruction(message, control, self.layout),
-            self.states(control.experiment),
-        )
+        instruction = read_instruction(message, control, self.layout)
+        states = self.states(control.experiment)
         self._check(instruction.buffers)
         begun = self._begun(states, control)
         report, after = local_update(
             self.client, self.encoder, self.head, self.norm_layer, begun.state, instruction
         )
         data = data_record(self.client.id, self.client.train_data) if self.watch_data else None
-        told, before = (
-            aside(begun),
-            states.data(begun.round) if data is not None and begun.round else None,
-        )
+        told = aside(begun)
+        before = states.data(begun.round) if data is not None and begun.round else None
         if data is not None and before is not None and not same_data(before, data):
             told |= {"data_since": begun.round, "data_before": before["examples"]}
         states.save(after, kept(control, begun), data)
@@ -156,9 +148,8 @@ class Node:
         evaluation = evaluate_client(
             self.client, self.encoder, self.head, self.seed, training.eval_batch_size
         )
-        return evaluation_reply(
-            self.client.id, self.client.task.name, control.round, evaluation, message, aside(begun)
-        )
+        id, task = self.client.id, self.client.task.name
+        return evaluation_reply(id, task, control.round, evaluation, message, aside(begun))
 
     def _begun(self, states: States, control: Control) -> Beginning:
         return begin(
@@ -166,48 +157,52 @@ class Node:
         )
 
     def _check(self, buffers: Mapping[str, Tensor]) -> None:
-        expected = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
-        if {name: value.shape for name, value in buffers.items()} != {
-            name: value.shape for name, value in expected.items()
-        }:
-            raise MessageError(
-                f"buffers: expected {sorted(expected)} as the encoder has them, found {sorted(buffers)}"
-            )
+        own = buffers_of(self.encoder) if self.federation.buffers == "averaged" else {}
+        shapes = {name: value.shape for name, value in own.items()}
+        if {name: value.shape for name, value in buffers.items()} != shapes:
+            expected = f"expected {sorted(own)} as the encoder has them"
+            raise MessageError(f"buffers: {expected}, found {sorted(buffers)}")
+
+
+def wrong_client(message: Message, asked: str, client: str) -> Message:
+    """The answer of a client's node to a message that is for another client."""
+    words = one_line(f"a message for client '{asked}' came to client '{client}'")
+    log.warning("%s", words)
+    return refusal_reply(Refusal(code="wrong-client", words=words, client=asked), message)
 
 
 def aside(begun: Beginning) -> dict[str, int]:
-    """What a reply says of the state that it began with: nothing, unless that is not the one that was asked for."""
+    """What a reply says about the state that it began with, where the requested state is lost."""
     return {"began": begun.round} if begun.lost else {}
 
 
 def kept(control: Control, begun: Beginning) -> set[int]:
-    """The rounds whose states stay: those that the server may come back to, and the one that may have to stand in again."""
+    """The rounds whose states stay: those that the server may go back to, and the one used here."""
     return {*control.keep, begun.round} if begun.round else set(control.keep)
 
 
 def _known_examples(client: Client) -> int:
-    """How many training examples a client has; 0 where they would have to be loaded, which may take longer than a greeting waits."""
-    loaded = (
-        "train_data" in client.__dict__
-        or isinstance(client.train, tuple)
-        or not callable(client.train)
-    )
-    return size(client.train_data) if loaded else 0
+    """How many training examples a client has; 0 where they are not loaded yet.
+
+    To load them may take longer than the server waits for a greeting.
+    """
+    given = isinstance(client.train, tuple) or not callable(client.train)
+    return size(client.train_data) if given or "train_data" in client.__dict__ else 0
 
 
 def client_app(config: str | Path) -> ClientApp:
     """A ClientApp that runs one client of the federation that a configuration file describes.
 
-    Which one, and how, is told by the node's own configuration (``flower-supernode --node-config``):
+    The node's own configuration (``flower-supernode --node-config``) says which client, and how:
 
     - ``client-key``: the client's id; or ``partition-id``, its place in the federation.
     - ``state-dir``: the folder for its head and its F(0). It has to outlive the process.
-    - ``settings``: words like ``federation.path=/data/MTFL.zip`` that win over the file, and over the server's words, at this site alone,
-      separated by spaces.
+    - ``settings``: overrides such as ``federation.path=/data/MTFL.zip``, separated by spaces. At
+      this site they take precedence over the file and over the server's overrides.
     - ``threads``: kernel threads while it works; by default as many as torch would use.
-    - ``lost-state``: what to do where the state that the server asks for is not in ``state-dir``, or is damaged: ``refuse`` (the default)
-      answers with an error, ``newest`` goes on from the newest one before it, ``fresh`` with a fresh head and the F(0) that the server
-      remembers.
+    - ``lost-state``: what to do where the requested state is not in ``state-dir`` or is damaged.
+      ``refuse`` (the default) answers with an error. ``newest`` continues from the newest state
+      before it. ``fresh`` continues with a fresh head and the F(0) that the server knows.
 
     Args:
         config: the file, such as ``Path(__file__).with_name("federation.toml")``.
@@ -217,9 +212,8 @@ def client_app(config: str | Path) -> ClientApp:
     def handle(message: Message, context: Context) -> Message:
         threads = context.node_config.get(THREADS)
         if threads is not None and (type(threads) is not int or threads < 1):
-            raise ConfigError(
-                f"node config: {THREADS}: expected a whole number from 1, found {threads!r}"
-            )
+            expected = "expected a whole number from 1"
+            raise ConfigError(f"node config: {THREADS}: {expected}, found {threads!r}")
         lost = lost_state(context)
         with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
             control = control_of(message)
@@ -232,17 +226,12 @@ def client_app(config: str | Path) -> ClientApp:
                 settings = settings.model_copy(update={"train": training_of(control)})
             federation = build_federation(settings)
             client = federation.client(client_key(context, federation.client_ids))
-            folder = state_dir(context)
-            seed = settings.train.seed
-            node = Node(
-                federation,
-                client,
-                seed,
-                lambda experiment: StateFiles(folder, experiment, client.id),
-                lost,
-                watch_data=True,
-            )
-            return node.answer(message)
+            folder, seed = state_dir(context), settings.train.seed
+
+            def states(experiment: str) -> StateFiles:
+                return StateFiles(folder, experiment, client.id)
+
+            return Node(federation, client, seed, states, lost, watch_data=True).answer(message)
 
     app.train()(handle)
     app.evaluate()(handle)
@@ -251,7 +240,10 @@ def client_app(config: str | Path) -> ClientApp:
 
 @contextmanager
 def private_errors() -> Iterator[None]:
-    """Let an error that is not of this package say no more than its type, alone or quoted in one of ours: its words may quote data."""
+    """Reduce foreign errors to their type, also where an error of this package quotes them.
+
+    The words of a foreign error may quote data. They stay in the node's log.
+    """
     try:
         yield
     except Exception as error:
@@ -260,10 +252,8 @@ def private_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None:
             if not isinstance(cause, FedGradNormError):
-                left_out = left_out.replace(
-                    described(cause),
-                    f"{type(cause).__name__}: what it says is in the log of the node",
-                )
+                instead = f"{type(cause).__name__}: what it says is in the log of the node"
+                left_out = left_out.replace(described(cause), instead)
             cause = cause.__cause__
         if left_out == said and isinstance(error, FedGradNormError):
             raise
@@ -271,69 +261,68 @@ def private_errors() -> Iterator[None]:
 
 
 def client_key(context: Context, known: list[str] | None = None) -> str:
-    """The key of a node's client: ``client-key`` of its configuration, or the one at ``partition-id`` of those known.
+    """The key of a node's client.
+
+    It is ``client-key`` of the node's configuration, or the known key at ``partition-id``.
 
     Raises:
-        ConfigError: neither is there, or the key is no name that a client can have.
+        ConfigError: neither is there, or no client can have this key.
         FederationError: there is no such partition.
     """
     node = context.node_config
     if CLIENT_KEY in node:
         key = str(node[CLIENT_KEY])
-        require(
-            CLIENT_ID.fullmatch(key) is not None,
-            f"node config: {CLIENT_KEY}",
-            "letters, digits, '.', '_', '-'",
-            key,
-        )
+        sound, expected = CLIENT_ID.fullmatch(key) is not None, "letters, digits, '.', '_', '-'"
+        require(sound, f"node config: {CLIENT_KEY}", expected, key)
         return key
     partition = node.get("partition-id")
     if type(partition) is not int:
-        raise ConfigError(
-            f"node config: expected a '{CLIENT_KEY}', found {sorted(node)}: --node-config 'client-key=\"...\"'"
-        )
+        found = f"found {sorted(node)}: --node-config 'client-key=\"...\"'"
+        raise ConfigError(f"node config: expected a '{CLIENT_KEY}', {found}")
     if known is None:
         return f"client-{partition}"
     if not 0 <= partition < len(known):
-        raise FederationError(
-            f"node config: partition-id: expected 0 to {len(known) - 1}, found {partition}"
-        )
+        expected = f"expected 0 to {len(known) - 1}, found {partition}"
+        raise FederationError(f"node config: partition-id: {expected}")
     return known[partition]
 
 
 def state_dir(context: Context) -> Path:
-    """The folder for a node's states: of its own configuration, or else of the app's. Raises ConfigError where neither names one."""
+    """The folder for a node's states: from its own configuration, or else from the app's.
+
+    Raises ConfigError where neither names a folder.
+    """
     folder = context.node_config.get(STATE_DIR, context.run_config.get(STATE_DIR))
     if not isinstance(folder, str) or not folder:
         raise ConfigError(
-            f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when its process ends: "
-            "--node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
+            f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when "
+            "its process ends: --node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
         )
     return Path(folder).expanduser()
 
 
 def lost_state(context: Context) -> LostState:
-    """What a node does where a state is lost. Raises ConfigError for anything else than those of `LOST_STATE`."""
-    found = context.node_config.get(LOST, "refuse")
-    known = next((name for name in LOST_STATE if name == found), None)
+    """What a node does where a state is lost. Raises ConfigError if it is not in `LOST_STATE`."""
+    word = context.node_config.get(LOST, "refuse")
+    known = next((name for name in LOST_STATE if name == word), None)
     if known is None:
-        raise ConfigError(
-            f"node config: {LOST}: expected {', '.join(LOST_STATE[:-1])} or {LOST_STATE[-1]}, found {found!r:.100}"
-        )
+        expected = f"expected {', '.join(LOST_STATE[:-1])} or {LOST_STATE[-1]}"
+        raise ConfigError(f"node config: {LOST}: {expected}, found {word!r:.100}")
     return known
 
 
 def words_on(tables: Collection[str], words: str, source: str) -> list[str]:
-    """Settings as single words. Raises ConfigError for one on another table."""
+    """Settings as single words. Raises ConfigError for a word on another table."""
     for word in words.split():
         if table_of(word) not in tables:
             expected = " or ".join(f"{table}.KEY=VALUE" for table in tables)
             raise ConfigError(
-                f"{source}: {SETTINGS}: expected words like {expected}, found '{word}': all else is the server's"
+                f"{source}: {SETTINGS}: expected words like {expected}, found '{word}': "
+                "the server decides all other settings"
             )
     return words.split()
 
 
 def table_of(word: str) -> str:
-    """The table of a setting such as ``federation.alpha=0.2``. Raises ConfigError where it is no setting."""
+    """The table of a setting such as ``federation.alpha=0.2``. Raises ConfigError otherwise."""
     return parse_override(word)[0].partition(".")[0]

@@ -1,6 +1,7 @@
-"""Calls to a SuperLink that end when their time is over, and are made again while they fail: messages out, replies back, who is there.
+"""Calls to a SuperLink with a time limit, which are repeated while they fail.
 
-Flower's own calls wait for as long as a reply is on its way, or a SuperLink hangs, and raise for a database that is busy for a moment.
+They send messages, fetch replies and ask which nodes are connected. Flower's own calls wait as long
+as a reply is on its way or a SuperLink hangs, and raise where a database is busy for a moment.
 """
 
 import logging
@@ -18,26 +19,28 @@ from flwr.serverapp import Grid
 
 from fedgradnorm.errors import StoppedError, described
 from fedgradnorm.flower.local_grid import LocalGrid
+from fedgradnorm.flower.records import REFUSAL
 
 __all__ = ["Exchange", "exchange", "node_ids"]
 
 log = logging.getLogger(__name__)
 
 POLL, POLLS = 0.5, 50.0
-"""Seconds between two looks for one reply, and how many looks a second there are at most over all replies."""
+"""Seconds between two looks for one reply, and the maximum number of looks a second for all."""
 AGAIN = 2.0
-"""Seconds until a call that failed is made again."""
+"""Seconds until a failed call is repeated."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What has come back.
+    """The replies that have come back.
 
     Attributes:
-        replies: those that came in time, in the order in which they came.
-        seconds: how long was waited.
-        early: whether that was less than the time given, as enough had answered.
-        failed: by the id of a message, with what error sending it or fetching its reply failed last: no fault of the client.
+        replies: the replies that came in time, in that order.
+        seconds: how long the exchange waited.
+        early: whether it waited less than the time given, as enough clients had answered.
+        failed: by message id, the last error in sending it or in fetching its reply. The client is
+            not at fault.
     """
 
     replies: Sequence[Message]
@@ -53,12 +56,14 @@ def exchange(
 
     Args:
         grid: Flower's.
-        messages: to whom and what.
-        timeout: seconds from now until no reply counts any more.
-        enough: when that number has answered without an error, the others have as long again as that took. None: they have all of the time.
+        messages: the messages.
+        timeout: seconds from now after which no reply counts.
+        enough: when this number of nodes has answered without an error or a refusal, the others get
+            the same time again. None: they get all the time.
 
     Raises:
-        BaseException: what the grid raises that is no `Exception`, such as that the run has been stopped.
+        BaseException: the grid raised an error that is not an `Exception`, such as when the run has
+            been stopped.
     """
     if not messages:
         return Exchange((), 0.0)
@@ -67,26 +72,21 @@ def exchange(
     post = _Post(grid, messages, timeout)
     replies: list[Message] = []
     pending, answered, wait = len(messages), 0, timeout
-    while pending and (found := post.next(wait)) is not _NOTHING:
+    while pending and (reply := post.next(wait)) is not _NOTHING:
         pending -= 1
-        if found is None:
+        if reply is None:
             continue
-        replies.append(found)
-        if not found.has_error():
+        replies.append(reply)
+        if not reply.has_error() and REFUSAL not in reply.content:
             answered += 1
             if answered == enough:
                 wait = min(timeout, 2 * max(post.seconds(), post.poll))
     failed = dict(list(post.failed.items()))  # threads may still add to it
     if failed:
-        log.warning(
-            "the SuperLink failed in %d of %d exchanges, the last: %s",
-            len(failed),
-            len(messages),
-            list(failed.values())[-1],
-        )
-    return Exchange(
-        replies, wait if pending else post.seconds(), bool(pending) and wait < timeout, failed
-    )
+        text = "the SuperLink failed in %d of %d exchanges, the last: %s"
+        log.warning(text, len(failed), len(messages), list(failed.values())[-1])
+    seconds, early = wait if pending else post.seconds(), bool(pending) and wait < timeout
+    return Exchange(replies, seconds, early, failed)
 
 
 def node_ids(grid: Grid, timeout: float) -> set[int]:
@@ -94,30 +94,30 @@ def node_ids(grid: Grid, timeout: float) -> set[int]:
 
     Args:
         grid: Flower's.
-        timeout: seconds until a SuperLink that fails or does not answer ends the run.
+        timeout: seconds after which a SuperLink that fails or does not answer ends the run.
 
     Raises:
         StoppedError: it has not answered in this time.
     """
     if isinstance(grid, LocalGrid):
         return set(grid.get_node_ids())
-    found: SimpleQueue[Any] = SimpleQueue()
+    answers: SimpleQueue[Any] = SimpleQueue()
     end, errors = time.monotonic() + timeout, list[str]()
 
     def ask() -> None:
         while True:
             try:
-                found.put(set(grid.get_node_ids()))
+                answers.put(set(grid.get_node_ids()))
                 return
-            except Exception as error:  # noqa: BLE001  # such as a SuperLink's database that is busy
+            except Exception as error:  # noqa: BLE001  # such as a busy database
                 errors.append(described(error))
             if time.monotonic() >= end:
                 return
             time.sleep(AGAIN)
 
-    _begin(ask, found)
+    _begin(ask, answers)
     try:
-        return _raised(found.get(timeout=timeout + AGAIN))  # type: ignore[no-any-return]
+        return _raised(answers.get(timeout=timeout + AGAIN))  # type: ignore[no-any-return]
     except Empty:
         why = f": {errors[-1]}" if errors else ""
         raise StoppedError(
@@ -129,7 +129,11 @@ _NOTHING: Any = object()
 
 
 class _Post:
-    """Messages on their way: one thread sends them, and one for each fetches its reply and is left alone when the time is over."""
+    """Messages on their way.
+
+    One thread sends them. For each message another thread fetches the reply; when the time is over,
+    nobody waits for it.
+    """
 
     def __init__(self, grid: Grid, messages: Sequence[Message], timeout: float) -> None:
         self.grid, self.messages = grid, messages
@@ -144,7 +148,11 @@ class _Post:
         return time.monotonic() - self.start
 
     def next(self, wait: float) -> Any:
-        """The next reply; None for a message that has none to wait for; `_NOTHING` when this number of seconds is over, from the start."""
+        """The next reply.
+
+        None for a message that could not be sent; `_NOTHING` when ``wait`` seconds are over,
+        counted from the start.
+        """
         try:
             return _raised(self._came.get(timeout=max(0.0, self.start + wait - time.monotonic())))
         except Empty:
@@ -155,10 +163,9 @@ class _Post:
             try:
                 ids = list(self.grid.push_messages(self.messages)) or [""] * len(self.messages)
                 break
-            except Exception as error:  # noqa: BLE001  # such as a SuperLink's database that is busy
-                self.failed |= dict.fromkeys(
-                    (message.metadata.message_id for message in self.messages), described(error)
-                )
+            except Exception as error:  # noqa: BLE001  # such as a busy database
+                ids = [message.metadata.message_id for message in self.messages]
+                self.failed |= dict.fromkeys(ids, described(error))
             if time.monotonic() >= self.end:
                 return
             time.sleep(AGAIN)
@@ -170,9 +177,8 @@ class _Post:
                 self._came.put(None)  # it could not be sent
 
     def _fetch(self, id: str) -> None:
-        while (
-            time.monotonic() < self.end
-        ):  # a reply that nobody waits for is fetched as well, for the SuperLink keeps it until then
+        # a reply that nobody waits for is fetched too: the SuperLink keeps it until then
+        while time.monotonic() < self.end:
             try:
                 for reply in self.grid.pull_messages([id]):
                     self._came.put(reply)
@@ -183,18 +189,18 @@ class _Post:
 
 
 def _begin(work: Callable[[], None], came: "SimpleQueue[Any]") -> None:
-    """Do some work in a thread; what it raises is put where its results are."""
+    """Do work in a thread. An error that it raises is put into the queue of its results."""
 
     def guarded() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001  # it is raised where it is waited for
+        except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
             came.put(error)
 
     Thread(target=copy_context().run, args=(guarded,), daemon=True).start()
 
 
-def _raised(found: Any) -> Any:
-    if isinstance(found, BaseException):
-        raise found
-    return found
+def _raised(result: Any) -> Any:
+    if isinstance(result, BaseException):
+        raise result
+    return result

@@ -1,7 +1,10 @@
-"""Metrics of a deployment for Prometheus, read from its files at each scrape: so they outlive runs and the SuperLink."""
+"""Metrics of a deployment for Prometheus.
+
+They are read from its files at each scrape, so they outlive runs and the SuperLink.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -24,13 +27,36 @@ from fedgradnorm.flower.status import ENDED, KINDS
 
 __all__ = ["DeploymentCollector", "registry_of", "serve"]
 
+ABOUT = {
+    "up": "Whether the deployment's files could be read: 1, or 0 if one is missing or damaged.",
+    "certificate_expiry_timestamp_seconds": "When a server certificate expires, in unix seconds.",
+    "run_info": "Which run the other metrics are of: always 1.",
+    "run_state": "Whether the run is in this state: 1 or 0; gone: its process ended unnoticed.",
+    "round": "Rounds that are done.",
+    "rounds": "Rounds that the run has.",
+    "run_started_timestamp_seconds": "When the run was last begun or resumed, in unix seconds.",
+    "last_round_timestamp_seconds": "When the last round ended, in unix seconds.",
+    "last_round_age_seconds": "Seconds since the last round ended or the run was started.",
+    "status_timestamp_seconds": "When the run last wrote its status.json, in unix seconds.",
+    "clients": "Clients that are known.",
+    "clients_connected": "Clients that are connected to the run.",
+    "nodes_refused": "Nodes that stay out, such as those that claim a key that is taken.",
+    "client_connected": "Whether a client is connected to the run: 1 or 0; 0 when the run is over.",
+    "client_last_seen_timestamp_seconds": "When a client last answered, in unix seconds.",
+    "loss": "A client's training loss F_i(k) in the last round; absent without a report.",
+    "inverse_training_rate": "F_i(k) / F_i(0) of the last round; absent without a report.",
+    "weight": "A client's weight after the last round; 1 is equal.",
+}
+"""The metrics, without their prefix ``fedgradnorm_``."""
+
 
 class DeploymentCollector(Collector):
-    """Reads a deployment's files whenever it is asked, and gives what they say as metrics.
+    """Reads a deployment's files at each scrape, and gives their content as metrics.
 
     Args:
-        folder: a deployment's folder, its ``server/``, or a run's folder. With several runs it is the one that was written last.
-        run: of a deployment, the run's folder seen from ``server/``, or its name.
+        folder: a deployment's folder, its ``server/``, or a run's folder.
+        run: for a deployment, the run's folder seen from ``server/``, or its name; None: the run
+            that was written last.
     """
 
     def __init__(self, folder: Path, run: str | None = None) -> None:
@@ -40,17 +66,9 @@ class DeploymentCollector(Collector):
         """The metrics."""
         overview = look(self.folder, self.run)
         up = float(overview.status is not None and not overview.faults)
-        yield GaugeMetricFamily(
-            "fedgradnorm_up",
-            "Whether the deployment's files could be read: 1, or 0 where one is missing or damaged.",
-            up,
-        )
-        yield _by_label(
-            "fedgradnorm_certificate_expiry_timestamp_seconds",
-            "When a certificate of the server expires, in unix seconds.",
-            "file",
-            overview.certificates,
-        )
+        yield _single("up", up)
+        expiry = {(file,): seconds for file, seconds in overview.certificates.items()}
+        yield _labelled("certificate_expiry_timestamp_seconds", ("file",), expiry.items())
         if overview.status is not None:
             yield from _of_run(overview)
             yield from _of_clients(overview)
@@ -58,14 +76,17 @@ class DeploymentCollector(Collector):
 
 
 def registry_of(folder: Path, run: str | None = None) -> CollectorRegistry:
-    """A registry with the metrics of a deployment alone."""
+    """A registry with only the metrics of a deployment."""
     registry = CollectorRegistry()
     registry.register(DeploymentCollector(folder, run))
     return registry
 
 
 def serve(folder: Path, run: str | None, host: str, port: int) -> Callable[[], None]:
-    """Answer to scrapes at ``http://host:port/metrics``, in a thread, until the function that is given back is called.
+    """Answer scrapes at ``http://host:port/metrics``, in a thread.
+
+    Returns:
+        A function that ends it.
 
     Raises:
         ConfigError: there is no such folder, or the address cannot be listened on.
@@ -92,110 +113,59 @@ def _of_run(overview: Overview) -> Iterator[Metric]:
     if status is None:
         return
     name = "" if overview.folder is None else overview.folder.resolve().name
-    info = GaugeMetricFamily(
-        "fedgradnorm_run_info",
-        "Which run the other metrics are of: always 1.",
-        labels=["run", "experiment"],
-    )
-    info.add_metric([name, status.experiment], 1)
-    yield info
-    states = {state: float(state == overview.state) for state in SHOWN_STATES}
-    about = "Whether the run is in this state: 1 or 0; gone: its process has ended without a word."
-    yield _by_label("fedgradnorm_run_state", about, "state", states)
-    yield GaugeMetricFamily("fedgradnorm_round", "Rounds that are done.", status.done)
-    yield GaugeMetricFamily(
-        "fedgradnorm_rounds", "Rounds that the run is to have.", status.num_rounds
-    )
-    yield GaugeMetricFamily(
-        "fedgradnorm_run_started_timestamp_seconds",
-        "When the run was begun or last resumed, in unix seconds.",
-        status.started,
-    )
+    yield _labelled("run_info", ("run", "experiment"), [((name, status.experiment), 1)])
+    states = {(state,): float(state == overview.state) for state in SHOWN_STATES}
+    yield _labelled("run_state", ("state",), states.items())
+    yield _single("round", status.done)
+    yield _single("rounds", status.num_rounds)
+    yield _single("run_started_timestamp_seconds", status.started)
     if status.round_ended is not None:
-        yield GaugeMetricFamily(
-            "fedgradnorm_last_round_timestamp_seconds",
-            "When the last round ended, in unix seconds.",
-            status.round_ended,
-        )
-    yield GaugeMetricFamily(
-        "fedgradnorm_last_round_age_seconds",
-        "Seconds since the last round ended, or since the run was started where that is later.",
-        max(0.0, time.time() - max(status.started, status.round_ended or 0.0)),
-    )
-    yield GaugeMetricFamily(
-        "fedgradnorm_status_timestamp_seconds",
-        "When the run wrote its status.json last, in unix seconds.",
-        status.written,
-    )
+        yield _single("last_round_timestamp_seconds", status.round_ended)
+    last = max(status.started, status.round_ended or 0.0)
+    yield _single("last_round_age_seconds", max(0.0, time.time() - last))
+    yield _single("status_timestamp_seconds", status.written)
 
 
 def _of_clients(overview: Overview) -> Iterator[Metric]:
     status = overview.status
     if status is None:
         return
-    clients = status.clients
-    goes_on = overview.state not in (*ENDED, GONE)
-    connected = {id: float(client.connected and goes_on) for id, client in clients.items()}
-    yield GaugeMetricFamily("fedgradnorm_clients", "Clients that are known.", len(clients))
-    yield GaugeMetricFamily(
-        "fedgradnorm_clients_connected",
-        "Clients that are connected to the run.",
-        sum(connected.values()),
-    )
-    yield GaugeMetricFamily(
-        "fedgradnorm_nodes_refused",
-        "Nodes that stay out, such as those that claim a key that is taken.",
-        len(status.strangers),
-    )
-    yield _by_label(
-        "fedgradnorm_client_connected",
-        "Whether a client is connected to the run: 1 or 0; 0 when the run is over.",
-        "client",
-        connected,
-    )
-    yield _by_label(
-        "fedgradnorm_client_last_seen_timestamp_seconds",
-        "When a client answered last, in unix seconds.",
-        "client",
-        {id: client.last_seen for id, client in clients.items() if client.last_seen is not None},
-    )
-    drops = CounterMetricFamily(
-        "fedgradnorm_drops",
-        "How often a client had no report that counts, by kind of reason.",
-        labels=["client", "reason"],
-    )
-    for id, client in clients.items():
+    clients, over = status.clients.items(), overview.state in (*ENDED, GONE)
+    connected = {(id,): float(client.connected and not over) for id, client in clients}
+    yield _single("clients", len(clients))
+    yield _single("clients_connected", sum(connected.values()))
+    yield _single("nodes_refused", len(status.strangers))
+    yield _labelled("client_connected", ("client",), connected.items())
+    seen = {(id,): client.last_seen for id, client in clients}
+    yield _labelled("client_last_seen_timestamp_seconds", ("client",), seen.items())
+    about = "How often a client had no report that counts, by kind of reason."
+    drops = CounterMetricFamily("fedgradnorm_drops", about, labels=["client", "reason"])
+    for id, client in clients:
         for kind in KINDS:
             drops.add_metric([id, kind], client.drops.get(kind, 0))
     yield drops
 
 
 def _of_last_round(overview: Overview) -> Iterator[Metric]:
-    loss = GaugeMetricFamily(
-        "fedgradnorm_loss",
-        "A client's training loss in the last round; absent without a report.",
-        labels=["client", "task"],
-    )
-    rate = GaugeMetricFamily(
-        "fedgradnorm_inverse_training_rate",
-        "A client's training loss in the last round as a share of its initial loss; absent without a report.",
-        labels=["client", "task"],
-    )
-    weight = GaugeMetricFamily(
-        "fedgradnorm_weight",
-        "A client's weight after the last round; 1 is equal.",
-        labels=["client"],
-    )
-    for row in overview.rows:
-        weight.add_metric([row["client"]], row["weight"])
-        for family, value in ((loss, row["loss"]), (rate, row["inverse_training_rate"])):
-            if value is not None:
-                family.add_metric([row["client"], row["task"]], value)
-    yield from (loss, rate, weight)
+    rows, labels = overview.rows, ("client", "task")
+    clients = [(row["client"], row["task"]) for row in rows]
+    losses = [row["loss"] for row in rows]
+    rates = [row["inverse_training_rate"] for row in rows]
+    yield _labelled("loss", labels, zip(clients, losses, strict=True))
+    yield _labelled("inverse_training_rate", labels, zip(clients, rates, strict=True))
+    yield _labelled("weight", ("client",), [((row["client"],), row["weight"]) for row in rows])
 
 
-def _by_label(name: str, about: str, label: str, values: dict[str, float]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, about, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
+def _single(name: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"fedgradnorm_{name}", ABOUT[name], value)
+
+
+def _labelled(
+    name: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float | None]]
+) -> Metric:
+    """A metric with a value for each combination of labels; None is left out."""
+    family = GaugeMetricFamily(f"fedgradnorm_{name}", ABOUT[name], labels=labels)
+    for key, value in values:
+        if value is not None:
+            family.add_metric(key, value)
     return family

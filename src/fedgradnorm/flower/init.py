@@ -1,12 +1,13 @@
-"""A folder with all that a deployment on Flower needs, filled in for a federation."""
+"""Writes a folder with all that a deployment on Flower needs, filled in for a federation."""
 
 import ipaddress
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from string import Template
 
 import tomli_w
 
@@ -22,25 +23,35 @@ __all__ = ["write_deployment"]
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 FIRST_NODE_PORT = 9094
 LONGEST_NAME = 32
-"""Letters that the name of a Flower app may have."""
-PLACE = re.compile(r"@\{([a-z_]+)\}")
+"""Maximum number of letters in the name of a Flower app."""
 CLIENT = "CLIENT"
-"""In the templates' paths: one such folder for every client."""
+"""In the templates' paths: a folder that is written once for every client."""
 
 MODES = {".sh": 0o755, ".env": 0o600}
 
 HEADER = """\
-# The federation, how it trains and how it is weighted: all settings, those left out too (docs/configuration.md of fedgradnorm).
-# Server and nodes get this file with the app, when a run begins. Where a site's data lie is for its node.env to say.
+# The federation, its training and its weighting: all settings, also the defaults
+# (docs/configuration.md of fedgradnorm). Server and nodes get this file with the app when a run
+# begins. Each site's node.env says where its data are.
 
 """
 MAX_UPDATE_RATIO = 10.0
-"""The ``train.max_update_ratio`` of a deployment whose user names none: there, a client can be anyone's."""
+"""The default ``train.max_update_ratio`` of a deployment, where anyone may run a client."""
 WHAT_RATIO = """\
-# A gradient of more than this number times the usual length is dropped: usual is the median of its client's last ten; until it has three,
-# that of all clients (raise it where tasks differ by more from the start). Without this line none is dropped, however long.
+# A gradient longer than this number times the usual length is dropped. The usual length is the
+# median of the client's last ten gradients; until it has three, the median of all clients (raise
+# the number where tasks differ by more from the start). Without this line none is dropped.
 """
-SERVICE = '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], command: ["/node/supernode.sh"]}}'
+SERVICE = (
+    '  node-{client}: {{<<: *flower, volumes: ["./nodes/{client}:/node"], '
+    'command: ["/node/supernode.sh"]}}'
+)
+
+
+class Filled(Template):
+    """A template with places such as ``@@{port}``: ``$`` and ``@`` have a meaning in the files."""
+
+    delimiter = "@@"
 
 
 def write_deployment(
@@ -50,22 +61,22 @@ def write_deployment(
     hosts: Sequence[str] = ("127.0.0.1",),
     port: int = 8000,
 ) -> list[str]:
-    """Write a deployment's folder: the Flower app, scripts for keys and for starting everything, services.
+    """Write a deployment's folder: the Flower app, scripts for keys and for starting, services.
 
     Args:
-        folder: a new or empty one; nothing is ever overwritten.
+        folder: a new or an empty folder; nothing is ever overwritten.
         config: the federation's configuration file; None for the defaults.
-        overrides: words like ``train.num_rounds=5`` that win over the file.
-        hosts: names and addresses under which the nodes reach the server; the first is the one that they use.
-        port: the server's.
+        overrides: settings like ``train.num_rounds=5`` that take precedence over the file.
+        hosts: names and addresses under which the nodes reach the server; they use the first.
+        port: the server's port.
 
     Returns:
         The ids of the federation's clients.
 
     Raises:
-        ConfigError: settings that are wrong or cannot be trained across machines, or a name that is none.
-        FederationError: a federation that cannot be.
-        RunError: the folder is there and not empty, or cannot be written.
+        ConfigError: settings that are wrong or cannot be trained across machines, or a wrong host.
+        FederationError: the parts of the federation do not fit together.
+        RunError: the folder is not empty, or cannot be written.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
@@ -74,32 +85,30 @@ def write_deployment(
     """
     require(bool(hosts), "--host", "a name or an address", hosts)
     for host in hosts:
-        require(
-            NAME.fullmatch(host) is not None or _is_address(host),
-            "--host",
-            "a name or an address, without a port",
-            host,
-        )
+        sound = NAME.fullmatch(host) is not None or _is_address(host)
+        require(sound, "--host", "a name or an address, without a port", host)
     require(0 < port < 2**16, "--port", "a number from 1 to 65535", port)
     settings = _screening(resolve_config(load_config(config, overrides)))
     if any(settings.faults.model_dump().values()):
-        raise ConfigError(
-            "faults: on purpose they are for the simulation alone: remove the table [faults]"
-        )
+        raise ConfigError("faults: they are for the simulation alone: remove the table [faults]")
     roster = roster_of(build_federation(settings))
     run_folder(settings)
     check_deployable(settings, roster)
-    clients = roster.client_ids
-    folder = folder.expanduser().resolve()
+    clients, folder = roster.client_ids, folder.expanduser().resolve()
+    _write(folder, _contents(folder, settings, clients, hosts, port))
+    return clients
+
+
+def _write(folder: Path, contents: Iterator[tuple[Path, str]]) -> None:
+    """Write all files to a folder, or none. Raises RunError."""
     aside = folder.with_name(f".{folder.name}.writing")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(
-                f"{folder} exists and is not empty: expected a new folder, for nothing is overwritten"
-            )
+            expected = "expected a new folder, for nothing is overwritten"
+            raise RunError(f"{folder} exists and is not empty: {expected}")
         if aside.exists():
             shutil.rmtree(aside)
-        for path, content in _contents(folder, settings, clients, hosts, port):
+        for path, content in contents:
             target = aside / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(content, encoding="utf-8")
@@ -108,24 +117,39 @@ def write_deployment(
         aside.replace(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(
-            f"deployment folder {folder}: cannot be written: {error.strerror or error}"
-        ) from error
-    return clients
+        why = error.strerror or error
+        raise RunError(f"deployment folder {folder}: cannot be written: {why}") from error
 
 
 def _contents(
     folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int
 ) -> Iterator[tuple[Path, str]]:
     """Every file's path in the folder, and its text."""
+    values = _values(folder, settings, clients, hosts, port)
+    with as_file(files("fedgradnorm.flower") / "templates") as templates:
+        for template in sorted(templates.rglob("*")):
+            if not template.is_file() or template.suffix == ".pyc":
+                continue
+            path = template.relative_to(templates)
+            path = path.with_name(re.sub(r"^dot-", ".", path.name))
+            text = Filled(template.read_text(encoding="utf-8"))
+            if CLIENT not in path.parts:
+                yield path, text.substitute(values)
+                continue
+            for port_of, client in enumerate(clients, start=FIRST_NODE_PORT):
+                parts = (client if part == CLIENT else part for part in path.parts)
+                own = {**values, "client": client, "node_port": str(port_of)}
+                yield Path(*parts), text.substitute(own)
+    yield Path("app/fedgradnorm_app/federation.toml"), HEADER + _toml(settings)
+
+
+def _values(
+    folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int
+) -> dict[str, str]:
+    """What stands at the places of all templates, by name."""
     name = re.sub(r"[^a-z0-9]+", "-", settings.federation.name.lower()).strip("-")
-    bind = _bind(hosts[0])
-    local, run_dir, superlink_port = (
-        _is_loopback(bind),
-        settings.run.dir or f"runs/{name}",
-        str(_superlink_port(port, len(clients))),
-    )
-    values = {
+    bind, run_dir = _bind(hosts[0]), settings.run.dir or f"runs/{name}"
+    return {
         "name": f"fedgradnorm-{name}"[:LONGEST_NAME].rstrip("-"),
         "version": __version__,
         "run_dir": _escaped(run_dir),
@@ -138,47 +162,22 @@ def _contents(
         "bind": bind,
         "listen": f"{_bracketed(bind)}:{port}",
         "port": str(port),
-        "superlink_port": superlink_port,
-        "threads": "1" if local else "",
+        "superlink_port": str(_superlink_port(port, len(clients))),
+        "threads": "1" if ipaddress.ip_address(bind).is_loopback else "",
         "services": "\n".join(SERVICE.format(client=client) for client in clients),
     }
-    with as_file(files("fedgradnorm.flower") / "templates") as templates:
-        for template in sorted(
-            path for path in templates.rglob("*") if path.is_file() and path.suffix != ".pyc"
-        ):
-            path, text = template.relative_to(templates), template.read_text(encoding="utf-8")
-            path = (
-                path.with_name(path.name.replace("dot-", ".", 1))
-                if path.name.startswith("dot-")
-                else path
-            )
-            if CLIENT in path.parts:
-                for place, client in enumerate(clients):
-                    own = {"client": client, "node_port": str(FIRST_NODE_PORT + place)}
-                    yield (
-                        Path(*(client if part == CLIENT else part for part in path.parts)),
-                        _filled(text, {**values, **own}),
-                    )
-            else:
-                yield path, _filled(text, values)
-    yield Path("app/fedgradnorm_app/federation.toml"), HEADER + _toml(settings)
-
-
-def _filled(text: str, values: Mapping[str, str]) -> str:
-    return PLACE.sub(lambda place: values[place[1]], text)
 
 
 def _screening(settings: RunConfig) -> RunConfig:
-    """The settings, with a limit for the length of gradients where the user has named none."""
+    """The settings, with a limit for the length of gradients where the user has set none."""
     if "max_update_ratio" in settings.train.model_fields_set:
         return settings
-    return settings.model_copy(
-        update={"train": settings.train.model_copy(update={"max_update_ratio": MAX_UPDATE_RATIO})}
-    )
+    train = settings.train.model_copy(update={"max_update_ratio": MAX_UPDATE_RATIO})
+    return settings.model_copy(update={"train": train})
 
 
 def _toml(settings: RunConfig) -> str:
-    """The settings less what is not the deployment's: the engine, faults, and what a run writes."""
+    """The settings without those of the engine, of faults, and those that a run writes."""
     exclude: dict[str, bool | set[str]] = {
         "engine": True,
         "faults": True,
@@ -195,7 +194,10 @@ def _escaped(text: str) -> str:
 
 
 def _bind(host: str) -> str:
-    """What a server listens on that nodes reach under this name: every network, unless all nodes are on its own machine."""
+    """The address that a server listens on, by the name that nodes use.
+
+    It is every network, unless all nodes are on the server's own machine.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -204,22 +206,19 @@ def _bind(host: str) -> str:
 
 
 def _superlink_port(port: int, nodes: int) -> int:
-    """A port for the SuperLink on the server's machine: the next one that neither the front nor a node of this machine has."""
+    """A port for the SuperLink: the next one that neither the front nor a node here uses."""
     taken = {port, *range(FIRST_NODE_PORT, FIRST_NODE_PORT + nodes)}
     return min(set(range(1, 2**16)) - taken, key=lambda other: (other < port, abs(other - port)))
 
 
 def _bracketed(host: str) -> str:
-    """A name or an address as it stands before a port."""
+    """A name or an address as it is written before a port."""
     return f"[{host}]" if ":" in host else host
 
 
 def _is_address(host: str) -> bool:
     try:
-        return not getattr(ipaddress.ip_address(host), "scope_id", None)
+        ipaddress.ip_address(host)
     except ValueError:
         return False
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
+    return "%" not in host  # an IPv6 address with a zone is one of this machine alone

@@ -1,4 +1,4 @@
-"""A Grid in one process, without Ray: messages to a node are answered by a call."""
+"""A Grid in one process, without Ray: a message to a node is a call."""
 
 import itertools
 import time
@@ -19,8 +19,8 @@ class LocalGrid(Grid):
     """Nodes in this process, for tests and for trying an app on one machine.
 
     Args:
-        nodes: by node id, what answers to a message: a ClientApp.
-        contexts: by node id, what the app is called with; by default a context with ``partition-id``.
+        nodes: by node id, what answers messages: a ClientApp.
+        contexts: by node id, the context for its app; by default one with ``partition-id``.
     """
 
     def __init__(
@@ -55,18 +55,9 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a node; it needs no Flower process."""
-        metadata = Metadata(
-            1,
-            "",
-            SERVER_NODE,
-            dst_node_id,
-            "",
-            group_id,
-            time.time(),
-            ttl or DEFAULT_TTL,
-            message_type,
-        )
+        """A message to a node, made without a Flower process."""
+        now, ttl = time.time(), ttl or DEFAULT_TTL
+        metadata = Metadata(1, "", SERVER_NODE, dst_node_id, "", group_id, now, ttl, message_type)
         make: Any = Message  # as Flower itself does in its own process
         message: Message = make(content=content, metadata=metadata)
         return message
@@ -81,7 +72,7 @@ class LocalGrid(Grid):
         for message in messages:
             id = str(next(self._numbers))
             message.metadata.__dict__["_message_id"] = id
-            self._replies[id] = self._answer(message)
+            self._replies[id] = self.answer(message)
             ids.append(id)
         return ids
 
@@ -98,16 +89,16 @@ class LocalGrid(Grid):
         """The replies to these messages."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message) -> Message:
+    def answer(self, message: Message) -> Message:
+        """A node's reply to a message; an error message where its app raises or it is gone."""
         node = message.metadata.dst_node_id
         if node not in self.nodes:
             return Message(Error(5, "the node is gone"), reply_to=message)
         try:
             reply = self.nodes[node](message, self.contexts[node])
             if not isinstance(reply, Message):
-                raise TypeError(
-                    f"expected the app to answer with a Message, found {type(reply).__name__}"
-                )
+                found = type(reply).__name__
+                raise TypeError(f"expected the app to answer with a Message, found {found}")
         except Exception as error:  # noqa: BLE001  # as a SuperNode does
             reason = "".join(traceback.format_exception_only(error)).strip()
             return Message(Error(RAISED, reason), reply_to=message)

@@ -1,8 +1,9 @@
-"""A mod that gives a user's own Flower ClientApp a private head, and the server what FedGradNorm weights clients by."""
+"""A mod for users' own ClientApps: a private head, and the figures that FedGradNorm needs."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -13,31 +14,20 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower.client import (
-    WRONG_CLIENT,
     aside,
     client_key,
     kept,
     lost_state,
     private_errors,
     state_dir,
+    wrong_client,
 )
-from fedgradnorm.flower.messages import (
-    ARRAYS,
-    CONFIG,
-    METRICS,
-    VERSIONS,
-    Greeting,
-    Layout,
-    arrays_of,
-    control_of,
-    encoder_of,
-    evaluation_reply,
-    greeting_reply,
-    report_reply,
-    tensors_of,
-)
+from fedgradnorm.flower.layout import Layout, arrays_of, encoder_of, tensors_of
+from fedgradnorm.flower.messages import VERSIONS, Control, Greeting, control_of, greeting_reply
+from fedgradnorm.flower.records import ARRAYS, CONFIG, METRICS
+from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.roster import module_of
-from fedgradnorm.flower.states import StateFiles, States, begin
+from fedgradnorm.flower.states import Beginning, StateFiles, States, begin
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
 from fedgradnorm.randomness import seeded
@@ -46,29 +36,35 @@ __all__ = ["FedGradNormMod"]
 
 
 class FedGradNormMod:
-    """For ``ClientApp(mods=[FedGradNormMod(...)])``: the app keeps its training code and sees whole models, the server sees encoders alone.
+    """For ``ClientApp(mods=[FedGradNormMod(...)])``.
 
-    Before the app is called, the client's head is put beside the encoder that came; afterwards the head goes to the client's own files
-    (``state-dir`` in the node's configuration), and the reply holds the encoder's update, F_i(k), F_i(0) and n_i. F_i(0) is the training
-    loss of the client's first round, as an app gives no earlier one. Buffers, such as BatchNorm's statistics, stay with the head.
+    The app keeps its training code and sees whole models. The server sees encoders alone.
 
-    The app's functions get a message with the records ``arrays`` and ``config``, and answer with the trained ``arrays`` and ``metrics``, as
-    Flower's own examples do. ``lost-state`` in the node's configuration says what to do where the head is lost, as in `client_app`.
+    Before the app is called, the mod adds the client's head to the encoder that came. Afterwards
+    the head goes to the client's own files (``state-dir`` in the node's configuration), and the
+    reply holds the encoder's update, F_i(k), F_i(0) and n_i. F_i(0) is the training loss of the
+    client's first round, as an app gives no earlier one. Buffers, such as BatchNorm's statistics,
+    stay with the head.
+
+    The app's functions get a message with the records ``arrays`` and ``config``, and answer with
+    the trained ``arrays`` and ``metrics``, as Flower's own examples do. ``lost-state`` in the
+    node's configuration says what to do where the head is lost, as in `client_app`.
 
     Args:
-        model: makes the client's model, without arguments or from the `Context`: where its head is from at first.
-        head: which of its parameters are the head: names, layers or patterns such as ``"fc3"``.
+        model: makes the client's model, without arguments or from the `Context`. The first head is
+            taken from it.
+        head: the parameters of the head: names, layers or patterns such as ``"fc3"``.
         task: the task's name; by default ``task`` of the node's configuration, or the client's key.
         norm_layer: which encoder parameters are the norm layer ω̃; None: the encoder's last layer.
         loss: the name of the training loss in the app's metrics.
         test_loss: the name of the test loss in the app's metrics.
         metric: the name of the main test metric in the app's metrics; empty for none.
-        higher_is_better: of that metric.
-        seed: of the first head, which no two clients share.
+        higher_is_better: whether higher values of that metric are better.
+        seed: for the first head; each client draws another head from it.
         states: gives the place of the client's states; by default files under ``state-dir``.
 
     Raises:
-        ConfigError: no head.
+        ConfigError: no head is named.
     """
 
     def __init__(
@@ -86,21 +82,15 @@ class FedGradNormMod:
         states: Callable[[Context, str, str], States] | None = None,
     ) -> None:
         self.model, self.head = model, (head,) if isinstance(head, str) else tuple(head)
-        self.task, self.norm_layer, self.loss, self.test_loss, self.metric = (
-            task,
-            norm_layer,
-            loss,
-            test_loss,
-            metric,
-        )
-        self.higher_is_better, self.seed = higher_is_better, seed
+        self.task, self.norm_layer, self.seed = task, norm_layer, seed
+        self.loss, self.test_loss = loss, test_loss
+        self.metric, self.higher_is_better = metric, higher_is_better
         self.states = states or (
             lambda context, experiment, client: StateFiles(state_dir(context), experiment, client)
         )
         if not self.head:
-            raise ConfigError(
-                "head: expected the names of the parameters that stay with the client, found none"
-            )
+            expected = "expected the names of the parameters that stay with the client"
+            raise ConfigError(f"head: {expected}, found none")
 
     def __call__(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
         """Answer a message with the app's help."""
@@ -111,120 +101,132 @@ class FedGradNormMod:
         control, client, lost = control_of(message), client_key(context), lost_state(context)
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
-            greeting = Greeting(
-                client=client,
-                task=task,
-                metric=self.metric,
-                higher_is_better=self.higher_is_better,
-                **VERSIONS,
-            )
-            return greeting_reply(greeting, message)
-        if control.client != client:
-            raise MessageError(f"a message for client '{control.client}' {WRONG_CLIENT} '{client}'")
-        start, states, sent = (
-            perf_counter(),
-            self.states(context, control.experiment, client),
-            tensors_of(encoder_of(message.content)),
-        )
-        begun = begin(
-            states,
-            control.base,
-            lost,
-            lambda: ClientState(self._first_head(client, context, sent.keys())),
-            control.initial_loss,
-        )
-        state = begun.state
-        whole = RecordDict(
-            {
-                ARRAYS: arrays_of({**sent, **state.head}),
-                CONFIG: message.content.config_records.get(CONFIG, ConfigRecord()),
+            metric: dict[str, Any] = {
+                "metric": self.metric,
+                "higher_is_better": self.higher_is_better,
             }
-        )
-        message.content = whole
+            return greeting_reply(Greeting(client=client, task=task, **metric, **VERSIONS), message)
+        if control.client != client:
+            return wrong_client(message, control.client, client)
+        start, states = perf_counter(), self.states(context, control.experiment, client)
+        sent = tensors_of(encoder_of(message.content))
+
+        def initial() -> ClientState:
+            return ClientState(self._first_head(client, context, sent.keys()))
+
+        begun = begin(states, control.base, lost, initial, control.initial_loss)
+        config = message.content.config_records.get(CONFIG, ConfigRecord())
+        whole = arrays_of({**sent, **begun.state.head})
+        message.content = RecordDict({ARRAYS: whole, CONFIG: config})
         reply = app(message, context)
         if reply.has_error():
             return reply
         record = reply.content.metric_records.get(METRICS, MetricRecord())
         metrics = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if control.kind == "evaluate":
-            if self.metric:
-                self._metric(metrics, self.metric, "metric")
-            evaluation = Evaluation(
-                self._metric(metrics, self.test_loss, "test_loss"),
-                metrics,
-                int(metrics.get("num-examples", 0)),
-            )
+            evaluation = self._evaluation(metrics)
             return evaluation_reply(client, task, control.round, evaluation, message, aside(begun))
-        came = self._arrays(reply, whole)
-        loss = self._metric(metrics, self.loss, "loss")
-        initial_loss = loss if state.initial_loss is None else state.initial_loss
-        update = {name: sent[name] - came[name] for name in sent}
-        layout = Layout.of(module_of(sent))
-        flat = torch.cat([update[name].reshape(-1) for name in layout.shapes])
-        norm = norm_over(flat, norm_layer_slices(module_of(sent), self.norm_layer)).item()
-        after = ClientState(
-            {name: came[name] for name in came.keys() - sent.keys()},
-            initial_loss,
-            round=control.round,
-        )
+        came, layout = self._arrays(reply, whole), Layout.of(module_of(sent))
+        report = self._report(control, task, begun, metrics, sent, came, start)
+        own = {name: came[name] for name in came.keys() - sent.keys()}
+        after = ClientState(own, report.initial_loss, round=control.round)
         states.save(after, kept(control, begun))
-        report = Report(
-            client=client,
+        return report_reply(report, layout.arrays(report.gradient), message, aside(begun))
+
+    def _evaluation(self, metrics: Mapping[str, float]) -> Evaluation:
+        if self.metric:
+            self._metric(metrics, self.metric, "metric")
+        loss = self._metric(metrics, self.test_loss, "test_loss")
+        return Evaluation(loss, metrics, int(metrics.get("num-examples", 0)))
+
+    def _report(
+        self,
+        control: Control,
+        task: str,
+        begun: Beginning,
+        metrics: Mapping[str, float],
+        sent: Mapping[str, Tensor],
+        came: Mapping[str, Tensor],
+        start: float,
+    ) -> Report:
+        """The report on a round.
+
+        Args:
+            control: what the message said.
+            task: the task's name.
+            begun: the state that the round began with.
+            metrics: the app's.
+            sent: the encoder that the server sent, by name.
+            came: the model after training, by name.
+            start: when the work began, by `perf_counter`.
+        """
+        loss, initial_loss = self._metric(metrics, self.loss, "loss"), begun.state.initial_loss
+        encoder = module_of(dict(sent))
+        names = Layout.of(encoder).shapes
+        update = torch.cat([(sent[name] - came[name]).reshape(-1) for name in names])
+        return Report(
+            client=control.client,
             task=task,
-            gradient=flat,
+            gradient=update,
             loss=loss,
-            initial_loss=initial_loss,
-            grad_norm=norm,
+            initial_loss=loss if initial_loss is None else initial_loss,
+            grad_norm=norm_over(update, norm_layer_slices(encoder, self.norm_layer)).item(),
             num_examples=int(metrics.get("num-examples", 1)),
             seconds=perf_counter() - start,
             round=control.round,
         )
-        return report_reply(report, layout.arrays(flat), message, aside(begun))
 
     def _first_head(
         self, client: str, context: Context, sent: Collection[str]
     ) -> dict[str, Tensor]:
-        """What of the model's state the server did not send, as initialised."""
+        """The initial values of the part of the model's state that the server did not send."""
         with seeded(self.seed, 0, client, "head"):
             model = self._make(context)
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self._check_tied(model, sent)
+        self._check_names(model, sent)
+        state = model.state_dict().items()
+        return {name: value.detach().clone() for name, value in state if name not in sent}
+
+    def _check_names(self, model: nn.Module, sent: Collection[str]) -> None:
+        """Check that the head's patterns and the names that the server sent fit the model.
+
+        Raises:
+            ConfigError: a pattern of the head names no parameter.
+            MessageError: a name that was sent is not one of the encoder's parameters.
+        """
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for pattern in self.head:
             if not any(matches(name, [pattern]) for name in parameters):
                 layers = {name.rpartition(".")[0] for name in parameters} - {""}
-                raise ConfigError(
-                    f"head: '{pattern}' names no parameter of the model; {nearest(pattern, layers | parameters.keys())}"
-                )
+                close = nearest(pattern, layers | parameters.keys())
+                raise ConfigError(f"head: '{pattern}' names no parameter of the model; {close}")
         for name in sorted(sent):
-            if matches(name, self.head) or name not in parameters:
-                what = (
-                    "in the client's head"
-                    if matches(name, self.head)
-                    else "no parameter of its model"
-                )
-                how = "both sides have to be told the same head"
-                if name in buffers:
-                    what, how = (
-                        "a buffer of its model",
-                        f"buffers stay with the client: expected FedGradNorm(head=[..., '{name}'])",
-                    )
-                raise MessageError(f"array '{name}': the server sent it, and it is {what}: {how}")
-        return {
-            name: value.detach().clone()
-            for name, value in model.state_dict().items()
-            if name not in sent
-        }
+            how = "both sides have to be told the same head"
+            if name in buffers:
+                what = "a buffer of its model"
+                how = f"buffers stay with the client: expected FedGradNorm(head=[..., '{name}'])"
+            elif matches(name, self.head):
+                what = "in the client's head"
+            elif name not in parameters:
+                what = "no parameter of its model"
+            else:
+                continue
+            raise MessageError(f"array '{name}': the server sent it, and it is {what}: {how}")
 
     @staticmethod
     def _check_tied(model: nn.Module, sent: Collection[str]) -> None:
-        """Raise MessageError for a parameter with two names of which one is sent: the client's values would replace the server's."""
+        """Raise MessageError for a parameter with two names of which one is sent.
+
+        The client's values would replace the server's.
+        """
         names: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             other = names.setdefault(id(parameter), name)
             if other != name and (name in sent or other in sent):
                 raise MessageError(
-                    f"array '{name}': it is tied to '{other}', and the server sends one of them or both: expected parameters of their own "
-                    "in the encoder: untie them, or name both in the head on both sides"
+                    f"array '{name}': it is tied to '{other}', and the server sends one of them or "
+                    "both: expected parameters of their own in the encoder: untie them, or name "
+                    "both in the head on both sides"
                 )
 
     def _make(self, context: Context) -> nn.Module:
@@ -234,25 +236,21 @@ class FedGradNormMod:
             return self.model(context)  # type: ignore[call-arg]
         return self.model()  # type: ignore[call-arg]
 
-    def _arrays(self, reply: Message, whole: RecordDict) -> dict[str, Tensor]:
-        came, expected = (
-            tensors_of(reply.content.array_records.get(ARRAYS, ArrayRecord())),
-            tensors_of(whole.array_records[ARRAYS]),
-        )
-        if came.keys() != expected.keys():
-            raise MessageError(
-                f"the app's reply: expected the record '{ARRAYS}' with the {len(expected)} arrays that it was given, found {len(came)}"
-            )
-        for name, value in expected.items():
+    def _arrays(self, reply: Message, whole: ArrayRecord) -> dict[str, Tensor]:
+        came = tensors_of(reply.content.array_records.get(ARRAYS, ArrayRecord()))
+        given = tensors_of(whole)
+        if came.keys() != given.keys():
+            expected = f"the record '{ARRAYS}' with the {len(given)} arrays that it was given"
+            raise MessageError(f"the app's reply: expected {expected}, found {len(came)}")
+        for name, value in given.items():
             if came[name].shape != value.shape or came[name].dtype != value.dtype:
-                was, now = (f"{one.dtype} of {tuple(one.shape)}" for one in (value, came[name]))
+                was, now = (f"{v.dtype} of {tuple(v.shape)}" for v in (value, came[name]))
                 raise MessageError(f"the app's reply: array '{name}': expected {was}, found {now}")
         return came
 
     @staticmethod
     def _metric(metrics: Mapping[str, float], name: str, option: str) -> float:
         if name not in metrics:
-            raise MessageError(
-                f"the app's metrics: expected '{name}', found {sorted(metrics)}: FedGradNormMod({option}=...) names it"
-            )
+            found = f"found {sorted(metrics)}: FedGradNormMod({option}=...) names it"
+            raise MessageError(f"the app's metrics: expected '{name}', {found}")
         return float(metrics[name])

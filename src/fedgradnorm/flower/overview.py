@@ -1,4 +1,7 @@
-"""What a deployment's folder tells of its run and its certificates, from the files alone: for people, and for the exporter of metrics."""
+"""The state of a deployment's run and certificates, read from its files alone.
+
+People read it, and the exporter of metrics.
+"""
 
 import os
 import tomllib
@@ -22,7 +25,8 @@ from fedgradnorm.flower.status import (
     read_status,
     why_gone,
 )
-from fedgradnorm.runs.folder import STATUS, Run
+from fedgradnorm.runs.entries import STATUS
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
 __all__ = [
@@ -39,16 +43,16 @@ __all__ = [
 ]
 
 GONE = "gone"
-"""The state of a run whose process has ended without a word."""
+"""The state of a run whose process has ended without noting it."""
 SHOWN_STATES = (*STATES, GONE)
 
 CERTIFICATES = ("server.crt", "ca.crt")
 WARN_DAYS = 30
-"""A certificate that expires in fewer days is warned of."""
+"""Days before a certificate expires when a warning is shown."""
 
 DAY = 86400.0
 SERVER_FILES = ("superlink.env", "superlink.sh", "server.crt")
-"""By any of these the folder of a deployment's server is known."""
+"""A folder with any of these files is the folder of a deployment's server."""
 UNITS = ((2 * DAY, DAY, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"))
 ABSENT = "–"
 
@@ -59,8 +63,9 @@ class Overview:
 
     Attributes:
         folder: the run's folder; None where there is no run.
-        status: where the run has got to; None where that cannot be read.
-        gone: in words, why the run's process is no longer there; None where it has ended in order or goes on.
+        status: the run's status; None where it cannot be read.
+        gone: in words, why the run's process counts as gone; None for a run that is over or goes
+            on.
         rows: the lines of the last round.
         certificates: when the server's certificates expire, in unix seconds, by file name.
         faults: what could not be read, and why.
@@ -75,59 +80,59 @@ class Overview:
 
     @property
     def state(self) -> str | None:
-        """The run's state, or that it is gone; None where it is not known."""
+        """The run's state, or `GONE`; None where it is not known."""
         return None if self.status is None else GONE if self.gone else self.status.state
 
 
 def look(folder: Path, run: str | None = None) -> Overview:
-    """Read what there is. Nothing is raised for what cannot be read: it is among the faults.
+    """Read all there is. A file that cannot be read raises nothing: it is among the faults.
 
     Args:
         folder: a deployment's folder, its ``server/``, or a run's folder.
-        run: of a deployment, the run's folder seen from ``server/``, or its name; None: the one that was written last.
+        run: for a deployment, the run's folder seen from ``server/``, or its name; None: the run
+            that was written last.
     """
     faults: list[str] = []
-    found, status, gone, rows = None, None, None, list[Row]()
+    place, status, gone, rows = None, None, None, list[Row]()
     server = _server_of(folder)
     try:
-        found = _run_of(folder, server, run)
-        status = read_status(found)
-        gone = why_gone(status, found)
-        if (found / "config.toml").is_file():
-            opened = Run(found)
-            if (
-                opened.config.run.experiment == status.experiment
-            ):  # else the run in the folder is one that is to be replaced
-                rows = opened.last_round()
-                last = rows[0]["round"] if rows else 0
-                if last < status.done:
-                    faults.append(
-                        f"{found / 'metrics.jsonl'}: expected the lines of round {status.done}, the last are those of round {last}"
-                    )
+        place = _run_of(folder, server, run)
+        status = read_status(place)
+        gone = why_gone(status, place)
+        if _holds(place, status):
+            rows = Run(place).last_round()
+            last = rows[0]["round"] if rows else 0
+            if last < status.done:
+                expected = f"expected the lines of round {status.done}"
+                text = f"{place / 'metrics.jsonl'}: {expected}, the last are those of round {last}"
+                faults.append(text)
     except (FedGradNormError, OSError) as error:
         faults.append(str(error))
-    certificates = {}
-    for path in (
-        []
-        if server is None
-        else [server / name for name in CERTIFICATES if (server / name).is_file()]
-    ):
+    certificates: dict[str, float] = {}
+    for path in [] if server is None else [server / name for name in CERTIFICATES]:
+        if not path.is_file():
+            continue
         try:
-            certificates[path.name] = x509.load_pem_x509_certificate(
-                path.read_bytes()
-            ).not_valid_after_utc.timestamp()
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            certificates[path.name] = certificate.not_valid_after_utc.timestamp()
         except (OSError, ValueError) as error:
             faults.append(f"{path}: expected a certificate in PEM: {error}")
-    return Overview(found, status, gone, rows, certificates, faults)
+    return Overview(place, status, gone, rows, certificates, faults)
+
+
+def _holds(folder: Path, status: RunStatus) -> bool:
+    """Whether a folder holds the run of this status, and not one that the run will replace."""
+    written = (folder / "config.toml").is_file()
+    return written and Run(folder).config.run.experiment == status.experiment
 
 
 def _server_of(folder: Path) -> Path | None:
-    """The server's folder: in a deployment's folder, that one itself, or above a run's."""
+    """The server's folder: in the given folder, this folder itself, or one of two above it."""
     real = folder.expanduser().absolute()
-    places = [real / "server", real, *list(real.parents)[:2]]
-    return next(
-        (place for place in places if any((place / name).is_file() for name in SERVER_FILES)), None
-    )
+    for place in (real / "server", real, *list(real.parents)[:2]):
+        if any((place / name).is_file() for name in SERVER_FILES):
+            return place
+    return None
 
 
 def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
@@ -135,13 +140,13 @@ def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
     folder = folder.expanduser()
     if _has_run(folder):
         if run is not None:
-            raise RunError(
-                f"--run: {folder} is a run's folder itself: expected a deployment's folder, or no --run"
-            )
+            expected = "expected a deployment's folder, or no --run"
+            raise RunError(f"--run: {folder} is a run's folder itself: {expected}")
         return folder
     if server is None:
         raise RunError(
-            f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, its server/, or a run's folder"
+            f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, "
+            "its server/, or a run's folder"
         )
     server = folder / "server" if (folder / "server").is_dir() else folder
     if run is not None:
@@ -156,10 +161,9 @@ def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
 
 
 def _runs_in(server: Path) -> Iterator[Path]:
-    places = {server / "runs" / path.name for path in server.glob("runs/[!.]*")}
-    places |= {
-        path.with_name(path.name[1 : -len(STATUS) - 1]) for path in server.glob(f"runs/.*.{STATUS}")
-    }
+    places = set(server.glob("runs/[!.]*"))
+    files = server.glob(f"runs/.*.{STATUS}")
+    places |= {path.with_name(path.name[1 : -len(STATUS) - 1]) for path in files}
     try:
         app = tomllib.loads((server.parent / "app" / "pyproject.toml").read_text(encoding="utf-8"))
         places.add(server / str(app["tool"]["flwr"]["app"]["config"]["run-dir"]))
@@ -174,11 +178,8 @@ def _those_in(server: Path) -> str:
 
 
 def _files_of(run: Path) -> list[Path]:
-    return [
-        path
-        for path in (run / STATUS, beside(run), run / "config.toml", run / "metrics.jsonl")
-        if path.is_file()
-    ]
+    files = (run / STATUS, beside(run), run / "config.toml", run / "metrics.jsonl")
+    return [path for path in files if path.is_file()]
 
 
 def _has_run(folder: Path) -> bool:
@@ -191,24 +192,22 @@ def _last_written(run: Path) -> float:
 
 def state_line(status: RunStatus, now: float) -> str:
     """A run's state, its rounds and their ages, as a line to read."""
-    place = f"round {status.round} of {status.num_rounds}"
-    text = {
-        "waiting": f"waiting for clients before round {min(status.done + 1, status.num_rounds)} of {status.num_rounds}",
-        "training": f"training, {place}",
-        "testing": f"testing, {place}",
-        "completed": f"completed, {place}",
-        "stopped": f"stopped after round {status.done} of {status.num_rounds}: {printable(status.reason or 'no reason is known')}",
-    }[status.state]
-    last = (
-        "no round has ended"
-        if status.round_ended is None
-        else f"the last round ended {ago(status.round_ended, now)}"
-    )
+    rounds, next_round = status.num_rounds, min(status.done + 1, status.num_rounds)
+    if status.state == "waiting":
+        text = f"waiting for clients before round {next_round} of {rounds}"
+    elif status.state == "stopped":
+        why = printable(status.reason or "no reason is known")
+        text = f"stopped after round {status.done} of {rounds}: {why}"
+    else:
+        text = f"{status.state}, round {status.round} of {rounds}"
+    last = "no round has ended"
+    if status.round_ended is not None:
+        last = f"the last round ended {ago(status.round_ended, now)}"
     return f"{text}; {last}; started {ago(status.started, now)} ({_utc(status.started)})"
 
 
 def clients_table(overview: Overview, now: float) -> Table:
-    """The clients: connected or not, when they answered last, their last figures, how often they were dropped, by kind of reason."""
+    """A table of the clients: connection, last answer, last figures, drops by kind of reason."""
     table = Table("client", "task", "connected", "last seen", "loss", "weight", "drops")
     rows = {row["client"]: row for row in overview.rows}
     for id, client in _clients(overview).items():
@@ -218,23 +217,19 @@ def clients_table(overview: Overview, now: float) -> Table:
         seen = "never" if client.last_seen is None else ago(client.last_seen, now)
         connected = _connected(client, now, over=overview.state in (*ENDED, GONE))
         drops = ", ".join(f"{kind} {count}" for kind, count in client.drops.items())
-        table.add_row(
-            *(
-                Text(printable(cell))
-                for cell in (id, client.task, connected, seen, loss, weight, drops)
-            )
-        )
+        cells = (id, client.task, connected, seen, loss, weight, drops)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
 def remarks(overview: Overview, now: float) -> list[str]:
-    """What there is to know of clients, a line for each: why they were dropped last, until when they rest, what was noted of them."""
+    """Remarks on clients, one a line: their last drops, their rests, and the notes on them."""
     lines = []
     for id, client in _clients(overview).items():
-        if client.last_drop is not None:
-            lines.append(
-                f"{id}: dropped in round {client.last_drop.round}, {ago(client.last_drop.time, now)}: {client.last_drop.reason}"
-            )
+        drop = client.last_drop
+        if drop is not None:
+            when = f"in round {drop.round}, {ago(drop.time, now)}"
+            lines.append(f"{id}: dropped {when}: {drop.reason}")
         if client.resting_until is not None:
             lines.append(f"{id}: rests until round {client.resting_until}")
         lines += [f"{id}: {note}" for note in client.notes]
@@ -246,30 +241,25 @@ def _clients(overview: Overview) -> dict[str, ClientStatus]:
 
 
 def warnings_on(overview: Overview, now: float) -> list[str]:
-    """What somebody should look after, a line for each."""
+    """What somebody has to look after, one warning a line."""
     lines = list(overview.faults)
     if overview.gone:
-        lines.append(
-            f"{overview.gone}: start the run again, with server/run.sh or its Flower app; it goes on from its checkpoint"
-        )
-    lines += [
-        f"node {node} stays out: {why}"
-        for node, why in ({} if overview.status is None else overview.status.strangers).items()
-    ]
+        again = "start the run again, with server/run.sh or its Flower app"
+        lines.append(f"{overview.gone}: {again}; it resumes from its checkpoint")
+    strangers = {} if overview.status is None else overview.status.strangers
+    lines += [f"node {node} stays out: {why}" for node, why in strangers.items()]
+    renew = "docs/deploy.md of fedgradnorm says how to renew it"
     for name, expires in overview.certificates.items():
         if expires <= now:
-            lines.append(
-                f"{name} expired on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it"
-            )
+            lines.append(f"{name} expired on {_utc(expires)}: {renew}")
         elif expires < now + WARN_DAYS * DAY:
-            lines.append(
-                f"{name} expires in {duration(expires - now)}, on {_utc(expires)}: docs/deploy.md of fedgradnorm says how to renew it"
-            )
+            left = duration(expires - now)
+            lines.append(f"{name} expires in {left}, on {_utc(expires)}: {renew}")
     return [printable(line) for line in lines]
 
 
 def facts(overview: Overview, now: float) -> dict[str, Any]:
-    """All of it as JSON has it."""
+    """All of it as values for JSON."""
     return {
         "run": None if overview.folder is None else str(overview.folder),
         "state": overview.state,

@@ -1,4 +1,4 @@
-"""The clients of a run across machines, as far as a server knows them: their keys, their tasks, how many examples they have."""
+"""The clients of a run across machines, as the server knows them: keys, tasks, example counts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members, absent, absent_client
-from fedgradnorm.flower.messages import Greeting, arrays_of
+from fedgradnorm.flower.layout import arrays_of
+from fedgradnorm.flower.messages import Greeting, Refusal
 from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task
@@ -16,12 +17,12 @@ __all__ = ["Roster", "module_of", "roster_of"]
 
 
 class Roster(Members):
-    """Clients that are elsewhere. Of them it checks nothing but key and task: data and heads are not here.
+    """Clients on other machines. Only keys and tasks are checked: data and heads are not here.
 
     Args:
         encoder: makes the encoder.
-        buffers: what becomes of its buffers.
-        clients: their keys and tasks. Without any it is open, and takes in whoever comes; else nobody who is not among them.
+        buffers: whether each client keeps the encoder's buffers, or the server averages them.
+        clients: their keys and tasks. Without any, the roster is open and admits every client.
     """
 
     def __init__(
@@ -62,61 +63,68 @@ class Roster(Members):
         self._examples[id] = num_examples or self._examples.get(id, 0)
 
     def recall(self, members: MembersRecord) -> None:
-        """Know again the clients of a run that is gone on with, so that one that does not come back keeps its lines and its metric."""
-        for id, one in members["clients"].items():
+        """Restore the clients of a resumed run.
+
+        A client that does not come back keeps its lines and its metric.
+        """
+        for id, client in members["clients"].items():
             if self.open:
-                self._expect(id, one["task"], one["metric"], one["higher_is_better"])
-            self.learn(id, one["examples"])
+                self._expect(id, client["task"], client["metric"], client["higher_is_better"])
+            self.learn(id, client["examples"])
 
     def _expect(self, id: str, task: str, metric: str, higher_is_better: bool) -> None:
         self._clients[id] = absent_client(id, task, metric, higher_is_better)
 
-    def admit(self, greeting: Greeting) -> str | None:
-        """Take a client in; a reason where that is not to be."""
-        id, task = greeting.client, greeting.task
-        known = self._clients.get(id)
+    def admit(self, greeting: Greeting) -> Refusal | None:
+        """Admit the client of a greeting, or refuse it."""
+        id, task, known = greeting.client, greeting.task, self._clients.get(greeting.client)
         if known is None and not self.open:
-            return f"there is no client '{id}' in the federation"
+            words = f"there is no client '{id}' in the federation"
+            return Refusal(code="unknown-client", words=words, client=id)
         if known is not None and known.task.name != task:
-            return f"client '{id}' has task '{known.task.name}', and the node says '{task}'"
+            words = f"client '{id}' has task '{known.task.name}', and the node says '{task}'"
+            return Refusal(code="other-task", words=words, client=id)
         if self.open:
-            for other in self._clients.values():
-                metric = other.task.main_metric
-                same = metric is None or (metric.name, metric.higher_is_better) == (
-                    greeting.metric,
-                    greeting.higher_is_better,
-                )
-                if other.id != id and other.task.name == task and greeting.metric and not same:
-                    return f"client '{id}' measures task '{task}' in another way than client '{other.id}'"
+            other = self._with_other_metric(greeting)
+            if other is not None:
+                words = f"client '{id}' measures task '{task}' in another way than client '{other}'"
+                return Refusal(code="other-metric", words=words, client=id)
             self._expect(id, task, greeting.metric, greeting.higher_is_better)
         self.learn(id, greeting.num_examples)
         return None
 
+    def _with_other_metric(self, greeting: Greeting) -> str | None:
+        """The key of another client that measures the same task by another metric."""
+        own = greeting.metric, greeting.higher_is_better
+        for other in self._clients.values():
+            metric = other.task.main_metric
+            same = metric is None or (metric.name, metric.higher_is_better) == own
+            shares = other.id != greeting.client and other.task.name == greeting.task
+            if shares and greeting.metric and not same:
+                return other.id
+        return None
+
 
 def roster_of(federation: Federation) -> Roster:
-    """The clients of a federation without their data. Raises FederationError for an encoder that no message can hold."""
+    """The clients of a federation without their data.
+
+    Raises FederationError for an encoder that no message can hold.
+    """
     encoder = federation.make_encoder(seed=0)
-    arrays_of(
-        {
-            **dict(trainable(encoder)),
-            **(buffers_of(encoder) if federation.buffers == "averaged" else {}),
-        }
-    )
-    return Roster(
-        federation.new_encoder,
-        federation.buffers,
-        [(client.id, client.task) for client in federation.clients],
-    )
+    averaged = buffers_of(encoder) if federation.buffers == "averaged" else {}
+    arrays_of({**dict(trainable(encoder)), **averaged})
+    clients = [(client.id, client.task) for client in federation.clients]
+    return Roster(federation.new_encoder, federation.buffers, clients)
 
 
 def module_of(tensors: dict[str, Tensor]) -> nn.Module:
-    """A module whose parameters have these names and values, and that computes nothing."""
+    """A module that has parameters with these names and values, and computes nothing."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, last = name.split(".")
         module = root
         for part in path:
-            if part not in module._modules:
+            if part not in dict(module.named_children()):
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
         module.register_parameter(last, nn.Parameter(tensor.clone()))

@@ -1,13 +1,14 @@
-"""Where a client keeps its states between messages: every message may find it in a new process, and a round may have to be undone.
+"""Where a client keeps its states between messages.
 
-A state is kept under the round that it was trained in. The server names the round whose state is to be used, and those that it may come
-back to; all others before that are removed. Later ones stay: the message may be one that was late, or the run may have gone
-back.
+Every message may come to a new process, and a round may have to be undone. A state is kept under
+the round that it was trained in. The server names the round whose state is used, and those that it
+may go back to; all others before that are removed. Later states stay: the message may have been
+late, or the run may have gone back.
 """
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Literal, Protocol
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
@@ -36,7 +36,7 @@ __all__ = [
 
 LostState = Literal["refuse", "newest", "fresh"]
 LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")
-"""What a client does whose state is lost: answer with an error; go on from its newest one; go on with a fresh head."""
+"""What a client does if its state is lost: raise an error, use its newest state or a fresh head."""
 
 PARTS, ENCODER = ("head", "encoder_buffers", "head_velocity"), "encoder"
 FILE = re.compile(r"round-(\d{8})\.safetensors")
@@ -44,31 +44,39 @@ DATA = TypeAdapter(DataRecord)
 
 
 class LostStateError(RunError):
-    """A state is not there, or damaged: reading it again will not help."""
+    """A state is missing or damaged: to read it again will not help."""
 
 
 class States(Protocol):
     """A client's states, by the round that they were trained in."""
 
     def load(self, round: int) -> ClientState:
-        """The state after a round. Raises LostStateError where there is none, RunError where it cannot be reached."""
+        """The state after a round.
+
+        Raises:
+            LostStateError: there is none.
+            RunError: it cannot be reached.
+        """
         ...
 
     def save(
         self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
     ) -> None:
-        """Keep a state under its round, and remove all earlier ones but those of the rounds to be kept; with 0 among these, none.
+        """Keep a state under its round, and remove earlier ones.
 
-        With it goes what the data are known by that it was trained on.
+        Args:
+            state: the state.
+            keep: the rounds whose states stay; with 0 among them, all stay.
+            data: the record of the data that it was trained on.
         """
         ...
 
     def rounds(self) -> list[int]:
-        """The rounds that there are states of, ascending."""
+        """The rounds whose states are kept, ascending."""
         ...
 
     def data(self, round: int) -> DataRecord | None:
-        """What the data are known by that the state after a round was trained on; None where that is not known."""
+        """The record of the data that a round's state was trained on; None where it is unknown."""
         ...
 
 
@@ -77,9 +85,9 @@ class Beginning:
     """The state that a client begins with when it answers a message.
 
     Attributes:
-        state: that of the round that the server has asked for, or what stands in for it.
-        round: the round that it is of; 0: the client's initial one.
-        lost: whether the state that the server has asked for is lost.
+        state: the requested state, or the one that replaces it.
+        round: its round; 0: the client's initial state.
+        lost: whether the requested state is lost.
     """
 
     state: ClientState
@@ -94,17 +102,18 @@ def begin(
     initial: Callable[[], ClientState],
     initial_loss: float | None = None,
 ) -> Beginning:
-    """The state after round ``base``, or what stands in for it where it is lost.
+    """The state after round ``base``, or the one that replaces it where it is lost.
 
     Args:
-        states: the client's.
+        states: the client's states.
         base: the round that the server has asked for; 0: the initial state.
-        lost_state: what to do where that state is lost. ``newest`` without any earlier one that is sound is ``fresh``.
+        lost_state: what to do where that state is lost. ``newest`` acts as ``fresh`` where there is
+            no sound earlier state.
         initial: makes the client's initial state.
-        initial_loss: the F(0) that the server knows, which a fresh head keeps.
+        initial_loss: the F(0) that the server knows; a fresh head keeps it.
 
     Raises:
-        LostStateError: it is lost, and ``lost_state`` is ``refuse``.
+        LostStateError: the state is lost, and ``lost_state`` is ``refuse``.
         RunError: it cannot be reached, or it is another client's.
     """
     if base == 0:
@@ -122,12 +131,12 @@ def begin(
 
 
 def superfluous(kept: Iterable[int], round: int, keep: Collection[int]) -> list[int]:
-    """Which of the kept rounds nobody comes back to after this one.
+    """The kept rounds before this one that are not in ``keep``.
 
     >>> superfluous([1, 2, 3, 9], 4, {2}), superfluous([1, 2, 3], 4, {0, 2})
     ([1, 3], [])
     """
-    return [] if 0 in keep else [one for one in kept if one < round and one not in keep]
+    return [] if 0 in keep else [old for old in kept if old < round and old not in keep]
 
 
 class MemoryStates:
@@ -142,9 +151,8 @@ class MemoryStates:
         try:
             return self.by_round[round]
         except KeyError:
-            raise LostStateError(
-                f"no state of round {round} is kept, expected one of {self.rounds()}"
-            ) from None
+            expected = f"expected one of {self.rounds()}"
+            raise LostStateError(f"no state of round {round} is kept, {expected}") from None
 
     def save(
         self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
@@ -152,27 +160,27 @@ class MemoryStates:
         """Keep a state."""
         for round in superfluous(self.by_round, state.round, keep):
             del self.by_round[round]
+            self._data.pop(round, None)
         self.by_round[state.round] = state
-        self._data = {
-            **{round: known for round, known in self._data.items() if round in self.by_round},
-            state.round: data,
-        }
+        self._data[state.round] = data
 
     def rounds(self) -> list[int]:
-        """The rounds that there are states of."""
+        """The rounds whose states are kept."""
         return sorted(self.by_round)
 
     def data(self, round: int) -> DataRecord | None:
-        """What the data are known by."""
+        """The record of the data of a round's state."""
         return self._data.get(round)
 
 
 class StateFiles:
-    """States as files, ``STATE-DIR/EXPERIMENT/CLIENT/round-00000012.safetensors``, each written whole or not at all.
+    """States as files, ``STATE-DIR/EXPERIMENT/CLIENT/round-00000012.safetensors``.
+
+    Each file is written whole or not at all.
 
     Args:
         state_dir: a folder that outlives the node's process, readable by this site alone.
-        experiment: which experiment.
+        experiment: the experiment.
         client: the client's key.
     """
 
@@ -183,19 +191,19 @@ class StateFiles:
         """The state after a round.
 
         Raises:
-            LostStateError: there is no such file, or it is damaged.
-            RunError: it cannot be read, or it is another client's.
+            LostStateError: the file is missing or damaged.
+            RunError: the file cannot be read, or it is another client's.
         """
         path = self._path(round)
         try:
-            path.open("rb").close()  # so that an error of the system is told from a damaged file
+            path.open("rb").close()  # raises the system's errors; below, a file is damaged
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
             if numbers["client"] != self.client or numbers["round"] != round:
-                raise RunError(
-                    f"state {path}: it is that of client '{numbers['client']}' after round {numbers['round']}"
-                )
+                whose = f"client '{numbers['client']}' after round {numbers['round']}"
+                raise RunError(f"state {path}: it is that of {whose}")
             encoder = tensors.pop(ENCODER, None)
             parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
             for name, tensor in tensors.items():
@@ -208,14 +216,11 @@ class StateFiles:
                 **parts,  # type: ignore[arg-type]
             )
         except FileNotFoundError:
-            found = (
-                sorted(entry.name for entry in self.folder.glob("round-*"))
-                if self.folder.is_dir()
-                else []
-            )
+            names = sorted(entry.name for entry in self.folder.glob("round-*"))
             raise LostStateError(
-                f"client '{self.client}' needs its state of round {round}, and there is no such file: restore it, or begin a new experiment"
-                f", or set LOST_STATE (lost-state): {path}; found {found or 'none'}"
+                f"client '{self.client}' needs its state of round {round}, and there is no such "
+                "file: restore it, or begin a new experiment, or set LOST_STATE (lost-state): "
+                f"{path}; found {names or 'none'}"
             ) from None
         except OSError as error:
             raise RunError(f"state {path}: cannot be read: {error.strerror or error}") from error
@@ -227,50 +232,41 @@ class StateFiles:
             AttributeError,
             RecursionError,
         ) as error:
-            raise LostStateError(
-                f"state {path}: cannot be read: {' '.join(repr(error).split())[:300]}"
-            ) from error
+            why = " ".join(repr(error).split())[:300]
+            raise LostStateError(f"state {path}: cannot be read: {why}") from error
 
     def save(
         self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
     ) -> None:
-        """Keep a state. Raises RunError where it cannot be written; the others are as they were."""
+        """Keep a state. Raises RunError if it cannot be written; then all others stay."""
         tensors = {
             f"{part}/{name}": value.contiguous().clone()
             for part in PARTS
-            for name, value in _part(state, part).items()
+            for name, value in getattr(state, part).items()
         }
         if state.encoder is not None:
             tensors[ENCODER] = state.encoder
-        numbers = {
-            "client": self.client,
-            "round": state.round,
-            "initial_loss": state.initial_loss,
-            "data": data,
-        }
+        numbers = {"client": self.client, "round": state.round}
+        numbers |= {"initial_loss": state.initial_loss, "data": data}
+        path = self._path(state.round)
         try:
             for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(
-                self._path(state.round), to_bytes(tensors, {"state": json.dumps(numbers)})
-            )
-            for path in [
-                *map(self._path, superfluous(self.rounds(), state.round, keep)),
-                *self.folder.glob(".*.writing"),
-            ]:
-                path.unlink(missing_ok=True)
+            write_atomically(path, to_bytes(tensors, {"state": json.dumps(numbers)}))
+            old = map(self._path, superfluous(self.rounds(), state.round, keep))
+            for unused in [*old, *self.folder.glob(".*.writing")]:
+                unused.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(
-                f"state {self._path(state.round)}: cannot be written: {error.strerror or error}"
-            ) from error
+            why = error.strerror or error
+            raise RunError(f"state {path}: cannot be written: {why}") from error
 
     def rounds(self) -> list[int]:
-        """The rounds that there are files of."""
+        """The rounds whose states are kept."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := FILE.fullmatch(name)))
 
     def data(self, round: int) -> DataRecord | None:
-        """What the data are known by; None in a file of an older version."""
+        """The record of the data of a round's state; None where the file has none."""
         try:
             with safe_open(self._path(round), framework="pt") as file:
                 return DATA.validate_python(json.loads(file.metadata()["state"])["data"])
@@ -279,7 +275,3 @@ class StateFiles:
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round:08}.safetensors"
-
-
-def _part(state: ClientState, part: str) -> Mapping[str, Tensor]:
-    return getattr(state, part)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""FedGradNorm as a Flower strategy: the functions of the simulation, its checkpoints and its run folder."""
+"""FedGradNorm as a Flower strategy, with the simulation's functions, checkpoints and run folder."""
 
 import logging
 import math
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
+from fedgradnorm.api import weighting_of
 from fedgradnorm.build import IN_PYTHON
+from fedgradnorm.callbacks.base import Callback
 from fedgradnorm.config import (
     AggregationConfig,
     EngineConfig,
@@ -27,15 +29,16 @@ from fedgradnorm.config import (
     validated,
 )
 from fedgradnorm.errors import ConfigError, StoppedError, require
-from fedgradnorm.flower.engine import GridEngine, Limits
-from fedgradnorm.flower.messages import Layout, arrays_of, tensors_of
+from fedgradnorm.flower.engine import GridEngine
+from fedgradnorm.flower.layout import Layout, arrays_of, tensors_of
+from fedgradnorm.flower.limits import Limits
 from fedgradnorm.flower.roster import Roster, module_of
 from fedgradnorm.flower.training import new_experiment, train_on_grid
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import matches
-from fedgradnorm.run import rows_of, weighting_of
-from fedgradnorm.runs.records import Row
+from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.server import ServerState, conclude, instruct, screen
+from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
 __all__ = ["FedGradNorm"]
@@ -45,42 +48,49 @@ log = logging.getLogger(__name__)
 TRAINED = ("loss", "inverse_training_rate", "grad_norm")
 TESTED = ("test_loss", "metric")
 STATISTICS = ("*running_mean", "*running_var")
-"""What BatchNorm calls its buffers; among arrays nothing else tells them from parameters."""
+"""The names of BatchNorm's buffers: among arrays only the name tells them from parameters."""
 
 
 class FedGradNorm(Strategy):
     """FedGradNorm for a Flower ServerApp, with clients that use `FedGradNormMod`.
 
-    It re-weights, screens, aggregates, records and writes checkpoints by the functions of the simulation. It takes the place of ``FedAvg``
-    in a ServerApp::
+    It re-weights, screens, aggregates, records and writes checkpoints by the functions of the
+    simulation. It takes the place of ``FedAvg`` in a ServerApp::
 
         strategy = FedGradNorm(head="fc3", min_nodes=3, run_dir="runs/hospitals")
         result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=20)
 
-    A client's update is the difference between the encoder that it was sent and the one that it came back with; the server's step is
-    ω ← ω - server_lr · Σ p_i g_i / Σ p_i with these differences as g_i.
+    A client's update is the difference between the encoder that it was sent and the encoder that it
+    sent back. The server's step is ω ← ω - server_lr · Σ p_i g_i / Σ p_i with these differences as
+    g_i.
 
     Args:
-        head: which of the initial arrays are the clients' own and stay out of every message: names, layers or patterns such as ``"fc3"``.
-            Arrays that are not of floating-point numbers, and BatchNorm's statistics, always do.
+        head: the initial arrays that belong to the clients and are in no message: names, layers or
+            patterns such as ``"fc3"``. Arrays without floating-point numbers, and BatchNorm's
+            statistics, are in no message either.
         weighting: a weighting, or the name of one with its default options.
         aggregation: the name of an aggregation.
         run_dir: the run's folder, with a checkpoint for every round; None writes nothing.
         server_lr: the server's step size.
-        fraction_train: the share of the clients that takes part in a round, drawn anew each time.
+        fraction_train: the share of the clients that takes part in a round, drawn for each round.
         min_nodes: clients that have to be connected before a round.
         min_clients: a round with fewer sound reports is undone and repeated, up to three times.
-        max_update_ratio: an update of more than this number times the usual length is dropped: usual is the median of its client's last
-            ten; until it has three, that of all clients. None: none is dropped, however long.
+        max_update_ratio: an update longer than this number times the usual length is dropped. The
+            usual length is the median of the client's last ten updates; until it has three, the
+            median of all clients. None: no update is dropped for its length.
         node_timeout: seconds to wait for ``min_nodes`` before the run stops.
-        round_timeout: seconds to wait for the replies of a round; who has not answered then counts as dropped.
-        min_replies: a share of the clients: when this share has answered, the others have as long again as that took.
-        max_rest: rounds that a client which is late again and again rests at most; 0: none ever rests.
-        evaluate_every: the clients test after the first and the last round, and after every so many.
-        seed: of the draws of clients.
+        round_timeout: seconds to wait for the replies of a round; a client that has not answered by
+            then counts as dropped.
+        min_replies: a share of the clients. When this share has answered, the others get the same
+            time again.
+        max_rest: maximum number of rounds for which a client that is late again and again rests; 0:
+            no client ever rests.
+        evaluate_every: the clients test after the first and the last round, and after every round
+            whose number is a multiple of this.
+        seed: for the draws of clients.
 
     Raises:
-        ConfigError: an unknown name, or a number out of range.
+        ConfigError: a name is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -150,22 +160,24 @@ class FedGradNorm(Strategy):
         Args:
             grid: Flower's.
             initial_arrays: the model, with or without a head.
-            num_rounds: rounds in all, with those of a run that is gone on with.
+            num_rounds: rounds in all, including those of a run that is resumed.
             timeout: seconds to wait for the replies of a round; None: ``round_timeout``.
-            train_config: goes along with messages for training, with ``server-round``.
-            evaluate_config: goes along with messages for evaluation.
+            train_config: is sent with messages for training, with ``server-round`` added.
+            evaluate_config: is sent with messages for evaluation.
             evaluate_fn: ``(round, encoder arrays) -> metrics``, called after every round.
-            start_round: 1 begins, and replaces a run in ``run_dir``; one more than the round of one of its checkpoints goes on from that
-                checkpoint, and sets what is of later rounds aside, in ``undone/`` of ``run_dir``; None goes on from the newest
-                checkpoint, and begins where there is none.
-            should_stop: asked after every round with what there is so far; True ends the training.
+            start_round: 1 begins, and replaces a run in ``run_dir``. One more than the round of a
+                checkpoint resumes from it, and moves all that is of later rounds to ``undone/`` in
+                ``run_dir``. None resumes from the newest checkpoint, and begins where there is
+                none.
+            should_stop: asked after every round with the result so far; True ends the training.
 
         Returns:
             The encoder, and the metrics of the rounds since this start.
 
         Raises:
-            ConfigError: arrays without an encoder, or a ``start_round`` that does not fit.
-            StoppedError: too few clients, or too few sound reports. The checkpoint is there to go on from.
+            ConfigError: the arrays hold no encoder, or ``start_round`` does not fit.
+            StoppedError: too few clients, or too few sound reports. The run can be resumed from its
+                checkpoint.
         """
         self.summary()
         engine = self._engine_for(grid, initial_arrays, timeout)
@@ -173,41 +185,14 @@ class FedGradNorm(Strategy):
             "train": train_config or ConfigRecord(),
             "evaluate": evaluate_config or ConfigRecord(),
         }
-        result, stop = Result(arrays=arrays_of(self._shared(initial_arrays))), False
-
-        def note_state(state: ServerState) -> None:
-            result.arrays = engine.layout.arrays(state.encoder)
-            found = None if evaluate_fn is None else evaluate_fn(state.round, result.arrays)
-            if found is not None:
-                result.evaluate_metrics_serverapp[state.round] = found
-
-        def note(rows: Sequence[Row]) -> None:
-            nonlocal stop
-            round = rows[0]["round"]
-            for metrics, names in (
-                (result.train_metrics_clientapp, TRAINED),
-                (result.evaluate_metrics_clientapp, TESTED),
-            ):
-                means = _means(rows, names)
-                if means:
-                    metrics[round] = means
-            stop = should_stop(result)
-
+        result = Result(arrays=arrays_of(self._shared(initial_arrays)))
+        fit = _Fit(engine, result, evaluate_fn, should_stop)
         try:
-            done = train_on_grid(
-                self._settings(num_rounds),
-                engine,
-                self.weighting,
-                start_round,
-                note,
-                lambda: stop,
-                note_state,
-            )
-            result.arrays = engine.layout.arrays(
-                done.state.encoder
-            )  # where no round was left to do, none has been noted
+            settings, weighting = self._settings(num_rounds), self.weighting
+            done = train_on_grid(settings, engine, weighting, start_round, [fit])
+            result.arrays = engine.layout.arrays(done.state.encoder)  # also without a round to do
         except StoppedError:
-            if not stop:
+            if not fit.stopped:
                 raise
         return result
 
@@ -218,7 +203,10 @@ class FedGradNorm(Strategy):
         config: ConfigRecord,
         grid: Grid,
     ) -> Iterable[Message]:
-        """The messages of a round, for a loop other than `start`: without run folder, checkpoints and repeated rounds."""
+        """The messages of a round, for a loop other than `start`.
+
+        Such a loop has no run folder, no checkpoints and no repeated rounds.
+        """
         if self._engine is None or self._engine.grid is not grid or server_round == 1:
             self._engine, self._state = self._engine_for(grid, arrays), None
             self._engine.experiment = new_experiment()
@@ -229,9 +217,8 @@ class FedGradNorm(Strategy):
         if self._state is None:
             self._state = ServerState(0, encoder, {}, self.weighting.init(engine.clients))
         self._state = replace(self._state, round=server_round - 1, encoder=encoder)
-        self._instructions = instruct(
-            self._state, engine.roster, self._settings(server_round).train
-        )
+        training = self._settings(server_round).train
+        self._instructions = instruct(self._state, engine.roster, training)
         return list(engine.messages_for(self._instructions).values())
 
     def aggregate_train(
@@ -239,26 +226,24 @@ class FedGradNorm(Strategy):
         server_round: int,
         replies: Iterable[Message],
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next encoder, and the means of the clients' figures. None, None, and the round undone, where too few reports are sound."""
+        """The next encoder, and the means of the clients' figures.
+
+        Where too few reports are sound, it is None, None, and the round is undone.
+        """
         engine, state = self._begun()
         training, before = self._settings(server_round).train, engine.client_states
-        found = sorted(engine.reports(replies), key=attrgetter("client"))
-        reports, dropped = screen(found, self._instructions, state.norms, training.max_update_ratio)
+        came = sorted(engine.reports(replies), key=attrgetter("client"))
+        reports, dropped = screen(came, self._instructions, state.norms, training.max_update_ratio)
         if len(reports) < max(1, training.min_clients):
             engine.restore(before)
             return None, None
-        engine.restore(
-            {
-                **engine.client_states,
-                **{client: before[client] for client in dropped if client in before},
-            }
-        )
+        undone = {client: before[client] for client in dropped if client in before}
+        engine.restore({**engine.client_states, **undone})
         self._state, record = conclude(
             state, self._instructions, reports, dropped, self.weighting, self.aggregation, training
         )
-        return engine.layout.arrays(self._state.encoder), _means(
-            rows_of(engine.roster, self._state, record, {}), TRAINED
-        )
+        rows = rows_of(engine.roster, self._state, record, {})
+        return engine.layout.arrays(self._state.encoder), _means(rows, TRAINED)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -266,19 +251,17 @@ class FedGradNorm(Strategy):
         """The messages for testing."""
         engine, _ = self._begun()
         engine.config = {**engine.config, "evaluate": config}
-        return list(
-            engine.tests_for(engine.layout.vector(arrays_of(self._shared(arrays))), {}).values()
-        )
+        encoder = engine.layout.vector(arrays_of(self._shared(arrays)))
+        return list(engine.tests_for(encoder, {}).values())
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """The mean of the clients' test losses."""
         engine, _ = self._begun()
-        losses = [
-            one.loss for one in engine.evaluations(replies).values() if math.isfinite(one.loss)
-        ]
-        return MetricRecord({"test_loss": fmean(losses)}) if losses else None
+        losses = [evaluation.loss for evaluation in engine.evaluations(replies).values()]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return MetricRecord({"test_loss": fmean(finite)}) if finite else None
 
     def _begun(self) -> tuple[GridEngine, ServerState]:
         if self._engine is None or self._state is None:
@@ -286,19 +269,14 @@ class FedGradNorm(Strategy):
         return self._engine, self._state
 
     def _shared(self, arrays: ArrayRecord) -> dict[str, Tensor]:
-        tensors = tensors_of(arrays)
-        own = (*self.head, *STATISTICS)
+        tensors, own = tensors_of(arrays), (*self.head, *STATISTICS)
         shared = {
             name: value
             for name, value in tensors.items()
             if value.is_floating_point() and not matches(name, own)
         }
-        require(
-            bool(shared),
-            "head",
-            f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}",
-            self.head,
-        )
+        expected = f"patterns that leave an encoder of the arrays {sorted(tensors)[:20]}"
+        require(bool(shared), "head", expected, self.head)
         types = sorted({str(value.dtype) for value in shared.values()})
         require(len(types) == 1, "initial_arrays", "an encoder of one type of numbers", types)
         return shared
@@ -312,11 +290,10 @@ class FedGradNorm(Strategy):
         return GridEngine(grid, roster, Layout.of(module_of(shared)), limits, federated=False)
 
     def _settings(self, num_rounds: int) -> RunConfig:
+        training = {"num_rounds": num_rounds, **self._training}
         return RunConfig(
             federation=FederationConfig(name=IN_PYTHON),
-            train=validated(
-                TrainConfig, {"num_rounds": num_rounds, **self._training}, prefix="strategy"
-            ),
+            train=validated(TrainConfig, training, prefix="strategy"),
             weighting=self._weighting,
             aggregation=self._aggregation,
             engine=EngineConfig(name="flower"),
@@ -324,7 +301,47 @@ class FedGradNorm(Strategy):
         )
 
 
+class _Fit(Callback):
+    """Fills the result of `FedGradNorm.start` after every round.
+
+    Args:
+        engine: the engine, whose layout turns the encoder into arrays.
+        result: what is filled.
+        evaluate_fn: Flower's function that tests the encoder at the server.
+        should_stop: the subclass's; asked after every round.
+    """
+
+    def __init__(
+        self,
+        engine: GridEngine,
+        result: Result,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        should_stop: Callable[[Result], bool],
+    ) -> None:
+        self.engine, self.result = engine, result
+        self.evaluate_fn, self.should_stop = evaluate_fn, should_stop
+        self.stopped = False
+
+    def on_round(self, session: Session) -> None:
+        """Note the encoder, the clients' means and the server's own test."""
+        round, result = session.round, self.result
+        result.arrays = self.engine.layout.arrays(session.state.encoder)
+        tested = None if self.evaluate_fn is None else self.evaluate_fn(round, result.arrays)
+        if tested is not None:
+            result.evaluate_metrics_serverapp[round] = tested
+        for metrics, names in (
+            (result.train_metrics_clientapp, TRAINED),
+            (result.evaluate_metrics_clientapp, TESTED),
+        ):
+            means = _means(session.rows, names)
+            if means:
+                metrics[round] = means
+        self.stopped = self.should_stop(result)
+        if self.stopped:
+            session.interrupt()
+
+
 def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> MetricRecord:
-    """The means over clients of the figures that they have."""
-    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    return MetricRecord({name: fmean(values) for name, values in found.items() if values})
+    """The mean of each figure over the clients that have it."""
+    figures = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return MetricRecord({name: fmean(values) for name, values in figures.items() if values})

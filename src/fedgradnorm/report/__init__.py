@@ -1,4 +1,4 @@
-"""Runs as one self-contained HTML page, and as a table for the terminal: from the runs' files alone."""
+"""Reports on runs, made from their files: an HTML page, a table for the terminal, a figure."""
 
 from fedgradnorm.report.comparison import ComparisonRow, comparison_rows, comparison_table
 from fedgradnorm.report.page import write_report

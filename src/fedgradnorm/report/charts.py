@@ -1,7 +1,6 @@
 """The charts of a task as data, which the page draws."""
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any
 
@@ -14,62 +13,57 @@ __all__ = ["GREY", "MOST_LINES", "charts_of"]
 GREY = "#555b63"
 
 MOST_LINES = 30
-"""A chart with more clients than this shows their mean and range in place of a line each."""
+"""A chart with more clients than this shows their mean and range, not a line for each."""
+
+Value = Callable[[Row], float | None]
 
 
 def charts_of(group: Sequence[ComparisonRow], loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """The four charts of a task, as data: titles, and lines of rounds and values, which the page draws."""
-    members = {row.run: row for row in group}
-    runs = [one for one in loaded if one.label in members]
-    thin = sum(row.clients for row in group) > MOST_LINES
+    """The four charts of a task: their titles and units, and lines of rounds and values."""
+    labels = {row.run for row in group}
+    runs = [run for run in loaded if run.label in labels]
     first = group[0]
     scale = 100 if first.percent else 1
+    rounds = max(run.summary["rounds"] for run in runs)
+    thin = sum(row.clients for row in group) > MOST_LINES
 
-    def lines(
-        value: Callable[[Row], float | None], *, sparse: bool = False
-    ) -> list[dict[str, Any]]:
+    def lines(value: Value, *, sparse: bool = False) -> list[dict[str, Any]]:
         return [
             line
-            for one in runs
-            for line in _lines(one, first.task, value, thin=thin, sparse=sparse)
+            for run in runs
+            for line in _lines(run, first.task, value, thin=thin, sparse=sparse)
         ]
 
     def metric(row: Row) -> float | None:
         return None if row["metric"] is None else scale * row["metric"]
 
-    rounds = max(one.summary["rounds"] for one in runs)
-    guesses = sorted({scale * row.guess for row in group if row.guess is not None})
-    guess = [
-        {
-            "kind": "guess",
-            "colour": GREY,
-            "name": "constant guess",
-            "x": [1, rounds],
-            "y": [value, value],
-        }
-        for value in guesses
-    ]
-    targets = [_mean_line(one, first.task, lambda row: row["target"], "target") for one in runs]
-    texts = [
-        ("Training loss", "share of initial loss", lines(lambda row: row["inverse_training_rate"])),
-        (f"Test {first.metric or 'metric'}", _unit(first), lines(metric, sparse=True) + guess),
-        ("Weight", "p; 1 is equal", lines(lambda row: row["weight"])),
-        (
-            "Weighted gradient norm",
-            "p · norm; its target is dashed",
-            targets + lines(_weighted_norm),
-        ),
-    ]
-    return [
-        {
+    def chart(title: str, unit: str, lines: list[dict[str, Any]], *, from_zero: bool = True) -> Any:
+        drawn = [line for line in lines if any(value is not None for value in line["y"])]
+        return {
             "title": title,
             "unit": unit,
             "rounds": rounds,
-            "from_zero": number != 1,
-            "lines": [line for line in drawn if _has_values(line)],
+            "from_zero": from_zero,
+            "lines": drawn,
         }
-        for number, (title, unit, drawn) in enumerate(texts)
+
+    values = sorted({scale * row.guess for row in group if row.guess is not None})
+    guesses = [_guess(value, rounds) for value in values]
+    targets = [_mean_line(run, first.task, lambda row: row["target"], "target") for run in runs]
+    losses = lines(lambda row: row["inverse_training_rate"])
+    metrics = lines(metric, sparse=True) + guesses
+    norms = targets + lines(_weighted_norm)
+    return [
+        chart("Training loss", "share of initial loss", losses),
+        chart(f"Test {first.metric or 'metric'}", _unit(first), metrics, from_zero=False),
+        chart("Weight", "p; 1 is equal", lines(lambda row: row["weight"])),
+        chart("Weighted gradient norm", "p · norm; its target is dashed", norms),
     ]
+
+
+def _guess(value: float, rounds: int) -> dict[str, Any]:
+    line = {"kind": "guess", "colour": GREY, "name": "constant guess"}
+    return line | {"x": [1, rounds], "y": [value, value]}
 
 
 def _unit(row: ComparisonRow) -> str:
@@ -81,52 +75,46 @@ def _weighted_norm(row: Row) -> float | None:
     return None if row["grad_norm"] is None else row["weight"] * row["grad_norm"]
 
 
-def _has_values(line: Mapping[str, Any]) -> bool:
-    return any(value is not None for value in line["y"])
-
-
 def _lines(
-    one: Loaded, task: str, value: Callable[[Row], float | None], *, thin: bool, sparse: bool
+    run: Loaded, task: str, value: Value, *, thin: bool, sparse: bool
 ) -> list[dict[str, Any]]:
-    """A line per client and their mean, or a band and the mean; ``sparse`` leaves rounds without a value out in place of a gap."""
+    """A line for each client and their mean, or with ``thin`` a band and the mean.
+
+    A round without a value is a gap. With ``sparse`` it is left out, and the line goes through.
+    """
     by_client: dict[str, list[tuple[int, float | None]]] = {}
-    for row in one.rows:
+    for row in run.rows:
         if row["task"] == task and not (sparse and value(row) is None):
             by_client.setdefault(row["client"], []).append((row["round"], value(row)))
-    lines = [_mean_line(one, task, value, "mean", sparse=sparse)]
+    lines = [_mean_line(run, task, value, "mean", sparse=sparse)]
     if thin:
-        return [_band(one, task, value), *lines]
+        return [_band(run, task, value), *lines]
     if len(by_client) > 1:
-        lines += [_line(one, "client", points, client) for client, points in by_client.items()]
+        lines += [_line(run, "client", points, client) for client, points in by_client.items()]
     return lines
 
 
 def _mean_line(
-    one: Loaded, task: str, value: Callable[[Row], float | None], kind: str, *, sparse: bool = False
+    run: Loaded, task: str, value: Value, kind: str, *, sparse: bool = False
 ) -> dict[str, Any]:
-    by_round = _by_round(one.rows, task, value)
     points = [
         (round, fmean(values) if values else None)
-        for round, values in by_round.items()
+        for round, values in _by_round(run.rows, task, value).items()
         if values or not sparse
     ]
-    return _line(one, kind, points, {"target": "target"}.get(kind, ""))
+    return _line(run, kind, points, "target" if kind == "target" else "")
 
 
-def _band(one: Loaded, task: str, value: Callable[[Row], float | None]) -> dict[str, Any]:
-    reached = {
-        round: values for round, values in _by_round(one.rows, task, value).items() if values
+def _band(run: Loaded, task: str, value: Value) -> dict[str, Any]:
+    by_round = {
+        round: values for round, values in _by_round(run.rows, task, value).items() if values
     }
-    low = _line(one, "band", [(round, min(values)) for round, values in reached.items()])
-    return {
-        **_line(one, "band", [(round, max(values)) for round, values in reached.items()]),
-        "low": low["y"],
-    }
+    low = _line(run, "band", [(round, min(values)) for round, values in by_round.items()])
+    high = _line(run, "band", [(round, max(values)) for round, values in by_round.items()])
+    return {**high, "low": low["y"]}
 
 
-def _by_round(
-    rows: Sequence[Row], task: str, value: Callable[[Row], float | None]
-) -> dict[int, list[float]]:
+def _by_round(rows: Sequence[Row], task: str, value: Value) -> Mapping[int, list[float]]:
     by_round: dict[int, list[float]] = {}
     for row in rows:
         if row["task"] == task:
@@ -137,14 +125,12 @@ def _by_round(
 
 
 def _line(
-    one: Loaded, kind: str, points: Sequence[tuple[int, float | None]], what: str = ""
+    run: Loaded, kind: str, points: Sequence[tuple[int, float | None]], what: str = ""
 ) -> dict[str, Any]:
     return {
         "kind": kind,
-        "colour": one.colour,
-        "name": escape(
-            f"{one.label}, {what}" if what else one.label, quote=False
-        ),  # plotly reads names as HTML
+        "colour": run.colour,
+        "name": f"{run.label}, {what}" if what else run.label,
         "x": [round for round, _ in points],
         "y": [None if value is None else float(f"{value:.5g}") for _, value in points],
     }

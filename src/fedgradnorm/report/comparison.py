@@ -1,4 +1,4 @@
-"""What every run made of every task: as rows of figures, and as a table for the terminal."""
+"""The results of every run by task: as rows of figures, and as a table for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.loading import labels_of, read, sound
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
@@ -33,11 +33,11 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """What one run made of one task.
+    """The results of one run on one task.
 
     Attributes:
         task: the task.
-        run: the run's name; with the folders above it where several runs share a name.
+        run: the run's name, with the folders above it if several runs share a name.
         clients: how many clients have the task.
         metric: the task's main metric, or None.
         higher_is_better: the metric's direction.
@@ -48,8 +48,9 @@ class ComparisonRow:
         best_round: the first round with that value.
         last: the metric after the last round.
         loss_ratio: the last training loss as a share of the initial one, F(k) / F(0).
-        rounds_to: the rounds to each target, such as ``"loss ratio 0.6"``; None where it was not reached.
-        weight: the last weight; the mean where several clients have the task.
+        rounds_to: the rounds to each target, such as ``"loss ratio 0.6"``; None if it was not
+            reached.
+        weight: the last weight; the mean if several clients have the task.
     """
 
     task: str
@@ -70,10 +71,12 @@ class ComparisonRow:
 
 @sound
 def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
-    """What every run made of every task: the tasks in the order of the runs' files, in each task the runs in the order given.
+    """The results of every run on every task.
+
+    The tasks have the order of the runs' files. Within a task the runs have the order given.
 
     Raises:
-        RunError: no run, one whose files are damaged, or one without a round.
+        RunError: no run, a damaged run, or a run without a round.
     """
     if not runs:
         raise RunError("expected at least one run to report on, found none")
@@ -83,20 +86,20 @@ def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
 
 
 def rows_of(labels: Sequence[str], summaries: Sequence[Summary]) -> list[list[ComparisonRow]]:
-    """What the runs with these names made of every task, by task."""
+    """The results of the runs with these names, grouped by task."""
     return grouped(
         _row(label, name, task, task["metric"] or {})
-        for label, one in zip(labels, summaries, strict=True)
-        for name, task in one["tasks"].items()
+        for label, summary in zip(labels, summaries, strict=True)
+        for name, task in summary["tasks"].items()
     )
 
 
 @sound
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """The same rows for the terminal; of several runs the best value of a task is bold in every column.
+    """The same rows for the terminal. Of several runs, the best values of a task are bold.
 
     Raises:
-        RunError: as `comparison_rows`.
+        RunError: see `comparison_rows`.
     """
     groups = grouped(comparison_rows(runs))
     headers, single = headers_of(groups), len(runs) == 1
@@ -109,10 +112,8 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     )
     table.add_column("task" if single else "task / run", overflow="fold", min_width=10)
     for header in headers:
-        last_loss = header == (
-            "loss",
-            "last",
-        )  # a wider gap parts the figures of the loss from those of the metric
+        # A wider gap separates the figures of the loss from those of the metric.
+        last_loss = header == ("loss", "last")
         table.add_column(" loss" if last_loss else header[1], justify="right", no_wrap=True)
     for group in groups:
         heading = Text(heading_of(group[0]), style="bold")
@@ -125,7 +126,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 
 
 def grouped(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
-    """The rows by task; the same name with another metric is another task."""
+    """The rows by task. The same name with another metric is another task."""
     groups: dict[tuple[str, str | None], list[ComparisonRow]] = {}
     for row in rows:
         groups.setdefault((row.task, row.metric), []).append(row)
@@ -133,7 +134,7 @@ def grouped(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
 
 
 def headers_of(groups: Sequence[Sequence[ComparisonRow]]) -> list[tuple[str, str]]:
-    """Every figure's column: what it is about, and its title."""
+    """The columns of figures: what each is about, and its title."""
     rows = [row for group in groups for row in group]
     shares = {
         key.removeprefix(LOSS_RATIO)
@@ -153,7 +154,10 @@ def headers_of(groups: Sequence[Sequence[ComparisonRow]]) -> list[tuple[str, str
 def cells_of(
     group: Sequence[ComparisonRow], headers: Sequence[tuple[str, str]]
 ) -> list[list[tuple[str, bool]]]:
-    """By row and column: the text, and whether it is the best of its task. Where all are as good, none is."""
+    """By row and column: the text, and whether it is the best of its task.
+
+    If all are equally good, none is the best.
+    """
     scored = [[cell_of(row, *header) for header in headers] for row in group]
     best = []
     for column in zip(*scored, strict=True):
@@ -169,26 +173,20 @@ def cells_of(
 
 
 def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | None]:
-    """A figure's text, and a score that is higher where it is better; None where no figure is better than another.
+    """A figure's text and its score: higher is better. The score is None if figures are not ranked.
 
-    The score is what the text shows: runs that a reader cannot tell apart are not ranked.
+    The score is read from the text, so runs that look the same to a reader are not ranked.
     """
     if about == "loss":
-        value = (
-            row.loss_ratio
-            if title == "last"
-            else row.rounds_to.get(LOSS_RATIO + title.removeprefix("≤"))
-        )
-        text = (
-            ABSENT
-            if value is None
-            else f"{value:d}"
-            if isinstance(value, int)
-            else f"{value:.2f}"
-            if value < 1000
-            else f"{value:.0e}"
-        )
-        return text, None if value is None else -float(text)
+        target = LOSS_RATIO + title.removeprefix("≤")
+        value = row.loss_ratio if title == "last" else row.rounds_to.get(target)
+        if value is None:
+            return ABSENT, None
+        if isinstance(value, int):
+            text = f"{value:d}"
+        else:
+            text = f"{value:.2f}" if value < 1000 else f"{value:.0e}"
+        return text, -float(text)
     if title == "weight":
         return f"{row.weight:.2f}", None
     if title == "target":
@@ -198,10 +196,8 @@ def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | No
         return ABSENT, None
     text = _figure(value, row.percent)
     score = float(text.split()[0]) * (1 if row.higher_is_better else -1)
-    return (
-        f"{text} ({row.best_round})" if title == "best (at)" else text,
-        None if title == "guess" else score,
-    )
+    shown = f"{text} ({row.best_round})" if title == "best (at)" else text
+    return shown, None if title == "guess" else score
 
 
 def percentage(share: float) -> str:
@@ -210,22 +206,22 @@ def percentage(share: float) -> str:
 
 
 def heading_of(row: ComparisonRow) -> str:
-    """A task's heading: its name, its clients if there are several, and its metric with the better direction."""
+    """A task's heading: its name, number of clients, metric and the better direction."""
     clients = f" ({row.clients} clients)" if row.clients > 1 else ""
-    return f"{row.task}{clients}" + (
-        f": {row.metric}\N{NO-BREAK SPACE}{'↑' if row.higher_is_better else '↓'}"
-        if row.metric
-        else ""
-    )
+    direction = "↑" if row.higher_is_better else "↓"
+    metric = f": {row.metric}\N{NO-BREAK SPACE}{direction}" if row.metric else ""
+    return f"{row.task}{clients}{metric}"
 
 
 def explanation(single: bool) -> str:
     """What the columns of the table mean, in the terminal and on the page."""
-    bold = "" if single else " Bold: the best run of a task."
+    bold = "" if single else " Bold: the best run on a task."
     return (
-        "guess, first, best, last: the metric on test data, ↑ more or ↓ less is better; guess: of a constant answer (majority class or "
-        "mean); (at): the round of the best. loss: in training, as a share of the initial loss; ≤: the first round at which the mean of "
-        f"the last {SMOOTHED} rounds is at most that, {ABSENT} if none.{bold}"
+        "guess, first, best, last: the metric on test data; ↑ more or ↓ less is better. guess: the "
+        "metric of a constant answer (majority class or mean). (at): the round of the best value. "
+        "loss: the training loss as a share of the initial loss. ≤: the first round at which its "
+        f"mean over the last {SMOOTHED} rounds is at most this share; {ABSENT} if there is "
+        f"none.{bold}"
     )
 
 
@@ -247,15 +243,11 @@ def _row(
 
 
 def _aims(row: ComparisonRow) -> list[str]:
-    """The rounds to the targets that a run had for a task's metric, such as "12 (90.0 %)"."""
-    aims = {
-        key.rpartition(" ")[2]: round
+    """The rounds to the targets for a task's metric, such as "12 (90.0 %)"."""
+    return [
+        f"{round or ABSENT} ({_figure(float(key.rpartition(' ')[2]), row.percent)})"
         for key, round in row.rounds_to.items()
         if not key.startswith(LOSS_RATIO)
-    }
-    return [
-        f"{round or ABSENT} ({_figure(float(target), row.percent)})"
-        for target, round in aims.items()
     ]
 
 

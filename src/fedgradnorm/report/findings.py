@@ -1,4 +1,4 @@
-"""What a report says in words: who was first, how sure that is, and in which settings the runs differ."""
+"""The findings of a report in words, how sure they are, and in which settings the runs differ."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from fedgradnorm.config import dotted
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cell_of, percentage
 from fedgradnorm.report.loading import Loaded
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, silent_texts
 
@@ -24,7 +24,10 @@ __all__ = [
 
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
-    """What the runs show, in a sentence or two; first of all which have not finished, and who was never or seldom heard."""
+    """The findings in a few sentences.
+
+    They begin with the runs that have not finished, and with clients that seldom or never counted.
+    """
     lines = [
         *state_lines(loaded),
         *silent_lines([run.label for run in loaded], [run.summary for run in loaded]),
@@ -33,16 +36,19 @@ def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]
 
 
 def state_lines(loaded: Sequence[Loaded]) -> list[str]:
-    """How far the runs have got that have not finished, a line for each, with the run's name where there are several."""
+    """A line for each unfinished run: how far it is. With several runs, it begins with a name."""
     return [
-        one.state if len(loaded) == 1 else f"{one.label}: {one.state}"
-        for one in loaded
-        if one.state
+        run.state if len(loaded) == 1 else f"{run.label}: {run.state}"
+        for run in loaded
+        if run.state
     ]
 
 
 def silent_lines(labels: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
-    """Which clients never or seldom counted or were never trained, in lines, with the run's name where there are several."""
+    """A line for each client that seldom or never counted, or was never trained.
+
+    With several runs, the line begins with the run's name.
+    """
     return [
         text if len(labels) == 1 else f"{label}: {text}"
         for label, summary in zip(labels, summaries, strict=True)
@@ -71,22 +77,19 @@ def _findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded
 def caveat(loaded: Sequence[Loaded]) -> str:
     """How far the findings can be trusted."""
     if len(loaded) == 1:
-        return "A single run: another seed can end elsewhere."
-    differing = listed(
-        sorted(
-            {
-                key.replace("weighting.", "weighting ", 1).split()[0]
-                for key in differing_settings(loaded)
-            }
-        )
+        return "This is one run. Another seed can give other figures."
+    keys = differing_settings(loaded)
+    differing = {"weighting" if key.startswith("weighting.") else key for key in keys}
+    return (
+        "Each method was run once, so small differences can be noise. Settings that differ: "
+        f"{listed(sorted(differing)) or 'none'}."
     )
-    return f"Single runs: small differences can be chance. Settings that differ: {differing or 'none'}."
 
 
 def differing_settings(loaded: Sequence[Loaded]) -> dict[str, list[str]]:
     """The dotted keys whose values differ between the runs, with every run's value."""
     flat = [
-        {key: str(value) for key, value in dotted(settings_of(one.run)).items()} for one in loaded
+        {key: str(value) for key, value in dotted(settings_of(run.run)).items()} for run in loaded
     ]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [settings.get(key, ABSENT) for settings in flat] for key in keys}
@@ -94,7 +97,7 @@ def differing_settings(loaded: Sequence[Loaded]) -> dict[str, list[str]]:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The settings, less the folder: a page is passed on, and a path may name its owner."""
+    """The settings without the folder: a report may be passed on, and a path may name its owner."""
     settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
     settings["run"].pop("dir", None)
     return settings
@@ -111,7 +114,10 @@ def plural(count: int, word: str) -> str:
 
 
 def _fastest(shared: Sequence[Sequence[ComparisonRow]]) -> str:
-    """Who was first, at a target that a rule chooses and not the outcome: the lowest of those that most tasks reached in some run."""
+    """Which run was first to a target, by task.
+
+    The target does not depend on who won: it is the lowest that most tasks reached in any run.
+    """
     keys = {key for key in shared[0][0].rounds_to if key.startswith(LOSS_RATIO)}
     keys = {key for key in keys if all(key in row.rounds_to for group in shared for row in group)}
     scores = {
@@ -123,8 +129,9 @@ def _fastest(shared: Sequence[Sequence[ComparisonRow]]) -> str:
     }
     target = max(scores, key=lambda key: sum(map(bool, scores[key])), default=None)
     if target is None or not any(scores[target]):
-        return "In no task did the training loss fall to a target that all of these runs watched."
-    return f"First to {percentage(_share_of(target))} of the initial training loss: {_places(scores[target])}."
+        return "The training loss reached no common target of these runs on any task."
+    share = percentage(_share_of(target))
+    return f"First to {share} of the initial training loss: {_places(scores[target])}."
 
 
 def _share_of(key: str) -> float:
@@ -132,33 +139,33 @@ def _share_of(key: str) -> float:
 
 
 def _places(tasks: Sequence[Mapping[str, float]]) -> str:
-    """In how many tasks each run has the highest score, such as "a in 2 of 4 tasks, b in 1, a tie in 1"."""
+    """In how many tasks each run is best, such as "a in 2 of 4 tasks, b in 1, a tie in 1"."""
     won: Counter[str] = Counter()
     for scores in tasks:
         winners = [run for run, score in scores.items() if score == max(scores.values())]
         won[winners[0] if len(winners) == 1 else "a tie" if winners else "no run"] += 1
     (most, count), *others = won.most_common()
-    return ", ".join(
-        [
-            f"{most} in {count} of {plural(len(tasks), 'task')}",
-            *(f"{run} in {count}" for run, count in others),
-        ]
-    )
+    first = f"{most} in {count} of {plural(len(tasks), 'task')}"
+    return ", ".join([first, *(f"{run} in {count}" for run, count in others)])
 
 
-def _findings_of_one(rows: Sequence[ComparisonRow], one: Loaded) -> str:
+def _findings_of_one(rows: Sequence[ComparisonRow], run: Loaded) -> str:
     ratios = {row.task: row.loss_ratio for row in rows if row.loss_ratio is not None}
-    text = f"After {plural(one.summary['rounds'], 'round')} no task has a training loss to report."
+    text = f"After {plural(run.summary['rounds'], 'round')} "
     if ratios:
         shares = listed([f"{percentage(ratio)} in {task}" for task, ratio in ratios.items()])
-        text = f"After {plural(one.summary['rounds'], 'round')} the training loss, as a share of the initial one, is {shares}."
+        text += f"the training loss, as a share of the initial one, is {shares}."
+    else:
+        text += "no task has a training loss to report."
     if len(ratios) > 1 and min(ratios.values()) > 0:
-        text += f" The slowest task's share is {max(ratios.values()) / min(ratios.values()):.1f} times the fastest one's; 1 would be equal."
+        factor = max(ratios.values()) / min(ratios.values())
+        text += f" The slowest task's share is {factor:.1f} times the fastest one's; 1 is equal."
     beaten = [
         row.last != row.guess and (row.last > row.guess) == row.higher_is_better
         for row in rows
         if row.last is not None and row.guess is not None
     ]
     if beaten:
-        text += f" The last test metric beats the constant guess in {sum(beaten)} of {plural(len(beaten), 'task')}."
+        tasks = plural(len(beaten), "task")
+        text += f" The last test metric beats the constant guess in {sum(beaten)} of {tasks}."
     return text

@@ -1,55 +1,47 @@
-"""Pieces of HTML that the pages share."""
+"""The pages' templates, which Jinja2 fills in. It escapes every value, and the JSON too."""
 
-import json
-from collections.abc import Iterable
-from html import escape
-from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from fedgradnorm.errors import RunError
 
-__all__ = ["json_for_html", "key", "plotly_source", "style", "tag", "texts"]
+__all__ = ["write_html"]
 
 
-def style() -> str:
-    """The pages' style sheet."""
-    return files("fedgradnorm.report").joinpath("style.css").read_text(encoding="utf-8")
+def write_html(template: str, output: Path, **values: Any) -> Path:
+    """Fill in a template and write the page. It is one file, which loads nothing.
 
+    Args:
+        template: a file in ``report/templates`` or ``compare/templates``.
+        output: the file to write; its folder is made.
+        values: the template's values. Plotly's JavaScript is added as ``plotly``.
 
-def plotly_source() -> str:
-    """Plotly's JavaScript. Raises RunError where plotly is not installed."""
+    Returns:
+        The file.
+
+    Raises:
+        RunError: plotly or Jinja2 is not installed, or the file cannot be written.
+    """
     try:
+        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise RunError('the report page needs plotly: pip install "fedgradnorm[report]"') from error
-    return str(get_plotlyjs())
-
-
-def json_for_html(value: object) -> str:
-    """JSON that cannot end the script element that holds it."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def tag(name: str, *children: str, **attributes: str) -> str:
-    """An element. The children are HTML already; the attributes are escaped here, and ``data_x`` is written ``data-x``."""
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
-        for key, value in attributes.items()
-        if value
+        raise RunError(
+            'the page needs plotly and Jinja2: pip install "fedgradnorm[report]"'
+        ) from error
+    loaders = [PackageLoader(f"fedgradnorm.{room}") for room in ("report", "compare")]
+    environment = Environment(
+        loader=ChoiceLoader(loaders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f"<{name}{written}>{''.join(children)}</{name}>"
-
-
-def texts(name: str, values: Iterable[str], **attributes: str) -> str:
-    """An element for each text, which is escaped here."""
-    return "".join(tag(name, escape(value), **attributes) for value in values)
-
-
-def key(text: str, colour: str, kind: str = "") -> str:
-    """An entry of a legend."""
-    return tag(
-        "span",
-        "<i></i>",
-        tag("span", escape(text)),
-        class_=f"key {kind}".strip(),
-        style=f"color:{colour}",
-    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = environment.get_template(template).render(values, plotly=get_plotlyjs())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"page {output}: cannot be written; {error.strerror}") from error
+    return output

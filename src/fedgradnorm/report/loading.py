@@ -1,4 +1,4 @@
-"""The runs of a report with their files read, and the names and colours that tell them apart."""
+"""The runs of a report: their files, and the names and colours that tell them apart."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Client, absent_client
 from fedgradnorm.report.looks import looks_for
 from fedgradnorm.runs.checkpoint import load_newest
-from fedgradnorm.runs.folder import CHECKPOINTS, Run, being_written, lock_of
+from fedgradnorm.runs.entries import CHECKPOINTS
+from fedgradnorm.runs.lock import being_written, lock_of
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.summary import summarise
 
@@ -22,7 +24,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run with its files read, and the name and colour that it has throughout a report; ``state`` is empty where it has finished."""
+    """A run with its files read, and its name and colour in the whole report.
+
+    ``state`` is empty for a finished run.
+    """
 
     label: str
     colour: str
@@ -33,7 +38,11 @@ class Loaded:
 
 
 def load(runs: Sequence[Run]) -> list[Loaded]:
-    """Read the files of every run, and give it its name and colour. Raises RunError where one is damaged, or before a first round."""
+    """Read the files of every run, and give it its name and colour.
+
+    Raises:
+        RunError: a damaged run, or a run without a round.
+    """
     methods = [_method_of(run) for run in runs]
     looks = looks_for(
         [
@@ -49,7 +58,7 @@ def load(runs: Sequence[Run]) -> list[Loaded]:
 
 
 def _method_of(run: Run) -> str:
-    """The name under which a study would have the run's method, so that it has the same colour."""
+    """The name that the run's method has in a study, so that it has the same colour here."""
     config = run.config
     if config.train.method.name != MethodConfig().name:
         return config.train.method.name
@@ -57,7 +66,10 @@ def _method_of(run: Run) -> str:
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Names that tell the runs apart: with as many of the folders above as that takes, and numbered if a folder comes twice."""
+    """Names that tell the runs apart.
+
+    A name has as many of the folders above as are needed. A folder that comes twice is numbered.
+    """
     parts = [run.folder.resolve().parts for run in runs]
     depth = next(
         (depth for depth in range(1, 5) if len({part[-depth:] for part in parts}) == len(parts)), 1
@@ -70,7 +82,9 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 
 
 def read(run: Run) -> tuple[list[Row], Summary, str]:
-    """A run's rows, its summary, made of the rows where it has not finished, and in words how far it has got then.
+    """A run's rows and summary, and how far it is; see `state_text`.
+
+    The summary of an unfinished run is made from its rows. The text of a finished run is empty.
 
     Raises:
         RunError: a file is damaged, or no round is done yet.
@@ -84,7 +98,8 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
         return rows, run.summary(), ""
     if not rows:
         raise RunError(
-            f"{run.folder}: no round of {run.config.train.num_rounds} is done yet: there is nothing to report on"
+            f"{run.folder}: no round of {run.config.train.num_rounds} is done yet: "
+            "there is nothing to report on"
         )
     checkpoint, _, _ = load_newest(run.folder / CHECKPOINTS)
     members = run.members() or (None if checkpoint is None else checkpoint.members)
@@ -94,29 +109,27 @@ def read(run: Run) -> tuple[list[Row], Summary, str]:
 
 
 def state_text(run: Run, done: int) -> str:
-    """How far a run has got that has not finished, such as "running: round 7 of 100"."""
+    """How far an unfinished run is, such as "running: round 7 of 100"."""
     place = f"round {done} of {run.config.train.num_rounds}"
     written = being_written(run.folder)
-    if (
-        written is None and lock_of(run.folder.resolve()).exists()
-    ):  # it cannot be asked; a copy has none
+    # The lock of another machine cannot be asked. A copied folder has no lock.
+    if written is None and lock_of(run.folder.resolve()).exists():
         return f"{place} so far"
     return f"running: {place}" if written else f"stopped after {place}"
 
 
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
-    """The clients that rows are of. What their tasks measure is in the record of members alone."""
-    tasks, measured = (
-        {row["client"]: row["task"] for row in rows},
-        dict[str, tuple[str, bool, bool]](),
-    )
-    for one in () if members is None else members["clients"].values():
-        measured[one["task"]] = one["metric"], one["higher_is_better"], one.get("percent", False)
-    return [absent_client(id, task, *measured.get(task, ())) for id, task in tasks.items()]
+    """The clients of the rows. Only the record of members says what their tasks measure."""
+    tasks = {row["client"]: row["task"] for row in rows}
+    metrics: dict[str, tuple[str, bool, bool]] = {}
+    for client in () if members is None else members["clients"].values():
+        metric = client["metric"], client["higher_is_better"], client["percent"]
+        metrics[client["task"]] = metric
+    return [absent_client(id, task, *metrics.get(task, ())) for id, task in tasks.items()]
 
 
 def sound(report: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
-    """Files whose figures are sound but do not belong together are an error of ours, too."""
+    """Convert errors caused by inconsistent files into RunError."""
 
     @wraps(report)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
@@ -124,7 +137,8 @@ def sound(report: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
             return report(*args, **kwargs)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
-                f"metrics.jsonl and summary.json do not belong together, or are not what this version writes: {error!r}"
+                "metrics.jsonl and summary.json do not belong together, or this version did not "
+                f"write them: {error!r}"
             ) from error
 
     return checked

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedgradnorm.report.html import tag
-
-__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for", "swatch"]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for"]
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""The Okabe-Ito palette, which colour-blind readers can tell apart, less its yellow, which is hard to see on white."""
+"""The Okabe-Ito palette for colour-blind readers, without yellow, which is faint on white."""
 
 DASHES = ((), (8, 4), (2, 3), (9, 3, 2, 3))
-"""Lengths of strokes and gaps in pixels; none is a solid line."""
+"""Lengths of strokes and gaps in pixels. An empty tuple is a solid line."""
 
 MARKERS = {
     "circle": "M12.5 6a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -20,7 +18,7 @@ MARKERS = {
     "triangle-up": "M17 1l5 9h-10z",
     "triangle-down": "M17 11l5 -9h-10z",
 }
-"""By Plotly's name of a marker, its outline around (17, 6)."""
+"""By Plotly's name of a marker, its outline around (17, 6), as an SVG path."""
 
 KNOWN = (
     *("equal", "fedgradnorm step", "fedgradnorm exact", "nash_mtl", "dwa", "local", "fedper"),
@@ -29,7 +27,7 @@ KNOWN = (
     *("fixed", "fedavg", "fedgradnorm exact norm", "centralized GradNorm"),
     *("equal unit length", "exact unit length", "fedgradnorm exact by task"),
 )
-"""The methods whose look is always the same, in studies too: by sevens they have all colours, and a dash and a marker of their own."""
+"""The methods that always look the same. Each seven have the seven colours and share a dash."""
 
 PLACES = {name: place for place, name in enumerate(KNOWN)} | {
     "fedgradnorm": KNOWN.index("fedgradnorm step")
@@ -43,7 +41,7 @@ class Look:
     Attributes:
         name: the method.
         colour: such as ``#0072B2``.
-        dash: lengths of strokes and gaps; empty is solid.
+        dash: see `DASHES`.
         marker: one of `MARKERS`.
     """
 
@@ -52,13 +50,19 @@ class Look:
     dash: tuple[int, ...]
     marker: str
 
+    @property
+    def outline(self) -> str:
+        """The marker's outline around (17, 6), as an SVG path."""
+        return MARKERS[self.marker]
+
 
 def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]:
-    """The looks of these methods: of a known one always the same, of another the first that none of them has.
+    """The looks of these methods. An unknown method gets the first look that is free.
 
     Args:
         names: the methods.
-        colours_only: whether they are told apart by colours alone, so that two known ones may not share theirs; seven can be.
+        colours_only: tell the methods apart by colour alone. Seven methods can be; of two known
+            ones with the same colour, the second gets another.
 
     >>> [look.colour for look in looks_for(["my own", "fedgradnorm", "equal"])]
     ['#D55E00', '#0072B2', '#000000']
@@ -68,10 +72,10 @@ def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]
     for at, name in enumerate(names):
         if name in PLACES:
             taken.setdefault(PLACES[name] % places, at)
-    free = (place for place in range(places) if place not in set(taken))
-    found = {at: place for place, at in taken.items()}
+    free = (place for place in range(places) if place not in taken)
+    known = {at: place for place, at in taken.items()}
     return [
-        _look(name, found[at] if at in found else next(free, at % places))
+        _look(name, known[at] if at in known else next(free, at % places))
         for at, name in enumerate(names)
     ]
 
@@ -79,11 +83,3 @@ def looks_for(names: Sequence[str], *, colours_only: bool = False) -> list[Look]
 def _look(name: str, place: int) -> Look:
     row, column = divmod(place, len(COLOURS))
     return Look(name, COLOURS[column], DASHES[row % len(DASHES)], list(MARKERS)[row % len(MARKERS)])
-
-
-def swatch(look: Look) -> str:
-    """A piece of the method's line with its marker, as HTML for a legend."""
-    dash = " ".join(map(str, look.dash))
-    line = tag("path", d="M0 6h34", stroke=look.colour, stroke_width="2.5", stroke_dasharray=dash)
-    marker = tag("path", d=MARKERS[look.marker], fill=look.colour)
-    return tag("svg", line, marker, width="34", height="12", aria_hidden="true")

@@ -1,12 +1,11 @@
-"""The report's page: one HTML file that holds all that it needs."""
+"""The report: one HTML file that holds all that it needs."""
 
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Any
 
 import tomli_w
@@ -31,220 +30,145 @@ from fedgradnorm.report.findings import (
     plural,
     settings_of,
 )
-from fedgradnorm.report.html import json_for_html, key, plotly_source, style, tag, texts
+from fedgradnorm.report.html import write_html
 from fedgradnorm.report.loading import Loaded, load, sound
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 
-__all__ = ["write_report"]
+__all__ = ["write_page", "write_report"]
+
+GROUPS = {
+    "metric": "test metric",
+    "loss": "training loss: last share, and rounds to a share",
+    "": "",
+}
+"""The titles above the columns of the table, by what the columns are about."""
+
+
+def write_page(folder: Path) -> None:
+    """Write a run's report.html, where plotly is installed."""
+    if find_spec("plotly") is not None:
+        write_report([Run(folder)], folder / "report.html")
 
 
 @sound
 def write_report(runs: Sequence[Run], output: Path) -> Path:
-    """Write one HTML page on one run, or on several overlaid. It holds all that it needs, and loads nothing.
+    """Write the report on one run, or on several overlaid. The file loads nothing.
 
     Args:
-        runs: finished or not, in the order of the page. A method has the colour that it has in a study; colours repeat after seven.
+        runs: finished or not, in the order of the report. A method has the colour that it has in a
+            study. Colours repeat after seven.
         output: the file to write; its folder is made.
 
     Returns:
         The file.
 
     Raises:
-        RunError: no run, one whose files are damaged, one without a round, a page that cannot be written, or plotly is not installed.
+        RunError: no run, a damaged run, a run without a round, plotly or Jinja2 is not installed,
+            or the file cannot be written.
     """
-    plotly = plotly_source()
     if not runs:
         raise RunError("expected at least one run to report on, found none")
     loaded = load(runs)
-    groups = rows_of([one.label for one in loaded], [one.summary for one in loaded])
-    charts: list[dict[str, Any]] = []
-    parts = {
-        "title": escape(
-            listed([one.label for one in loaded]) if len(runs) <= 3 else f"{len(runs)} runs"
-        ),
-        "findings": escape(findings(groups, loaded)),
-        "caveat": escape(caveat(loaded)),
-        "explanation": escape(explanation(single=len(runs) == 1)),
-        "runs": _runs_html(loaded),
-        "dropped": _dropped_html(loaded),
-        "notes": _notes_html(loaded),
-        "table": _table_html(groups, loaded),
-        "tasks": "\n".join(_task_html(group, loaded, charts) for group in groups),
-        "settings": _settings_html(loaded),
+    labels = [run.label for run in loaded]
+    groups = rows_of(labels, [run.summary for run in loaded])
+    headers = headers_of(groups)
+    numbers = count()
+    tasks = [_task(group, headers, loaded, numbers) for group in groups]
+    charts = [chart for task in tasks for chart in task["charts"]]
+    return write_html(
+        "report.html.j2",
+        output,
+        title=listed(labels) if len(runs) <= 3 else f"{len(runs)} runs",
+        findings=findings(groups, loaded),
+        caveat=caveat(loaded),
+        legend=_legend(loaded, {line["kind"] for chart in charts for line in chart["lines"]}),
+        facts=list(_facts(loaded[0])),
+        runs=[_run(run) for run in loaded],
+        dropped=_dropped(loaded),
+        notes=_notes(loaded),
+        tops=[(GROUPS[about], span) for about, span in Counter(a for a, _ in headers).items()],
+        titles=[title for _, title in headers],
+        tasks=tasks,
+        explanation=explanation(single=len(runs) == 1),
+        differing=differing_settings(loaded),
+        charts=charts,
+    )
+
+
+def _legend(loaded: Sequence[Loaded], kinds: set[str]) -> list[tuple[str, str, str]]:
+    """The legend's entries: text, colour and kind of line."""
+    entries = [(run.label, run.colour, "") for run in loaded]
+    if "client" in kinds:
+        entries.append(("one client", GREY, "thin"))
+    if "band" in kinds:
+        entries.append(("range over the clients", GREY, "band"))
+    dashed = {"guess": "constant guess (grey)", "target": "target"}
+    texts = [text for kind, text in dashed.items() if kind in kinds]
+    return [*entries, (", ".join(texts), GREY, "dashed")] if texts else entries
+
+
+def _run(run: Loaded) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "colour": run.colour,
+        "facts": list(_facts(run).values()),
+        "settings": tomli_w.dumps(settings_of(run.run)),
     }
-    kinds = {line["kind"] for chart in charts for line in chart["lines"]}
-    page = Template(files("fedgradnorm.report").joinpath("page.html").read_text(encoding="utf-8"))
-    text = page.substitute(
-        parts,
-        style=style(),
-        legend=_legend_html(loaded, kinds),
-        charts=json_for_html(charts),
-        plotly=plotly,
-    )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"report {output}: cannot be written; {error.strerror}") from error
-    return output
 
 
-def _legend_html(loaded: Sequence[Loaded], kinds: set[str]) -> str:
-    styles = {"client": ("one client", "thin"), "band": ("range over the clients", "band")}
-    keys = [key(one.label, one.colour) for one in loaded]
-    keys += [key(text, GREY, style) for kind, (text, style) in styles.items() if kind in kinds]
-    dashed = [
-        text
-        for kind, text in (("guess", "constant guess (grey)"), ("target", "target"))
-        if kind in kinds
-    ]
-    return "".join([*keys, *([key(", ".join(dashed), GREY, "dashed")] if dashed else [])])
+def _facts(run: Loaded) -> dict[str, str]:
+    """A run's line in the table of runs, by the columns' titles."""
+    config, summary = run.run.config, run.summary
+    rounds = str(summary["rounds"])
+    return {
+        "method": config.train.method.name,
+        "weighting": config.weighting.name,
+        "rounds": f"{rounds} of {config.train.num_rounds}" if run.state else rounds,
+        "clients": str(len(summary["clients"])),
+        "took part": percentage(fmean(row["participated"] for row in run.rows)),
+        "reports dropped": str(summary["dropped"]),
+        "seed": str(config.train.seed),
+        "time": f"{summary['seconds']:.0f} s" if summary["seconds"] else ABSENT,
+    }
 
 
-def _runs_html(loaded: Sequence[Loaded]) -> str:
-    titles = (
-        "method",
-        "weighting",
-        "rounds",
-        "clients",
-        "took part",
-        "reports dropped",
-        "seed",
-        "time",
-    )
-    head = tag("thead", tag("tr", tag("th", "run"), texts("th", titles)))
-    lines = []
-    for one in loaded:
-        present = fmean(row["participated"] for row in one.rows)
-        facts = (
-            one.run.config.train.method.name,
-            one.run.config.weighting.name,
-            f"{one.summary['rounds']} of {one.run.config.train.num_rounds}"
-            if one.state
-            else str(one.summary["rounds"]),
-            str(len(one.summary["clients"])),
-            percentage(present),
-            str(one.summary["dropped"]),
-            str(one.run.config.train.seed),
-            f"{one.summary['seconds']:.0f} s" if one.summary["seconds"] else ABSENT,
-        )
-        lines.append(tag("tr", tag("td", key(one.label, one.colour)), texts("td", facts)))
-    return tag("table", head, tag("tbody", *lines))
-
-
-def _dropped_html(loaded: Sequence[Loaded]) -> str:
+def _dropped(loaded: Sequence[Loaded]) -> list[str]:
     """Whose reports were dropped, how often, and why."""
-    items = []
-    for one in loaded:
-        reasons = Counter(
-            (row["client"], row["dropped"]) for row in one.rows if row["dropped"] is not None
-        )
-        items += [
-            f"{one.label}: {plural(count, 'report')} of {client} dropped: {reason}"
-            for (client, reason), count in reasons.items()
-        ]
-    return (
-        tag("details", tag("summary", "Dropped reports"), tag("ul", texts("li", items)))
-        if items
-        else ""
-    )
+    return [
+        f"{run.label}: {plural(times, 'report')} of {client} dropped: {reason}"
+        for run in loaded
+        for (client, reason), times in Counter(
+            (row["client"], row["dropped"]) for row in run.rows if row["dropped"] is not None
+        ).items()
+    ]
 
 
-def _notes_html(loaded: Sequence[Loaded]) -> str:
+def _notes(loaded: Sequence[Loaded]) -> list[str]:
     """What was odd about clients, and when."""
-    items = [
-        f"{one.label}: round {row['round']}, {row['client']}: {note}"
-        for one in loaded
-        for row in one.rows
+    return [
+        f"{run.label}: round {row['round']}, {row['client']}: {note}"
+        for run in loaded
+        for row in run.rows
         for note in row.get("notes", ())
     ]
-    return (
-        tag("details", tag("summary", "Notes"), tag("ul", texts("li", items)), open="open")
-        if items
-        else ""
-    )
 
 
-def _table_html(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
-    headers, colours, single = (
-        headers_of(groups),
-        {one.label: one.colour for one in loaded},
-        len(loaded) == 1,
-    )
-    spans = Counter(group for group, _ in headers)
-    names = {
-        "metric": "test metric",
-        "loss": "training loss: last share, and rounds to a share",
-        "": "",
+def _task(
+    group: Sequence[ComparisonRow],
+    headers: Sequence[tuple[str, str]],
+    loaded: Sequence[Loaded],
+    numbers: Iterator[int],
+) -> dict[str, Any]:
+    """A task's rows of the table, and its charts, each with its number on the page."""
+    colours = {run.label: run.colour for run in loaded}
+    rows = [
+        {"label": row.run, "colour": colours[row.run], "cells": cells}
+        for row, cells in zip(group, cells_of(group, headers), strict=True)
+    ]
+    charts = [chart | {"number": next(numbers)} for chart in charts_of(group, loaded)]
+    return {
+        "name": group[0].task,
+        "heading": heading_of(group[0]),
+        "rows": rows,
+        "charts": charts,
     }
-    tops = "".join(
-        tag("th", names[group], colspan=str(count), class_="group" if group else "")
-        for group, count in spans.items()
-    )
-    head = tag(
-        "thead",
-        tag("tr", "<th></th>", tops),
-        tag("tr", tag("th", "task"), texts("th", (title for _, title in headers))),
-    )
-    bodies = []
-    for group in groups:
-        heading = tag(
-            "th",
-            escape(heading_of(group[0])),
-            scope="rowgroup",
-            colspan="" if single else str(len(headers) + 1),
-        )
-        lines = [] if single else [tag("tr", heading)]
-        for row, cells in zip(group, cells_of(group, headers), strict=True):
-            name = heading if single else tag("td", key(row.run, colours[row.run]))
-            figures = (
-                tag("td", escape(text), class_="best" if best else "") for text, best in cells
-            )
-            lines.append(tag("tr", name, *figures))
-        bodies.append(tag("tbody", *lines))
-    return tag("table", head, *bodies)
-
-
-def _task_html(
-    group: Sequence[ComparisonRow], loaded: Sequence[Loaded], charts: list[dict[str, Any]]
-) -> str:
-    """A task's section. Its charts are added to those of the page, where the section refers to them by number."""
-    figures = []
-    for chart in charts_of(group, loaded):
-        caption = tag("figcaption", escape(chart["title"]), tag("small", escape(chart["unit"])))
-        place = (
-            tag("div", id=f"chart-{len(charts)}", class_="chart")
-            if chart["lines"]
-            else tag("p", "no figures", class_="empty")
-        )
-        figures.append(tag("figure", caption, place))
-        charts.append(chart)
-    return tag("section", tag("h3", escape(group[0].task)), tag("div", *figures, class_="charts"))
-
-
-def _settings_html(loaded: Sequence[Loaded]) -> str:
-    differing = differing_settings(loaded)
-    head = tag(
-        "thead",
-        tag(
-            "tr",
-            tag("th", "differs between the runs"),
-            texts("th", (one.label for one in loaded), class_="text"),
-        ),
-    )
-    lines = [
-        tag("tr", tag("td", escape(key)), texts("td", values, class_="text"))
-        for key, values in differing.items()
-    ]
-    table = (
-        tag("div", tag("table", head, tag("tbody", *lines)), class_="scroll") if differing else ""
-    )
-    details = [
-        tag(
-            "details",
-            tag("summary", f"All settings of {escape(one.label)}"),
-            tag("pre", escape(tomli_w.dumps(settings_of(one.run)))),
-        )
-        for one in loaded
-    ]
-    return table + "".join(details)

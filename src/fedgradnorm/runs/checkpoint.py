@@ -1,7 +1,8 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped, in one file with its checksum.
+"""Checkpoints: all that a run needs to resume as if it had never stopped, in one file each.
 
-A checkpoint is ``checkpoints/round-00000012-<checksum>.safetensors`` in the run's folder. Its tensors are those of the server's and the
-clients' states; its metadata holds the numbers, and the settings that it belongs to, as JSON.
+A checkpoint is ``checkpoints/round-00000012-<checksum>.safetensors`` in the run's folder. Its
+tensors are those of the server's and the clients' states. Its metadata holds the numbers, and the
+settings of the run, as JSON.
 """
 
 import hashlib
@@ -36,21 +37,23 @@ __all__ = [
     "sound_rounds",
 ]
 
-FORMAT = 2
+FORMAT: Literal[1] = 1
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
+WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+UNREADABLE = (OSError, SafetensorError, *WRONG_CONTENT)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A moment between two rounds.
+    """The state of a run between two rounds.
 
     Attributes:
         server: the server's state.
         clients: the clients' states, by id.
         settings: the settings of the run, as JSON values.
         members: who trained what.
-        seconds: how long the run has taken up to here, over all of its starts.
-        costs: the parts of that, by name.
+        seconds: how long the run has taken so far, over all of its starts.
+        costs: the parts of these seconds, by name.
     """
 
     server: ServerState
@@ -62,9 +65,9 @@ class Checkpoint:
 
 
 class Numbers(TypedDict):
-    """What the metadata of a checkpoint hold."""
+    """The numbers in a checkpoint's metadata."""
 
-    format: Literal[2]
+    format: Literal[1]
     round: Annotated[int, Field(ge=0, strict=True)]
     weights: dict[str, FiniteFloat]
     memory: dict[str, Any]
@@ -84,19 +87,37 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, and remove all but the last ``keep``.
 
     Raises:
-        OSError: it cannot be written; the older ones are as they were.
+        OSError: it cannot be written; the older ones are unchanged.
     """
-    server, clients = checkpoint.server, checkpoint.clients
+    # one entry of metadata: several would be written in a random order
+    metadata = {"state": json.dumps(_numbers_of(checkpoint), allow_nan=False)}
+    tensors = _tensors_of(checkpoint).items()
+    content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors}, metadata)
+    folder.mkdir(exist_ok=True)
+    name = f"round-{checkpoint.server.round:08}-{_checksum(content)}.safetensors"
+    path = folder / name
+    write_atomically(path, content)
+    for old in [*_superfluous(_paths(folder), path, keep), *folder.glob(".*.writing")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    server = checkpoint.server
     tensors = {"server/encoder": server.encoder}
-    tensors |= _under("server/buffers", server.buffers) | _under(
-        "server/optimizer", server.optimizer
-    )
-    for client, state in clients.items():
+    tensors |= _under("server/buffers", server.buffers)
+    tensors |= _under("server/optimizer", server.optimizer)
+    for client, state in checkpoint.clients.items():
         for part in ("head", "encoder_buffers", "head_velocity"):
             tensors |= _under(f"client/{client}/{part}", getattr(state, part))
         if state.encoder is not None:
             tensors[f"client/{client}/encoder"] = state.encoder
-    numbers = {
+    return tensors
+
+
+def _numbers_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    server, clients = checkpoint.server, checkpoint.clients
+    return {
         "format": FORMAT,
         "round": server.round,
         "weights": server.weighting.weights,
@@ -109,33 +130,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "seconds": checkpoint.seconds,
         "costs": dict(checkpoint.costs),
     }
-    metadata = {
-        "state": json.dumps(numbers, allow_nan=False)
-    }  # one entry: several are written in a random order
-    content = to_bytes(
-        {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata
-    )
-    folder.mkdir(exist_ok=True)
-    path = folder / f"round-{server.round:08}-{_checksum(content)}.safetensors"
-    write_atomically(path, content)
-    for old in [*_superfluous(_paths(folder), path, keep), *folder.glob(".*.writing")]:
-        old.unlink(missing_ok=True)
-    return path
 
 
 def _superfluous(paths: Sequence[Path], saved: Path, keep: int) -> list[Path]:
-    """Which checkpoints go when one was saved: others of its round, and those of rounds before the last ``keep``.
+    """The checkpoints to remove after one was saved.
 
-    Those of later rounds neither go nor count. Several of one earlier round count once.
+    These are others of its round, and those of rounds before the last ``keep``. Several of one
+    round count once. Those of later rounds stay, and do not count.
     """
     round = round_of(saved)
-    kept = sorted({round_of(path) for path in paths if round_of(path) <= round}, reverse=True)[
-        :keep
-    ]
+    rounds = {round_of(path) for path in paths if round_of(path) <= round}
+    first_kept = sorted(rounds, reverse=True)[:keep][-1]
     return [
         path
         for path in paths
-        if path != saved and (round_of(path) == round or round_of(path) < kept[-1])
+        if path != saved and (round_of(path) == round or round_of(path) < first_kept)
     ]
 
 
@@ -143,7 +152,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        RunError: a file that cannot be read, whose checksum is not that of its name, or that holds something else.
+        RunError: the file cannot be read, its checksum is not the one in its name, or its content
+            is not a checkpoint's.
     """
     match = NAME.fullmatch(path.name)
     try:
@@ -151,28 +161,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise RunError(f"checkpoint {path}: damaged: its checksum is not the one in its name")
         with safe_open(path, framework="pt") as file:
             numbers = NUMBERS.validate_json(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _restored(numbers, tensors)
-    except (
-        OSError,
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        raise RunError(
-            f"checkpoint {path}: cannot be read: {' '.join(repr(error).split())[:300]}"
-        ) from error
+    except UNREADABLE as error:
+        reason = " ".join(repr(error).split())[:300]
+        raise RunError(f"checkpoint {path}: cannot be read: {reason}") from error
 
 
 def load_newest(
     folder: Path, last: int | None = None
 ) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
-    """The newest sound checkpoint of a folder, its path, and what was wrong with newer ones. None where there is no sound one.
+    """Read the newest sound checkpoint of a folder.
 
-    Those of rounds after ``last`` are not looked at; None: all are.
+    Args:
+        folder: the folder of checkpoints.
+        last: checkpoints of rounds after this one are skipped. None: all are tried.
+
+    Returns:
+        The checkpoint and its path, None and None if there is no sound one; and what is wrong with
+        newer ones, by path.
     """
     faults: dict[Path, str] = {}
     for path in _paths(folder):
@@ -186,7 +193,7 @@ def load_newest(
 
 
 def sound_rounds(folder: Path) -> list[int]:
-    """The rounds that a folder has sound checkpoints of, ascending. All are read."""
+    """The rounds of a folder's sound checkpoints, ascending. All checkpoints are read."""
     rounds = set()
     for path in _paths(folder):
         with suppress(RunError):
@@ -196,13 +203,14 @@ def sound_rounds(folder: Path) -> list[int]:
 
 
 def later_than(folder: Path, round: int) -> list[Path]:
-    """The checkpoints of later rounds, newest first, with those that were set aside."""
-    found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []
-    return sorted((path for path in found if round_of(path) > round), reverse=True)
+    """The checkpoints of later rounds, newest first, including damaged ones that were set aside."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    later = [path for path in paths if NAME.match(path.name) and round_of(path) > round]
+    return sorted(later, reverse=True)
 
 
 def round_of(path: Path) -> int:
-    """The round in the name of a checkpoint."""
+    """The round in a checkpoint's name."""
     return int(path.name[6:14])
 
 
@@ -226,27 +234,19 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
             initial_loss=initial_loss,
             encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
             head_velocity=_of(tensors, f"client/{client}/head_velocity"),
-            round=numbers["rounds"].get(client, 0),
+            round=numbers["rounds"][client],
             encoder=tensors.get(f"client/{client}/encoder"),
         )
         for client, initial_loss in numbers["clients"].items()
     }
-    return Checkpoint(
-        server,
-        clients,
-        numbers["settings"],
-        numbers["members"],
-        numbers["seconds"],
-        numbers["costs"],
-    )
+    settings, members = numbers["settings"], numbers["members"]
+    return Checkpoint(server, clients, settings, members, numbers["seconds"], numbers["costs"])
 
 
 def _paths(folder: Path) -> Sequence[Path]:
     """The checkpoints of a folder, newest first."""
-    found = (
-        [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    )
-    return sorted(found, reverse=True)
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    return sorted((path for path in paths if NAME.fullmatch(path.name)), reverse=True)
 
 
 def _checksum(content: bytes) -> str:
@@ -258,9 +258,5 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = f"{prefix}/"
-    return {
-        name.removeprefix(start): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(start)
-    }
+    start, items = f"{prefix}/", tensors.items()
+    return {name.removeprefix(start): held for name, held in items if name.startswith(start)}

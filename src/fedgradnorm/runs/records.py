@@ -1,13 +1,10 @@
-"""What a run's files hold, as types: lines of metrics.jsonl, summary.json, who trained what. They are checked when they are read."""
+"""What a run's files hold, as types. The files are checked against them when they are read."""
 
 from collections.abc import Mapping
-from typing import (
-    Annotated,
-    NotRequired,  # the standard library's cannot be checked before Python 3.12
-)
+from typing import Annotated, NotRequired
 
 from pydantic import Field, FiniteFloat
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses the standard library's before 3.12
 
 __all__ = [
     "ClientRecord",
@@ -27,7 +24,10 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Row(TypedDict):
-    """One client in one round. What it did not do, or what is no finite number, is None."""
+    """A client in a round: a line of metrics.jsonl.
+
+    A figure is None if the client does not have it in this round, or if it is not a finite number.
+    """
 
     round: Annotated[int, Field(ge=1)]
     client: str
@@ -49,31 +49,33 @@ class Row(TypedDict):
     bytes_down: Count
     seconds: FiniteFloat
     missing: NotRequired[Mapping[str, str]]
-    """By metric, why it could not be taken."""
+    """By metric, why it could not be computed."""
     notes: NotRequired[list[str]]
-    """What is odd about the client and drops no report, such as that its data changed."""
+    """Oddities of the client that drop no report, such as changed data."""
 
 
 Sketch = list[FiniteFloat]
-"""Numbers that are close to each other for tensors that differ by rounding alone."""
+"""Some numbers of a tensor. They are close for tensors that differ by rounding only."""
 
 
 class DataRecord(TypedDict):
-    """What some data are known by: their number, and a sketch of some of the inputs and targets; None where these are never the same.
+    """How data are recognised.
 
-    Of targets that are a tensor there is a sketch of them all as well.
+    ``sample`` has sketches of some inputs and targets; None for data that are random at every look.
+    ``targets`` is a sketch of all targets; None if they are not a tensor.
     """
 
     examples: Count
     sample: list[Sketch] | None
-    targets: NotRequired[Sketch | None]
+    targets: Sketch | None
 
 
 class ModelRecord(TypedDict):
-    """What a client's model and loss are known by: what the initial model gives for some of the client's training examples.
+    """How a client's model and loss are recognised: what they give for some training examples.
 
-    Each is taken in training mode, and then in evaluation mode; ``initial`` has numbers of the initial tensors. The losses are of all these
-    examples in either mode, and then of each of them.
+    Features and outputs are taken in training mode, and then in evaluation mode. ``initial`` has
+    numbers of the initial tensors. The losses are those of all these examples in either mode, and
+    then of each example.
     """
 
     initial: Sketch
@@ -83,7 +85,10 @@ class ModelRecord(TypedDict):
 
 
 class ClientRecord(TypedDict):
-    """What is known of a client: its head, names and shapes of its tensors, and its data only where they are."""
+    """A client: its task, and its head, data and model, each None if it is on another machine.
+
+    ``head`` has the names and shapes of the head's tensors, ``modules`` the classes of its modules.
+    """
 
     task: str
     metric: str
@@ -92,30 +97,30 @@ class ClientRecord(TypedDict):
     head: list[tuple[str, tuple[int, ...]]] | None
     train: DataRecord | None
     test: DataRecord | None
-    percent: NotRequired[bool]
-    loss_floor: NotRequired[FiniteFloat | None]
-    modules: NotRequired[list[str] | None]
-    model: NotRequired[ModelRecord | None]
+    percent: bool
+    loss_floor: FiniteFloat | None
+    modules: list[str] | None
+    model: ModelRecord | None
 
 
 class MembersRecord(TypedDict):
-    """Who trains what.
-
-    The encoder's trainable parameters, names and shapes in the order of the flat vector; two numbers for each of its other tensors
-    that are no buffers; the clients; what is done with the encoder's buffers; and where they are known, the names of the parameters in
-    the norm layer, and of the classes of the encoder's modules that are torch's.
-    """
+    """Who trains what. ``norm_layer`` and ``modules`` are None if the clients are elsewhere."""
 
     encoder: list[tuple[str, tuple[int, ...]]]
+    """Names and shapes of the encoder's trainable parameters, in the order of the flat vector."""
     fixed: dict[str, list[FiniteFloat]]
+    """Two numbers for each of its other tensors that are not buffers."""
     clients: dict[str, ClientRecord]
-    buffers: NotRequired[str]
-    norm_layer: NotRequired[list[str] | None]
-    modules: NotRequired[list[str] | None]
+    buffers: str
+    """Whether the encoder's buffers are "local" or "averaged"."""
+    norm_layer: list[str] | None
+    """The names of the parameters in the norm layer."""
+    modules: list[str] | None
+    """The classes of the encoder's modules; empty names for classes that are not torch's."""
 
 
 class MetricSummary(TypedDict):
-    """A task's main metric: its guess, and its mean over the task's clients."""
+    """A task's main metric, as a mean over the task's clients, and that of the constant guess."""
 
     name: str
     higher_is_better: bool
@@ -138,7 +143,7 @@ class TaskSummary(TypedDict):
 
 
 class Heard(TypedDict):
-    """How often a client was asked for a report, how often one counted, and why others did not, by reason."""
+    """How often a client was asked for a report, how often one counted, and why others did not."""
 
     asked: Count
     heard: Count
@@ -156,11 +161,11 @@ class ClientSummary(TypedDict):
     guess: Mapping[str, FiniteFloat | None]
     reports: Heard
     missing: Mapping[str, str]
-    """By metric, why it was missing when it was last to be taken."""
+    """By metric, why it could not be computed at the last test."""
 
 
 class Summary(TypedDict):
-    """What summary.json holds."""
+    """The contents of summary.json."""
 
     rounds: Count
     seconds: FiniteFloat

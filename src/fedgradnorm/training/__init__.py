@@ -1,4 +1,4 @@
-"""How a client trains in a round. One method a file."""
+"""How a client trains in a round. One method per file."""
 
 from fedgradnorm.training.base import Joint, Method, method_of
 from fedgradnorm.training.centralized import Centralized
@@ -7,7 +7,7 @@ from fedgradnorm.training.fedper import FedPer
 from fedgradnorm.training.fedprox import FedProx
 from fedgradnorm.training.fedrep import FedRep
 from fedgradnorm.training.local import Local
-from fedgradnorm.training.steps import LocalRound, encoder_steps, head_steps
+from fedgradnorm.training.round import LocalRound, encoder_steps, head_steps
 
 __all__ = [
     "Centralized",

@@ -1,4 +1,4 @@
-"""No exchange: every client by itself."""
+"""No exchange: every client trains alone."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,11 +10,12 @@ __all__ = ["Local"]
 
 @dataclass(frozen=True)
 class Local(Joint):
-    """Single-task SGD: every client trains its head and an encoder of its own, from the same initial encoder; nobody else counts.
+    """Single-task SGD: every client trains its own encoder and head, without the others.
 
-    τ_ω = encoder_steps joint steps a round, as in `FedPer`, from where the last round left head *and* encoder. The server's encoder stays
-    as initialised, and its settings (weighting, aggregation, ``server_lr``, optimiser) move nothing. The reports are recorded as usual.
-    It says what a task reaches without the others.
+    All start from the same initial encoder. A round is τ_ω = encoder_steps joint steps, as in
+    `FedPer`, from where the last round left head *and* encoder. The server's encoder stays as
+    initialised, and its settings (weighting, aggregation, ``server_lr``, optimiser) move nothing.
+    The reports are recorded as usual. This shows what a task reaches without the others.
 
     >>> Local().own_encoder
     True

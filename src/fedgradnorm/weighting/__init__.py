@@ -1,4 +1,4 @@
-"""Weightings: how the server weights the clients. One method a file."""
+"""Weightings: how the server weights the clients. One method per file."""
 
 from fedgradnorm.weighting.afl import AFL
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights

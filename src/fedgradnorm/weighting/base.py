@@ -1,20 +1,25 @@
-"""What a weighting is: a pure pair ``init`` / ``update`` from reports to weights."""
+"""What a weighting is: a pure pair ``init`` and ``update`` that turns reports into weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from fedgradnorm.messages import Report
+from fedgradnorm.options import Options
 
-__all__ = ["Weighting", "WeightingState", "Weights"]
+if TYPE_CHECKING:  # it loads torch, which checking a configuration does not need
+    from fedgradnorm.messages import Report
+
+__all__ = ["Reports", "Update", "Weighting", "WeightingState", "Weights"]
 
 
 @dataclass(frozen=True)
 class WeightingState:
-    """What a weighting remembers from one round to the next. It holds JSON values only, so that it can be saved and sent.
+    """What a weighting remembers between rounds: JSON values only, so it can be saved and sent.
 
     Attributes:
-        weights: p_i for every client known so far, by client id; they are above 0 and sum to their number N.
+        weights: p_i of every client known so far, by client id. All are above 0, and they sum to
+            the number N of these clients.
         memory: whatever else the method needs.
     """
 
@@ -27,8 +32,9 @@ class Weights:
     """The weights of one round's participants, by client id.
 
     Attributes:
-        values: p_i, which multiply the gradients g_i; their sum is above 0. With some methods single ones are 0 or negative.
-        targets: what p_i n_i should be, where the method has such a target; for the record.
+        values: p_i, the factors of the gradients g_i. Their sum is above 0; with some methods a
+            single one is 0 or negative.
+        targets: the target of p_i n_i, for the record, if the method has one.
         scale: a factor above 0 on the aggregated direction.
     """
 
@@ -37,30 +43,42 @@ class Weights:
     scale: float = 1.0
 
 
-class Weighting(Protocol):
-    """A method that weights the clients: a frozen dataclass of its options with these two methods.
+Reports: TypeAlias = Sequence["Report"]
+Update: TypeAlias = tuple[Weights, WeightingState]
 
-    Both are pure: the state is handed in and handed back, never kept.
 
-    A method that looks at the numbers of the reports alone, and not at their gradients, says so by a class attribute
-    ``reads_gradients: ClassVar[bool] = False``; without it an engine works out each gradient to the last digit. One that
-    needs losses above their floors has ``needs_positive_losses = True``: a run in which an initial loss is not is refused.
+class Weighting(Options, ABC):
+    """A method that weights the clients: a frozen dataclass of its options.
+
+    ``init`` and ``update`` are pure: they take the state and return the next one, and keep nothing.
+
+    Attributes:
+        reads_gradients: whether ``update`` reads the gradients in the reports. If False, only the
+            server's sum reads them, and an engine may compute them with a little less precision.
     """
 
-    def init(self, client_ids: Sequence[str]) -> WeightingState:
-        """The state before the first round."""
-        ...
+    reads_gradients: ClassVar[bool] = True
 
-    def update(
-        self, state: WeightingState, reports: Sequence[Report]
-    ) -> tuple[Weights, WeightingState]:
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether losses have to be above their task's floor; by default False.
+
+        If True, a run is refused in which an initial loss is not. A class attribute will do.
+        """
+        return False
+
+    def init(self, client_ids: Sequence[str]) -> WeightingState:
+        """The state before the first round: weight 1 for every client."""
+        return WeightingState(dict.fromkeys(client_ids, 1.0))
+
+    @abstractmethod
+    def update(self, state: WeightingState, reports: Reports) -> Update:
         """The weights of this round, and the next state.
 
         Args:
             state: the state so far.
-            reports: the sound reports of this round, at least one, sorted by client id: every number in them is finite.
-                ``grad_norm`` may be 0, where a task has nothing to learn; losses may be 0 or negative, and
-                ``inverse_training_rate`` is then not a number. A client that is missing keeps its weight; a client that
-                is not in the state yet starts with weight 1.
+            reports: the sound reports of this round, at least one, sorted by client id. Every
+                number in them is finite. ``grad_norm`` is 0 where a task has nothing to learn.
+                Losses may be 0 or negative; ``inverse_training_rate`` is then NaN. A client that
+                is missing keeps its weight; one that is not in the state starts with weight 1.
         """
-        ...

@@ -1,172 +1,154 @@
-"""FedGradNorm: weights that make the weighted gradient norms follow the training rates."""
+"""FedGradNorm: weights with which the weighted gradient norms follow the training rates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedgradnorm.errors import require
-from fedgradnorm.messages import Report
-from fedgradnorm.weighting.base import WeightingState, Weights
+from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState, Weights
 from fedgradnorm.weighting.losses import has_a_rate
+
+if TYPE_CHECKING:
+    from fedgradnorm.messages import Report
 
 __all__ = ["FedGradNorm"]
 
 ROUNDING = 1e-12
-"""Gaps below this share of the mean are rounding, not a reason to move: their sign would be noise."""
+"""Gaps below this share of the mean are rounding, and move nothing: their sign is noise."""
 
 
 @dataclass(frozen=True)
-class FedGradNorm:
-    r"""Weighted gradient norms follow how much the tasks still have to learn: GradNorm at the server (Mortaheb et al., SPAWC 2022).
+class FedGradNorm(Weighting):
+    r"""Weighted gradient norms follow how much the tasks still have to learn.
 
-    GradNorm is of Chen et al., ICML 2018. With n_i the gradient norm of client i over the norm layer, F̃_i its inverse training rate and
-    S the participants::
+    Source: Mortaheb, Vahapoglu, Ulukus, SPAWC 2022.
 
-        G_i = p_i n_i     Ḡ = mean over S of G_i     r_i = F̃_i / mean over S of F̃_j     target_i = Ḡ r_i^γ
+    It is GradNorm (Chen et al., ICML 2018) at the server. With n_i the gradient norm of client i
+    over the norm layer, F̃_i its inverse training rate and S the participants::
+
+        G_i = p_i n_i     Ḡ = mean over S of G_i     r_i = F̃_i / mean over S of F̃_j
+        target_i = Ḡ r_i^γ
 
         F_grad(p) = Σ_{i∈S} |p_i n_i - target_i|,   the targets held constant
 
-    The solver ``"step"`` takes ``weight_steps`` subgradient steps, p_i ← p_i - α_p sign(G_i - target_i) n_i. The solver
-    ``"exact"`` goes to the minimiser p* ∝ r^γ / n that those steps approach: p ← (1 - ρ) p + ρ p*. Either way p is then raised
-    to at least ``min_weight`` and the participants are rescaled to the sum that they had, so that all weights sum to N.
+    The solver ``"step"`` takes ``weight_steps`` subgradient steps,
+    p_i ← p_i - α_p sign(G_i - target_i) n_i. The solver ``"exact"`` goes to the minimiser
+    p* ∝ r^γ / n that those steps approach: p ← (1 - ρ) p + ρ p*. Either way p is then raised to at
+    least ``min_weight``, and the participants are rescaled to the sum that they had, so that all
+    weights sum to N.
 
-    A client keeps its weight in a round in which n_i = 0, and with γ > 0 in one in which it has no training rate: F_i(0) is not above the
-    task's floor, or F_i is below it. S is then all other participants (ours). With ``group_by="task"`` the means n and F̃ of a task are
-    over those of its clients that have both.
+    A client keeps its weight in a round in which n_i = 0. With γ > 0 it also does if it has no
+    training rate: F_i(0) is not above the task's floor, or F_i is below it. S is then all other
+    participants (ours). With ``group_by="task"`` the means n and F̃ of a task are over those of its
+    clients that have both.
 
     Args:
-        gamma: γ ≥ 0, the strength of the restoring force: 0 equalises the norms only, more pushes slow tasks harder.
+        gamma: γ ≥ 0, the strength of the restoring force: 0 only equalises the norms, a larger one
+            pushes slow tasks harder.
         solver: ``"step"`` or ``"exact"``.
         weight_lr: α_p > 0, the step size of ``"step"``.
-        weight_steps: D ≥ 1, its steps a round.
+        weight_steps: D ≥ 1, its steps per round.
         damping: ρ in (0, 1], the share of the way that ``"exact"`` goes.
         min_weight: p_min in [1e-12, 1).
-        normalize: ``"sum"`` leaves the aggregated direction as the weights make it. ``"norm"`` scales it by the mean of n_i over
-            its p-weighted mean, which is Σ n_i / Σ p_i n_i when all take part: its length stays comparable to that of equal weights.
-        group_by: ``"client"`` for a weight per client; ``"task"`` pools n and F̃ over the clients of a task (their means), and gives
-            these clients one weight. A client's task is known from its first report on.
+        normalize: ``"sum"`` leaves the aggregated direction as the weights make it. ``"norm"``
+            scales it by the mean of n_i over its p-weighted mean, which is Σ n_i / Σ p_i n_i when
+            all take part: its length stays comparable to that of equal weights.
+        group_by: ``"client"`` for a weight per client; ``"task"`` pools n and F̃ over the clients of
+            a task (their means), and gives these clients one weight. A client's task is known from
+            its first report on.
 
     Raises:
         ConfigError: an option out of range.
 
     >>> import torch
+    >>> from fedgradnorm.messages import Report
     >>> def report(client, grad_norm):
-    ...     return Report(client, "a task", torch.zeros(1), loss=1.0, initial_loss=1.0, grad_norm=grad_norm, num_examples=9)
+    ...     return Report(client, "task", torch.zeros(1), 1.0, 1.0, grad_norm, num_examples=9)
     >>> method = FedGradNorm(solver="exact", damping=1.0)
-    >>> weights, state = method.update(method.init(["a", "b"]), [report("a", 1.0), report("b", 3.0)])
+    >>> weights, _ = method.update(method.init(["a", "b"]), [report("a", 1.0), report("b", 3.0)])
     >>> weights.values
     {'a': 1.5, 'b': 0.5}
     """
 
     reads_gradients: ClassVar[bool] = False
 
-    gamma: float = 0.9
+    gamma: Annotated[float, Field(ge=0, le=10)] = 0.9
     solver: Literal["step", "exact"] = "step"
-    weight_lr: float = 0.1
-    weight_steps: int = 1
-    damping: float = 0.5
-    min_weight: float = 1e-3
+    weight_lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
+    weight_steps: Annotated[int, Field(ge=1)] = 1
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.5
+    min_weight: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-3
     normalize: Literal["sum", "norm"] = "sum"
     group_by: Literal["client", "task"] = "client"
-
-    def __post_init__(self) -> None:
-        require(0 <= self.gamma <= 10, "gamma", "a number from 0 to 10", self.gamma)
-        require(self.solver in ("step", "exact"), "solver", "'step' or 'exact'", self.solver)
-        require(
-            0 < self.weight_lr <= 1e6, "weight_lr", "a number above 0, at most 1e6", self.weight_lr
-        )
-        require(self.weight_steps >= 1, "weight_steps", "at least 1", self.weight_steps)
-        require(0 < self.damping <= 1, "damping", "a number above 0, at most 1", self.damping)
-        require(
-            1e-12 <= self.min_weight < 1,
-            "min_weight",
-            "a number from 1e-12 to below 1",
-            self.min_weight,
-        )
-        require(self.normalize in ("sum", "norm"), "normalize", "'sum' or 'norm'", self.normalize)
-        require(
-            self.group_by in ("client", "task"), "group_by", "'client' or 'task'", self.group_by
-        )
-
-    def init(self, client_ids: Sequence[str]) -> WeightingState:
-        """Weight 1 for everyone."""
-        return WeightingState(dict.fromkeys(client_ids, 1.0), {"groups": {}})
-
-    def update(
-        self, state: WeightingState, reports: Sequence[Report]
-    ) -> tuple[Weights, WeightingState]:
-        """Move the participants' weights towards balance. The others keep theirs; newcomers start with 1."""
-        sound = [report for report in reports if self._can_be_weighed(report)]
-        own_groups = [self._group(report) for report in sound]
-        weights = {**dict.fromkeys((report.client for report in reports), 1.0), **state.weights}
-        groups = {
-            **state.memory["groups"],
-            **{report.client: self._group(report) for report in reports},
-        }
-        targets: dict[str, float] = {}
-        if sound:
-            number = {group: index for index, group in enumerate(dict.fromkeys(own_groups))}
-            members = [client for client, group in groups.items() if group in number]
-            moved, targets = self._moved(weights, sound, members, groups, number)
-            weights |= moved
-        values = {report.client: weights[report.client] for report in reports}
-        return Weights(values, targets, self._scale(values, reports)), WeightingState(
-            weights, {"groups": groups}
-        )
-
-    def _moved(
-        self,
-        weights: Mapping[str, float],
-        reports: Sequence[Report],
-        members: Sequence[str],
-        groups: Mapping[str, str],
-        number: Mapping[str, int],
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """The next weights of the members of the groups that report, and the reporting clients' targets.
-
-        Args:
-            weights: of all clients.
-            reports: those that have a norm and a rate.
-            members: the clients of the groups of the reports, whether they report or not.
-            groups: by client, its group.
-            number: by group of a report, its number from 0.
-        """
-        reporting = np.array([number[groups[report.client]] for report in reports])
-        group_of = np.array([number[groups[client]] for client in members])
-        counts = np.bincount(group_of)
-        p = _means(group_of, [weights[client] for client in members])
-        n = _means(reporting, [report.grad_norm for report in reports])
-        rates = _means(
-            reporting,
-            [report.inverse_training_rate if self.gamma > 0 else 1.0 for report in reports],
-        )
-
-        relative_rates = rates / rates.mean() if rates.mean() > 0 else np.ones_like(rates)
-        targets = (p * n).mean() * relative_rates**self.gamma
-        moved = (
-            self._step(p, n, targets)
-            if self.solver == "step"
-            else self._exact(p, n, relative_rates, counts)
-        )
-        moved = np.maximum(moved, self.min_weight)
-        moved *= (counts @ p) / (counts @ moved)
-
-        clients = (report.client for report in reports)
-        return dict(zip(members, moved[group_of].tolist(), strict=True)), dict(
-            zip(clients, targets[reporting].tolist(), strict=True)
-        )
-
-    def _can_be_weighed(self, report: Report) -> bool:
-        return report.grad_norm > 0 and (self.gamma == 0 or has_a_rate(report))
 
     @property
     def needs_positive_losses(self) -> bool:
         """Whether training rates count."""
         return self.gamma > 0
 
-    def _group(self, report: Report) -> str:
+    def init(self, client_ids: Sequence[str]) -> WeightingState:
+        """Weight 1 for every client, and no group yet."""
+        return WeightingState(dict.fromkeys(client_ids, 1.0), {"groups": {}})
+
+    def update(self, state: WeightingState, reports: Reports) -> Update:
+        """Move the participants' weights towards balance. The others keep theirs."""
+        weighed = [report for report in reports if self._can_be_weighed(report)]
+        weights = {**{report.client: 1.0 for report in reports}, **state.weights}
+        groups = {
+            **state.memory["groups"],
+            **{report.client: self._group(report) for report in reports},
+        }
+        targets: dict[str, float] = {}
+        if weighed:
+            moved, targets = self._moved(weights, weighed, groups)
+            weights |= moved
+        values = {report.client: weights[report.client] for report in reports}
+        after = WeightingState(weights, {"groups": groups})
+        return Weights(values, targets, self._scale(values, reports)), after
+
+    def _moved(
+        self, weights: Mapping[str, float], reports: Reports, groups: Mapping[str, str]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The next weights of the clients in the reporting groups, and the reports' targets.
+
+        Args:
+            weights: of all clients.
+            reports: those that have a norm and a rate.
+            groups: the group of every client. All clients of a group move, reporting or not.
+        """
+        reporting_groups = dict.fromkeys(self._group(report) for report in reports)
+        number = {group: index for index, group in enumerate(reporting_groups)}
+        members = [client for client, group in groups.items() if group in number]
+        reporting = np.array([number[groups[report.client]] for report in reports])
+        group_of = np.array([number[groups[client]] for client in members])
+        counts = np.bincount(group_of)
+        p = _means(group_of, [weights[client] for client in members])
+        n = _means(reporting, [report.grad_norm for report in reports])
+        rates = [report.inverse_training_rate if self.gamma > 0 else 1.0 for report in reports]
+        mean_rates = _means(reporting, rates)
+
+        mean = mean_rates.mean()
+        relative_rates = mean_rates / mean if mean > 0 else np.ones_like(mean_rates)
+        targets = (p * n).mean() * relative_rates**self.gamma
+        if self.solver == "step":
+            moved = self._step(p, n, targets)
+        else:
+            moved = self._exact(p, n, relative_rates, counts)
+        moved = np.maximum(moved, self.min_weight)
+        moved *= (counts @ p) / (counts @ moved)
+
+        clients = [report.client for report in reports]
+        return (
+            dict(zip(members, moved[group_of].tolist(), strict=True)),
+            dict(zip(clients, targets[reporting].tolist(), strict=True)),
+        )
+
+    def _can_be_weighed(self, report: "Report") -> bool:
+        return report.grad_norm > 0 and (self.gamma == 0 or has_a_rate(report))
+
+    def _group(self, report: "Report") -> str:
         return report.client if self.group_by == "client" else report.task
 
     def _step(self, p: np.ndarray, n: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -180,27 +162,25 @@ class FedGradNorm:
     def _exact(
         self, p: np.ndarray, n: np.ndarray, relative_rates: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
-        """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum; in logarithms, so that it cannot overflow."""
+        """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum.
+
+        It is computed in logarithms, so that it cannot overflow.
+        """
         with np.errstate(divide="ignore"):
-            logarithms = (self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0) - np.log(
-                n
-            )
+            powers = self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0
+            logarithms = powers - np.log(n)
         minimiser = np.exp(logarithms - logarithms.max())
         minimiser *= (counts @ p) / (counts @ minimiser)
         damped: np.ndarray = (1 - self.damping) * p + self.damping * minimiser
         return damped
 
-    def _scale(self, values: dict[str, float], reports: Sequence[Report]) -> float:
-        if self.normalize == "sum":
-            return 1.0
+    def _scale(self, values: Mapping[str, float], reports: Reports) -> float:
         most = max(report.grad_norm for report in reports)
-        if most == 0:
+        if self.normalize == "sum" or most == 0:
             return 1.0
         plain = sum(report.grad_norm / most for report in reports) / len(reports)
-        weighted = sum(
-            values[report.client] * (report.grad_norm / most) for report in reports
-        ) / sum(values.values())
-        return plain / weighted
+        weighted = sum(values[report.client] * (report.grad_norm / most) for report in reports)
+        return plain / (weighted / sum(values.values()))
 
 
 def _means(groups: np.ndarray, values: Sequence[float]) -> np.ndarray:

@@ -1,14 +1,11 @@
 """Impartial multi-task learning, its gradient part."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from fedgradnorm.messages import Report
-from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of
+from fedgradnorm.weighting.updates import FromUpdates, Updates
 
 __all__ = ["IMTLG"]
 
@@ -16,52 +13,42 @@ RANK = 1e-12
 
 
 @dataclass(frozen=True)
-class IMTLG:
-    r"""The combination Σ a_i g_i, Σ a_i = 1, with equal projections onto all g_i / ‖g_i‖ (Liu et al., ICLR 2021, IMTL-G).
+class IMTLG(FromUpdates):
+    r"""The combination Σ a_i g_i, Σ a_i = 1, with equal projections onto all g_i / ‖g_i‖.
 
-    With G_ij = ⟨g_i, g_j⟩ and v = G⁺ (‖g_1‖, ..., ‖g_n‖), whose projections are all 1, a = v / Σ v_i; G⁺ is the pseudo-inverse, so that
-    linearly dependent gradients have a solution too (Quinton, Rey, arXiv 2406.16232).
+    Source: Liu et al., ICLR 2021, IMTL-G.
 
-    **Weights may be negative.** Where gradients conflict strongly, equal projections ask to walk away from some client's minimum. Where Σ
-    v_i itself is negative the paper's direction raises every loss; such a round, and one in which the v_i cancel, has equal weights here
-    (`combination`).
+    With G_ij = ⟨g_i, g_j⟩ and v = G⁺ (‖g_1‖, ..., ‖g_n‖), whose projections are all 1, a = v / Σ
+    v_i. G⁺ is the pseudo-inverse, so that linearly dependent gradients have a solution too
+    (Quinton, Rey, arXiv 2406.16232).
+
+    **Weights may be negative.** If gradients conflict strongly, equal projections need a direction
+    away from some client's minimum. If Σ v_i itself is negative, the paper's direction raises every
+    loss; such a round, and one in which the v_i cancel, has equal weights here (`combination`).
 
     Args:
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
     Raises:
-        ConfigError: an option that is none of these.
+        ConfigError: another option.
 
     >>> import torch
+    >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):
-    ...     return Report(client, client, torch.tensor(gradient), loss=1.0, initial_loss=1.0, grad_norm=1.0, num_examples=9)
-    >>> weights, _ = IMTLG().update(IMTLG().init(["a", "b"]), [report("a", 1.0, 0.0), report("b", 0.0, 3.0)])
-    >>> {client: round(weight, 9) for client, weight in weights.values.items()}  # 1 / ‖g_i‖ where they are orthogonal
+    ...     return Report(client, client, torch.tensor(gradient), 1.0, 1.0, 1.0, num_examples=9)
+    >>> reports = [report("a", 1.0, 0.0), report("b", 0.0, 3.0)]
+    >>> weights, _ = IMTLG().update(IMTLG().init(["a", "b"]), reports)
+    >>> # orthogonal gradients: 1 / ‖g_i‖
+    >>> {client: round(weight, 9) for client, weight in weights.values.items()}
     {'a': 1.5, 'b': 0.5}
     """
 
-    group_by: GroupBy = "client"
+    sums_to_one: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_group_by(self.group_by)
-
-    def init(self, client_ids: Sequence[str]) -> WeightingState:
-        """Weight 1 for everyone."""
-        return start(client_ids)
-
-    def update(
-        self, state: WeightingState, reports: Sequence[Report]
-    ) -> tuple[Weights, WeightingState]:
-        """The weights of the impartial direction."""
-        coefficients = coefficients_of(reports, self.group_by, impartial)
-        total = coefficients.sum()
-        return combination(state, reports, coefficients / total if total > 0 else coefficients)
-
-
-def impartial(gram: np.ndarray) -> np.ndarray:
-    """The v = G⁺ (‖g_1‖, ..., ‖g_n‖), shape ``(n,)``."""
-    lengths = np.sqrt(np.maximum(gram.diagonal(), 0.0) / gram.diagonal().max())
-    solution: np.ndarray = (
-        np.linalg.pinv(gram / gram.diagonal().max(), rcond=RANK, hermitian=True) @ lengths
-    )
-    return solution
+    def solve(self, updates: Updates) -> np.ndarray:
+        """The v = G⁺ (‖g_1‖, ..., ‖g_n‖), up to a factor."""
+        most = updates.gram.diagonal().max()
+        lengths = np.sqrt(np.maximum(updates.gram.diagonal(), 0.0) / most)
+        inverse = np.linalg.pinv(updates.gram / most, rcond=RANK, hermitian=True)
+        solution: np.ndarray = inverse @ lengths
+        return solution

@@ -1,50 +1,45 @@
 """The losses that a weighting compares: as reported, or as a share of the initial ones."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedgradnorm.errors import require
-from fedgradnorm.messages import Report
+from fedgradnorm.weighting.base import Reports
 
-__all__ = ["LossKind", "check_loss", "has_a_rate", "losses_of"]
+if TYPE_CHECKING:
+    from fedgradnorm.messages import Report
+
+__all__ = ["LossKind", "has_a_rate", "losses_of"]
 
 LossKind = Literal["absolute", "relative"]
 
 LEAST_SHARE = 1e-6
-"""A loss below this share of the initial one counts as that share, where one divides by it."""
-
-
-def check_loss(loss: str) -> None:
-    """Raise a ConfigError unless it is one of the two."""
-    require(loss in ("absolute", "relative"), "loss", "'absolute' or 'relative'", loss)
+"""The minimum of a loss that a method divides by, as a share of the initial loss."""
 
 
 def losses_of(
-    reports: Sequence[Report], loss: LossKind = "absolute", *, positive: bool = False
+    reports: Reports, loss: LossKind = "absolute", *, positive: bool = False
 ) -> np.ndarray:
-    """F_i for ``"absolute"``, F̃_i = F_i / F_i(0) for ``"relative"``, shape ``(n,)``, both from the task's floor on.
+    """The losses above the tasks' floors: F_i, or F̃_i = F_i / F_i(0), shape ``(n,)``.
 
-    ``positive`` raises both to 10⁻⁶ F_i(0), and asks for reports that have a training rate (`has_a_rate`).
+    Args:
+        reports: the n reports.
+        loss: ``"absolute"`` for F_i, ``"relative"`` for F̃_i.
+        positive: whether losses are raised to at least 10⁻⁶ F_i(0). All reports then need a
+            training rate (`has_a_rate`).
     """
     least = LEAST_SHARE if positive else 0.0
     if loss == "relative":
         return np.array([max(report.inverse_training_rate, least) for report in reports])
-    if positive:
-        return np.array(
-            [
-                max(
-                    report.loss - report.loss_floor,
-                    least * (report.initial_loss - report.loss_floor),
-                )
-                for report in reports
-            ]
-        )
-    return np.array([report.loss - report.loss_floor for report in reports])
+    losses = np.array([report.loss - report.loss_floor for report in reports])
+    if not positive:
+        return losses
+    lower = [least * (report.initial_loss - report.loss_floor) for report in reports]
+    raised: np.ndarray = np.maximum(losses, lower)
+    return raised
 
 
-def has_a_rate(report: Report) -> bool:
-    """Whether both losses of a report lie where a training rate can be taken: F(0) above the task's floor, F(k) not below it."""
+def has_a_rate(report: "Report") -> bool:
+    """Whether a report has a training rate: F(0) above the task's floor, F(k) not below it."""
     return not math.isnan(report.inverse_training_rate)

@@ -1,83 +1,85 @@
 """Gradient surgery: projecting conflicting gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from fedgradnorm.errors import require
-from fedgradnorm.messages import Report
-from fedgradnorm.randomness import generator
-from fedgradnorm.weighting.base import WeightingState, Weights
-from fedgradnorm.weighting.combination import combination, start
-from fedgradnorm.weighting.updates import GroupBy, check_group_by, coefficients_of
+from fedgradnorm.weighting.base import WeightingState
+from fedgradnorm.weighting.combination import start
+from fedgradnorm.weighting.updates import FromUpdates, Updates
 
 __all__ = ["PCGrad"]
 
 
 @dataclass(frozen=True)
-class PCGrad:
-    r"""The mean of the g_i, each projected off those it conflicts with (Yu et al., NeurIPS 2020, arXiv 2001.06782, Algorithm 1).
+class PCGrad(FromUpdates):
+    r"""The mean of the g_i, each projected off those that it conflicts with.
 
-    Each g_i is taken through the others in a random order: where ⟨g_i, g_j⟩ < 0 at that moment, g_i ← g_i - ⟨g_i, g_j⟩ g_j / ‖g_j‖². Only
-    inner products are needed, so it is done on coefficients, and Σ a_i g_i is the result. a_i ≥ 1/n. The paper sums where this takes the
-    mean, so that without conflicts it is equal weights. The orders are drawn from (seed, round, i) alone; the state counts the rounds
-    that were done.
+    Source: Yu et al., NeurIPS 2020, arXiv 2001.06782, Algorithm 1.
+
+    Each g_i passes the others in a random order: if ⟨g_i, g_j⟩ < 0 at that moment, g_i ← g_i -
+    ⟨g_i, g_j⟩ g_j / ‖g_j‖². Only inner products are needed, so this is done on coefficients, and Σ
+    a_i g_i is the result. a_i ≥ 1/n.
+
+    The paper takes the sum; here it is the mean, which without conflicts is equal weights. The
+    orders are drawn from (seed, round, i) alone; the state counts the rounds.
 
     Args:
-        seed: the seed of the orders, at least 0; the run's own seed does not enter.
+        seed: the seed of the orders, at least 0; it is independent of the run's seed.
         group_by: ``"client"``, or ``"task"`` for surgery on the tasks' mean gradients.
 
     Raises:
         ConfigError: an option out of range.
 
     >>> import torch
+    >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):
-    ...     return Report(client, client, torch.tensor(gradient), loss=1.0, initial_loss=1.0, grad_norm=1.0, num_examples=9)
-    >>> weights, _ = PCGrad().update(PCGrad().init(["a", "b"]), [report("a", 1.0, 0.0), report("b", -1.0, 1.0)])
+    ...     return Report(client, client, torch.tensor(gradient), 1.0, 1.0, 1.0, num_examples=9)
+    >>> reports = [report("a", 1.0, 0.0), report("b", -1.0, 1.0)]
+    >>> weights, _ = PCGrad().update(PCGrad().init(["a", "b"]), reports)
     >>> weights.values, weights.scale  # coefficients (1 + 1, 1 + ½) / 2
     ({'a': 1.1428571428571428, 'b': 0.8571428571428571}, 1.75)
     """
 
-    seed: int = 0
-    group_by: GroupBy = "client"
-
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
-        check_group_by(self.group_by)
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
-        """Weight 1 for everyone, and no round done."""
+        """Weight 1 for every client, and round 0."""
         return start(client_ids, round=0)
 
-    def update(
-        self, state: WeightingState, reports: Sequence[Report]
-    ) -> tuple[Weights, WeightingState]:
-        """The weights of the projected gradients' mean."""
-        round = state.memory["round"] + 1
-        coefficients = coefficients_of(reports, self.group_by, partial(self._solve, round=round))
-        return combination(state, reports, coefficients, {"round": round})
+    def remembered(self, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The number of this round."""
+        return {"round": memory["round"] + 1}
 
-    def _solve(self, gram: np.ndarray, round: int) -> np.ndarray:
+    def solve(self, updates: Updates) -> np.ndarray:
+        """The coefficients of the projected gradients' mean."""
+        from fedgradnorm.randomness import generator  # loads torch
+
+        round, count = updates.memory["round"], len(updates.gram)
         orders = [
-            generator(self.seed, round, str(index), "pcgrad").permutation(len(gram))
-            for index in range(len(gram))
+            generator(self.seed, round, str(index), "pcgrad").permutation(count)
+            for index in range(count)
         ]
-        return projected(gram, orders)
+        return projected(updates.gram, orders)
 
 
 def projected(gram: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:
-    """The coefficients of the mean of the projected gradients, shape ``(n,)``, each taken through the others in its own order."""
+    """The coefficients of the mean of the projected gradients, shape ``(n,)``.
+
+    Args:
+        gram: G_ij = ⟨g_i, g_j⟩, shape ``(n, n)``.
+        orders: for each gradient, the order in which it passes the others.
+    """
     count = len(gram)
     total = np.zeros(count)
     for index, order in enumerate(orders):
         own = np.zeros(count)
         own[index] = 1.0
-        products, others = (
-            gram[index].copy(),
-            order[order != index],
-        )  # of what g_i is now with all gradients
+        products = gram[index].copy()  # of all gradients with the projected g_i
+        others = order[order != index]
         while (conflicts := np.nonzero(products[others] < 0)[0]).size:
             other, others = others[conflicts[0]], others[conflicts[0] + 1 :]
             factor = -products[other] / gram[other, other]

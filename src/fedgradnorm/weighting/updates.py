@@ -1,113 +1,154 @@
-"""What weightings share that look at the updates g_i themselves: their Gram matrix, tasks as one, and the least norm."""
+"""What the weightings share that read the gradients g_i: their Gram matrix, and the least norm."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import scipy
-import torch
-from torch import Tensor
 
-from fedgradnorm.errors import require
-from fedgradnorm.messages import Report
-from fedgradnorm.threads import kernel_threads
+from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
+from fedgradnorm.weighting.combination import combination
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
-    "GroupBy",
-    "averaging",
-    "check_group_by",
-    "coefficients_of",
+    "FromUpdates",
+    "Updates",
     "gram_matrix",
     "least_norm",
     "least_norm_near",
     "without_zeros",
 ]
 
-GroupBy = Literal["client", "task"]
-
 BLOCK = 2**22
-"""So many numbers are turned to double precision at a time."""
+"""How many numbers are converted to double precision at a time."""
 
 RIDGE = 1e-12
-"""This share of each squared length is added to it, so that the weights are unique where the least norm has several."""
+"""This share of each squared length is added to it, so that the least norm has unique weights."""
 
 EQUAL = 1e-12
-"""Gradients whose squared distance is below this share of the longest one's square are the same."""
+"""Gradients are equal if their squared distance is below this share of the longest one's square."""
 
 SUM_WEIGHT, TRIES = 30.0, 20
-"""How much the sum counts beside the norm in `least_norm_near`, and how often what it lacks is made up for."""
+"""In `least_norm_near`: the weight of the sum's equation, and how often its error is corrected."""
 
 
-def check_group_by(group_by: str) -> None:
-    """Raise a ConfigError unless it is one of the two."""
-    require(group_by in ("client", "task"), "group_by", "'client' or 'task'", group_by)
+class Updates(NamedTuple):
+    """A round's gradients, as a method sees them that reads nothing but their inner products.
+
+    Attributes:
+        gram: G_ij = ⟨g_i, g_j⟩ of the clients' gradients, or of the tasks' mean gradients, shape
+            ``(groups, groups)``. At least one of them is not 0.
+        examples: the number of training examples of each client or task, shape ``(groups,)``.
+        memory: the memory of the next state.
+    """
+
+    gram: np.ndarray
+    examples: np.ndarray
+    memory: Mapping[str, Any]
 
 
-@kernel_threads(1)  # so that sums do not depend on the number of cores
-def gram_matrix(gradients: Sequence[Tensor]) -> np.ndarray:
-    """G_ij = ⟨g_i, g_j⟩ in double precision, shape ``(n, n)``, of n gradients of shape ``(P,)``; it copies a few of the P at a time.
+@dataclass(frozen=True)
+class FromUpdates(Weighting):
+    """The base of weightings whose direction Σ a_i g_i follows from the Gram matrix of the g_i.
 
+    With ``group_by="task"`` a task's coefficient is divided evenly among its clients, so that the
+    direction is Σ_t a_t · (mean of its g_i). If all gradients are 0, all a_i are 1 / n.
+
+    Attributes:
+        group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
+        sums_to_one: whether the a_i are divided by their sum, if that is above 0.
+    """
+
+    sums_to_one: ClassVar[bool] = False
+
+    group_by: Literal["client", "task"] = field(default="client", kw_only=True)
+
+    @abstractmethod
+    def solve(self, updates: Updates) -> np.ndarray:
+        """The coefficients of the clients' or the tasks' gradients, shape ``(groups,)``."""
+
+    def remembered(self, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The memory of the next state, from that of this one; by default the same."""
+        return memory
+
+    def update(self, state: WeightingState, reports: Reports) -> Update:
+        """The weights and the scale of the direction Σ a_i g_i."""
+        memory = self.remembered(state.memory)
+        means = self._means(reports)
+        gram = means @ gram_matrix([report.gradient for report in reports]) @ means.T
+        if gram.trace() > 0:
+            counts = np.array([report.num_examples for report in reports], dtype=np.float64)
+            coefficients = means.T @ self.solve(Updates(gram, (means > 0) @ counts, memory))
+        else:
+            coefficients = np.full(len(reports), 1 / len(reports))
+        total = coefficients.sum()
+        if self.sums_to_one and total > 0:
+            coefficients = coefficients / total
+        return combination(state, reports, coefficients, memory)
+
+    def _means(self, reports: Reports) -> np.ndarray:
+        """The matrix that takes gradients to the means of their groups, shape ``(groups, n)``."""
+        if self.group_by == "client":
+            return np.eye(len(reports))
+        tasks = [report.task for report in reports]
+        members = np.array([[float(task == of) for task in tasks] for of in dict.fromkeys(tasks)])
+        means: np.ndarray = members / members.sum(axis=1, keepdims=True)
+        return means
+
+
+def gram_matrix(gradients: "Sequence[Tensor]") -> np.ndarray:
+    """G_ij = ⟨g_i, g_j⟩ in double precision, shape ``(n, n)``, of n gradients of shape ``(P,)``.
+
+    It copies only a part of the gradients at a time.
+
+    >>> import torch
     >>> gram_matrix([torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])])
     array([[5., 6.],
            [6., 9.]])
     """
+    import torch
+
+    from fedgradnorm.threads import kernel_threads
+
     count, length = len(gradients), gradients[0].numel()
     gram = torch.zeros(count, count, dtype=torch.float64, device=gradients[0].device)
     width = max(1, BLOCK // count)
-    for begin in range(0, length, width):
-        block = torch.stack([gradient[begin : begin + width] for gradient in gradients]).double()
-        gram.addmm_(block, block.T)
+    with kernel_threads(1):  # so that sums do not depend on the number of cores
+        for begin in range(0, length, width):
+            parts = [gradient[begin : begin + width] for gradient in gradients]
+            block = torch.stack(parts).double()
+            gram.addmm_(block, block.T)
     matrix: np.ndarray = gram.cpu().numpy()
     symmetric: np.ndarray = (matrix + matrix.T) / 2
     return symmetric
 
 
-def averaging(reports: Sequence[Report], group_by: GroupBy) -> np.ndarray:
-    """The matrix that takes gradients to the mean of each group, shape ``(groups, n)``: the identity for ``"client"``."""
-    if group_by == "client":
-        return np.eye(len(reports))
-    tasks = [report.task for report in reports]
-    members = np.array([[float(task == group) for task in tasks] for group in dict.fromkeys(tasks)])
-    matrix: np.ndarray = members / members.sum(axis=1, keepdims=True)
-    return matrix
-
-
-def coefficients_of(
-    reports: Sequence[Report], group_by: GroupBy, solve: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """The coefficients a_i of a method that takes a Gram matrix to coefficients: of the clients, or of the tasks' mean gradients.
-
-    A task's coefficient is shared out evenly among its clients, since Σ_t A_t · (mean of its g_i) is to be the direction. Where every
-    gradient is 0 all a_i are 1 / n.
-    """
-    means = averaging(reports, group_by)
-    gram = means @ gram_matrix([report.gradient for report in reports]) @ means.T
-    if not gram.trace() > 0:
-        return np.full(len(reports), 1 / len(reports))
-    shared: np.ndarray = means.T @ solve(gram)
-    return shared
-
-
 def without_zeros(gram: np.ndarray, solve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The coefficients of those gradients that are not 0; the others, which move nothing, get the mean of these.
+    """The coefficients of the gradients that are not 0; the others get the mean of these.
 
-    >>> without_zeros(np.array([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), lambda gram: 1 / gram.diagonal())
+    >>> gram = np.array([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> without_zeros(gram, lambda gram: 1 / gram.diagonal())
     array([0.25 , 0.625, 1.   ])
     """
     moving = np.flatnonzero(gram.diagonal() > 0)
     if len(moving) == len(gram):
         return solve(gram)
-    found = solve(gram[np.ix_(moving, moving)])
-    coefficients = np.full(len(gram), found.mean())
-    coefficients[moving] = found
+    solution = solve(gram[np.ix_(moving, moving)])
+    coefficients = np.full(len(gram), solution.mean())
+    coefficients[moving] = solution
     return coefficients
 
 
 def least_norm(gram: np.ndarray) -> np.ndarray:
-    r"""The weights w ≥ 0 with Σ w_i = 1 for which ‖Σ w_i g_i‖² = wᵀGw is least, shape ``(n,)``. Among several, the most even.
+    r"""The weights w ≥ 0 with Σ w_i = 1 that minimise ‖Σ w_i g_i‖² = wᵀGw, shape ``(n,)``.
 
-    It is one non-negative least-squares problem. For u = t w with t ≥ 0 and w on the simplex, ‖Σ u_i g_i‖² + (Σ u_i - 1)² has its minimum
-    over t at q / (1 + q) with q = wᵀGw, which grows with q; so its minimiser u, divided by its sum, is w.
+    If there are several, the most even ones. This is one non-negative least-squares problem: for
+    u = t w with t ≥ 0 and w on the simplex, the minimum over t of ‖Σ u_i g_i‖² + (Σ u_i - 1)² is
+    q / (1 + q) with q = wᵀGw. It grows with q, so the minimiser u, divided by its sum, is w.
 
     >>> least_norm(np.array([[1.0, 0.0], [0.0, 4.0]]))
     array([0.8, 0.2])
@@ -123,12 +164,13 @@ def least_norm(gram: np.ndarray) -> np.ndarray:
 
 
 def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.ndarray:
-    """The same with |w_i - base_i| ≤ radius for every i as well, ``base`` being on the simplex.
+    """Like `least_norm`, with |w_i - base_i| ≤ radius for every i; ``base`` is on the simplex.
 
-    Each try is a least-squares problem with bounds in which the sum is one more equation; what the sum lacks is added to its right-hand
-    side.
+    Each try solves a least-squares problem with bounds, in which the sum is one more equation. The
+    error of the sum is then added to the right-hand side of that equation.
 
-    >>> least_norm_near(np.array([[1.0, 0.0], [0.0, 4.0]]), np.array([0.5, 0.5]), 0.1).round(9)
+    >>> near = least_norm_near(np.array([[1.0, 0.0], [0.0, 4.0]]), np.array([0.5, 0.5]), 0.1)
+    >>> near.round(9)
     array([0.6, 0.4])
     """
     count = len(gram)
@@ -146,12 +188,12 @@ def least_norm_near(gram: np.ndarray, base: np.ndarray, radius: float) -> np.nda
             break
         aim += lacking
     weights = _evened(np.clip(weights, 0.0, 1.0), gram, base)
-    found: np.ndarray = weights / weights.sum()
-    return found
+    near: np.ndarray = weights / weights.sum()
+    return near
 
 
 def _evened(weights: np.ndarray, gram: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The weights with the same one for gradients that are the same: the norm does not tell them apart, and a solver ends where it is."""
+    """The weights with equal ones for equal gradients, which the norm cannot tell apart."""
     squares = gram.diagonal()
     apart = squares[:, None] + squares - 2 * gram  # ‖g_i - g_j‖²
     alike = (apart <= EQUAL * squares.max()) & (base[:, None] == base)
@@ -160,13 +202,19 @@ def _evened(weights: np.ndarray, gram: np.ndarray, base: np.ndarray) -> np.ndarr
 
 
 def _is_least(weights: np.ndarray, gram: np.ndarray) -> bool:
-    """Whether weights have the least norm on the simplex: no g_i has a smaller product with Σ w_j g_j than that has with itself."""
+    """Whether weights have the least norm on the simplex.
+
+    They do if no ⟨g_i, d⟩ is below ⟨d, d⟩, with d = Σ w_j g_j.
+    """
     slopes = gram @ weights
     return bool(slopes.min() >= weights @ slopes - 1e-14 * np.abs(slopes).max())
 
 
 def _root(gram: np.ndarray) -> np.ndarray:
-    """R with RᵀR = G in units of the longest gradient, up to the ridge. All lengths are divided out before, and come back last."""
+    """R with RᵀR = G in units of the longest gradient, up to the ridge.
+
+    The root is taken of the cosines, and multiplied by the lengths afterwards.
+    """
     lengths = np.sqrt(np.maximum(gram.diagonal(), 0.0))
     lengths /= lengths.max()
     known = np.where(lengths > 0, lengths, 1.0)

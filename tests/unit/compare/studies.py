@@ -6,9 +6,10 @@ from types import MappingProxyType
 
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.cells import Ended
+from fedgradnorm.compare.estimates import estimates_of
 from fedgradnorm.compare.grid import Cell, final_cells
 from fedgradnorm.compare.measures import Measured, Target, TaskMeasures
-from fedgradnorm.compare.results import CellResult, Results, TunedMethod, estimates_of
+from fedgradnorm.compare.results import CellResult, Results, TunedMethod
 from fedgradnorm.compare.spec import Study, load_study
 
 TINY = """

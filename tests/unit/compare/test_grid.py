@@ -12,7 +12,7 @@ from fedgradnorm.compare.grid import final_cells
 from fedgradnorm.compare.page import write_page
 from fedgradnorm.compare.study import compare, found_in
 from fedgradnorm.compare.tables import write_tables
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.helpers import timeless
 from tests.launcher import launcher, wait_until
 from tests.unit.compare.studies import TINY, loaded, written

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedgradnorm import RunError
+from fedgradnorm.api import train
 from fedgradnorm.compare.cells import Ended
 from fedgradnorm.compare.figure import write_figure
 from fedgradnorm.compare.findings import (
@@ -15,18 +16,17 @@ from fedgradnorm.compare.findings import (
     answers_on,
     caveats,
     headline_target,
-    speed_title,
-    task_title,
     verdict,
 )
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
 from fedgradnorm.compare.page import write_page
 from fedgradnorm.compare.results import OVERALL
 from fedgradnorm.compare.spec import Targets, Tuning
-from fedgradnorm.compare.tables import difference_text, mean_text, speed_text, write_tables
+from fedgradnorm.compare.tables import write_tables
+from fedgradnorm.compare.texts import difference_text, mean_text, speed_text
+from fedgradnorm.compare.titles import speed_title, task_title
 from fedgradnorm.federations import digits
-from fedgradnorm.run import train
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from tests.unit.compare.studies import made_up, measured
 
 LOST = Ended("diverged", "round 3: 0 sound reports")
@@ -345,7 +345,7 @@ def test_the_page_holds_the_findings_and_loads_nothing(tmp_path):
         "Who is faster?",
         LOST.reason,
     ):
-        assert text in page.replace("&#x27;", "'"), text
+        assert text in page.replace("&#39;", "'"), text
     assert not [
         tag
         for tag in re.findall(r"<(?:script|link|img|style)\b[^>]*>", page)

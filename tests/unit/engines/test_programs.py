@@ -1,6 +1,7 @@
 """Programs take the steps that autograd and torch's SGD take, or say that they cannot be had."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedgradnorm import Task
+from fedgradnorm.engines import executors
 from fedgradnorm.engines.phases import ENCODER, HEAD, Phase, both
 from fedgradnorm.engines.programs import Program
 
@@ -188,6 +190,32 @@ def test_sums_are_of_the_gradients_along_the_way(name):
     other = [one.clone() for one in starts]
     program.run(other, fixed, *zip(*batches, strict=True), rates)
     torch.testing.assert_close(trained, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_torchscript_they_give_the_same_bits(name, monkeypatch):
+    def run():
+        model, batches = model_and_batches(name)
+        program, trained, fixed = program_of(model, functional.cross_entropy, batches[0])
+        starts, sums = [one.clone() for one in trained], [torch.zeros_like(one) for one in trained]
+        batches, rates = tuple(zip(*batches, strict=True)), [RATE] * len(trained)
+        losses = [
+            program.run(trained, fixed, *batches, rates, starts=starts, sums=sums),
+            program.run(trained, fixed, *batches, rates),
+        ]
+        return program.in_python, [*losses, *trained, *sums]
+
+    def removed(_):
+        raise RuntimeError("TorchScript was removed")
+
+    warned = Event()
+    warned.set()
+    in_torchscript, expected = run()
+    monkeypatch.setattr(executors, "WARNED", warned)
+    monkeypatch.setattr(torch.jit, "CompilationUnit", removed)
+    in_python, found = run()
+    assert (in_torchscript, in_python) == (False, True)
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 def test_a_gradient_that_is_a_trained_tensor_is_taken_before_that_changes():

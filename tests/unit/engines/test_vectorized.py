@@ -16,8 +16,9 @@ from torch.nn import functional
 from fedgradnorm import Client, Federation, Task, train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.config import TrainConfig, load_config
+from fedgradnorm.engines.jobs import QUARTER, WIDE, chunks, stack_widths
 from fedgradnorm.engines.planning import plan_for
-from fedgradnorm.engines.vectorized import QUARTER, WIDE, VectorizedEngine, _chunks, stack_widths
+from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.engines.workspace import Workspace, arrange, pool_first
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.registry import build
@@ -263,9 +264,9 @@ def test_an_arranged_convolution_gives_its_output_in_the_channels_last_layout(ch
     ("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (4, 9, [4]), (0, 3, [])]
 )
 def test_chunks_are_even(count, most, lengths):
-    chunks = _chunks(list(range(count)), most)
-    assert [len(chunk) for chunk in chunks] == lengths
-    assert [item for chunk in chunks for item in chunk] == list(range(count))
+    parts = chunks(list(range(count)), most)
+    assert [len(part) for part in parts] == lengths
+    assert [item for part in parts for item in part] == list(range(count))
 
 
 @given(st.integers(1, 700), st.integers(2, 700), st.integers(1, 8))
@@ -327,14 +328,14 @@ def test_kernels_share_idle_cores_only_when_they_are_large():
         federation = small_federation("abc"[:count], encoder=encoder)
         engine = VectorizedEngine(federation, seed=0, threads=4)
         rounds(engine, federation)
-        jobs = engine._jobs(
+        jobs = engine.jobs(
             [
                 instruction
                 for _, records in [rounds(engine, federation)]
                 for instruction in records[0].instructions
             ]
         )
-        assert engine._kernels(jobs) == expected
+        assert engine.kernels(jobs) == expected
 
 
 def test_gradients_beyond_the_limit_lie_in_a_file_that_is_gone_afterwards(tmp_path, monkeypatch):
@@ -360,15 +361,15 @@ def test_the_limit_makes_stacks_narrower():
     federation = small_federation("abcdefghijklmnop")
     free = VectorizedEngine(federation, seed=0, threads=1)
     _, (record,) = rounds(free, federation)
-    of_a_client = max(plan.num_bytes for plan in free._plan_of.values())
+    of_a_client = max(plan.num_bytes for plan in free.shortcuts.plan_of.values())
     for limit, expected in (
         (None, [(16, 16)]),
         (2 * 6 * of_a_client, [(6, 6), (6, 6), (4, 4)]),
         (1, [(1, None)] * 16),
     ):
         engine = VectorizedEngine(federation, seed=0, threads=1, memory_limit=limit)
-        engine._make_plans(TRAINING)
-        jobs = engine._jobs(record.instructions)
+        engine.shortcuts.plan(TRAINING)
+        jobs = engine.jobs(record.instructions)
         assert [(len(job.instructions), job.stack and job.stack.width) for job in jobs] == expected
 
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from fedgradnorm.errors import ConfigError, DataError
-from fedgradnorm.federations import mtfl, mtfl_archive, mtfl_images
+from fedgradnorm.federations import mtfl, mtfl_archive
 from fedgradnorm.federations.mtfl import FAILURE_RATE, LANDMARK_ERROR, make
-from fedgradnorm.federations.mtfl_images import Crop, Face, face_arrays, face_square, read_faces
+from fedgradnorm.federations.mtfl_annotations import NUM_CLASSES, Face, read_faces
+from fedgradnorm.federations.mtfl_images import Crop, face_arrays, face_square
 
 NUM_TRAIN, NUM_TEST = 23, 7
 IMAGE_SIDE = 120
@@ -203,7 +204,7 @@ class TestCrop:
         assert np.abs(found[0] - found[1]).max() <= 1
 
     def test_pixels_of_no_known_range_are_refused(self, tmp_path: Path) -> None:
-        from fedgradnorm.federations.mtfl_images import Face, _in_eight_bits
+        from fedgradnorm.federations.mtfl_images import _in_eight_bits
 
         face = Face("face.tif", SHAPE, (0, 0, 0, 0), "training.txt line 1")
         deep = Image.fromarray(
@@ -223,7 +224,7 @@ class TestCrop:
 
     @pytest.mark.parametrize("most", [255, 4095])
     def test_16_bits_with_values_of_8_or_12_are_refused(self, most: int) -> None:
-        from fedgradnorm.federations.mtfl_images import Face, _in_eight_bits
+        from fedgradnorm.federations.mtfl_images import _in_eight_bits
 
         face = Face("face.png", SHAPE, (0, 0, 0, 0), "training.txt line 1")
         pixels = np.array([[0, 7, most]], dtype=np.uint16)
@@ -348,10 +349,7 @@ class TestMake:
     def test_targets_fit_their_images(self, archive: Path) -> None:
         arrays = loaded(archive)
         images = mtfl.standardised(arrays["train_images"]).flatten(1)
-        columns = {
-            name: arrays["train_labels"][:, index]
-            for index, name in enumerate(mtfl_images.NUM_CLASSES)
-        }
+        columns = {name: arrays["train_labels"][:, index] for index, name in enumerate(NUM_CLASSES)}
         for client in make(1, archive).clients:
             found, targets = client.train_data
             rows = [int((images == image).all(dim=1).nonzero()) for image in found.flatten(1)]

@@ -6,11 +6,11 @@ import torch
 
 from fedgradnorm import ConfigError, FedGradNorm, StoppedError, train
 from fedgradnorm.aggregation import Mean
+from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.federations import digits
-from fedgradnorm.run import run
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.weighting import Equal
 from tests.helpers import dropout_encoder, small_federation

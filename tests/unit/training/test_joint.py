@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fedgradnorm import WeightingState, Weights
+from fedgradnorm import Weighting, WeightingState, Weights
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.engines.vectorized import VectorizedEngine
@@ -24,11 +24,8 @@ from tests.unit.training.plain import (
 
 
 @dataclass(frozen=True)
-class ByExamples:
+class ByExamples(Weighting):
     """p_i in proportion to the number of examples."""
-
-    def init(self, client_ids):
-        return WeightingState(dict.fromkeys(client_ids, 1.0))
 
     def update(self, state, reports):
         total = sum(report.num_examples for report in reports)

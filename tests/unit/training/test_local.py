@@ -8,7 +8,7 @@ from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.engines.vectorized import VectorizedEngine
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.federations import digits
-from fedgradnorm.runs.folder import Run
+from fedgradnorm.runs.reader import Run
 from fedgradnorm.weighting import FedGradNorm
 from tests.helpers import (
     batch_norm_encoder,

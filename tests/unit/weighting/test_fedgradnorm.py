@@ -6,8 +6,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedgradnorm import ConfigError, FedGradNorm, WeightingState
-from tests.helpers import report, reports
+from fedgradnorm import (
+    ConfigError,
+    FedGradNorm,
+    WeightingState,
+)
+from tests.helpers import (
+    report,
+    reports,
+)
 
 NORMS = st.floats(1e-6, 1e6)
 RATES = st.floats(1e-3, 1e3)
@@ -355,3 +362,12 @@ def test_where_nobody_has_anything_to_learn_the_weights_and_the_scale_stay(norma
         method.init(["a", "b"]), [report("a", 0.0, 0.0), report("b", 0.0, 0.0)]
     )
     assert (weights.values, weights.scale) == ({"a": 1.0, "b": 1.0}, 1.0)
+
+
+def test_norm_keeps_the_length_when_only_some_take_part():
+    """Weights (1.9, 0.1), only b takes part with n = 19: equal weights would give a direction of length 19, and so it stays."""
+    method = FedGradNorm(normalize="norm", weight_lr=1e-6)
+    weights, _ = method.update(
+        WeightingState({"a": 1.9, "b": 0.1}, {"groups": {}}), [report("b", 19.0)]
+    )
+    assert weights.scale == pytest.approx(1.0)

@@ -90,9 +90,9 @@ def test_fixed_names_an_unknown_client_before_training_and_an_unknown_task_once_
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
 def test_fixed_weights_are_above_0(weight):
-    with pytest.raises(ConfigError, match="clients.a: expected a finite number above 0"):
+    with pytest.raises(ConfigError, match="clients.a: expected a (finite )?number above 0"):
         Fixed(clients={"a": weight})
-    with pytest.raises(ConfigError, match="tasks.t: expected a finite number above 0"):
+    with pytest.raises(ConfigError, match="tasks.t: expected a (finite )?number above 0"):
         Fixed(tasks={"t": weight})
 
 

@@ -1,14 +1,15 @@
-"""Makes what the machines know each other by: a CA, the SuperLink's certificate, and a key pair for every node.
+"""Makes a CA, the SuperLink's certificate, and a key pair for every node.
 
     python keys.py
 
-What is there already is left as it is, so a client that is added later only gets what it lacks. A site that does not want its private
-key made elsewhere makes it itself (``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``) and sends its ``client.key.pub``, to be put into
-``nodes/CLIENT/``. For a new server certificate (other names in server/superlink.env, or one that runs out) remove server/server.crt
-first, and server/server.key too for another key. It needs ca/ca.key; new nodes need nothing of ca/.
+Files that exist already are not changed, so a client that is added later gets only what it lacks. A
+site that wants to make its own private key runs ``ssh-keygen -t ecdsa -b 384 -N "" -f client.key``
+and sends its ``client.key.pub``, which belongs into ``nodes/CLIENT/``. For a new server certificate
+(other names in server/superlink.env, or one that expires) first remove server/server.crt, and
+server/server.key too for another key. It needs ca/ca.key; new nodes need nothing from ca/.
 
-Of what is written, ca/ca.key stays here or goes to a safe: no machine that runs anything needs it. server/ goes to the SuperLink's
-machine, and nodes/CLIENT/ to that client's.
+ca/ca.key stays here or goes to a safe: no machine that runs anything needs it. server/ goes to the
+SuperLink's machine, and nodes/CLIENT/ to that client's machine.
 """
 
 import ipaddress
@@ -25,24 +26,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 FOLDER = Path(__file__).resolve().parent
 CA_DAYS, SERVER_DAYS = 3650, 730
 USAGES = (
-    *(
-        "digital_signature",
-        "content_commitment",
-        "key_encipherment",
-        "data_encipherment",
-        "key_agreement",
-    ),
-    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+    *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
 PEM = serialization.Encoding.PEM
 
 
 def main() -> None:
-    """Make what is missing, and say what."""
+    """Make the files that are missing, and print their names."""
     ca, server = FOLDER / "ca", FOLDER / "server"
-    own = (
-        server / "ca.crt" if (server / "ca.crt").exists() else ca / "ca.crt"
-    )  # the CA may be in its safe
+    # the CA's own folder may be in a safe
+    own = server / "ca.crt" if (server / "ca.crt").exists() else ca / "ca.crt"
     if not own.exists():
         ca.mkdir(exist_ok=True, mode=0o700)
         if not (ca / "ca.key").exists():
@@ -50,51 +44,54 @@ def main() -> None:
         write(own, ca_certificate(private_key(ca / "ca.key")).public_bytes(PEM))
     certificate = x509.load_pem_x509_certificate(own.read_bytes())
     if (server / "server.crt").exists():
-        expect(
-            (server / "server.key").exists(),
-            "server/server.key is gone: remove server/server.crt too, for both to be made anew",
-        )
+        again = "remove server/server.crt too, for both to be made anew"
+        expect((server / "server.key").exists(), f"server/server.key is gone: {again}")
     else:
-        expect(
-            (ca / "ca.key").exists(),
-            "ca/ca.key is not here: put it back from where it is kept, to sign the server's certificate",
-        )
-        ca_key = private_key(ca / "ca.key")
-        expect(
-            ca_key.public_key() == certificate.public_key(),
-            f"ca/ca.key is not the key of {own.relative_to(FOLDER)}",
-        )
-        if not (server / "server.key").exists():
-            write_private(server / "server.key", pem(new_key()))
-        public = private_key(server / "server.key").public_key()
-        signed = server_certificate(names(server / "superlink.env"), public, certificate, ca_key)
-        write(server / "server.crt", signed.public_bytes(PEM))
+        sign_server(ca / "ca.key", own, certificate)
     nodes = sorted(path for path in (FOLDER / "nodes").iterdir() if path.is_dir())
     for folder in (server, *nodes):
         if not (folder / "ca.crt").exists():
             write(folder / "ca.crt", certificate.public_bytes(PEM))
     for folder in nodes:
         if not (folder / "client.key.pub").exists():
-            if not (folder / "client.key").exists():
-                private = new_key().private_bytes(
-                    PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-                )
-                write_private(folder / "client.key", private)
-            key = serialization.load_ssh_private_key((folder / "client.key").read_bytes(), None)
-            line = key.public_key().public_bytes(
-                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-            )
-            write(folder / "client.key.pub", line + b"\n")
+            make_node_key(folder)
+
+
+def sign_server(ca_key: Path, own: Path, certificate: x509.Certificate) -> None:
+    """Make the server's certificate, and its key where that is missing."""
+    back = "put it back from where it is kept, to sign the server's certificate"
+    expect(ca_key.exists(), f"ca/ca.key is not here: {back}")
+    key, server = private_key(ca_key), FOLDER / "server"
+    belongs = key.public_key() == certificate.public_key()
+    expect(belongs, f"ca/ca.key is not the key of {own.relative_to(FOLDER)}")
+    if not (server / "server.key").exists():
+        write_private(server / "server.key", pem(new_key()))
+    public = private_key(server / "server.key").public_key()
+    signed = server_certificate(names(server / "superlink.env"), public, certificate, key)
+    write(server / "server.crt", signed.public_bytes(PEM))
+
+
+def make_node_key(folder: Path) -> None:
+    """Make a node's public key, and its private key where that is missing."""
+    path, openssh = folder / "client.key", serialization.PrivateFormat.OpenSSH
+    if not path.exists():
+        plain = serialization.NoEncryption()
+        write_private(path, new_key().private_bytes(PEM, openssh, plain))
+    key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    line = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    write(folder / "client.key.pub", line + b"\n")
 
 
 def expect(condition: bool, otherwise: str) -> None:
-    """End with a message unless the condition holds: what is there is no set of keys that belong together."""
+    """End with a message unless the condition holds."""
     if not condition:
         sys.exit(otherwise)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A private key of the kind that Flower takes."""
+    """A private key of the kind that Flower accepts."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
@@ -109,11 +106,8 @@ def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def names(env: Path) -> list[str]:
     """The server's names and addresses, and this machine's own ones."""
     (line,) = [line for line in env.read_text().splitlines() if line.startswith("NAMES=")]
-    return list(
-        dict.fromkeys(
-            [*line.removeprefix("NAMES=").strip("\"'").split(), "localhost", "127.0.0.1", "::1"]
-        )
-    )
+    given = line.removeprefix("NAMES=").strip("\"'").split()
+    return list(dict.fromkeys([*given, "localhost", "127.0.0.1", "::1"]))
 
 
 def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -192,15 +186,15 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write what its owner alone may read. Raises FileExistsError: no key is ever replaced."""
+    """Write a file for its owner alone. Raises FileExistsError: no key is ever replaced."""
     write(path, content, 0o600)
 
 
 def write(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a new file, and say so."""
+    """Write a new file, and print its name."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
-    print(path.relative_to(FOLDER))  # noqa: T201  # it is a command
+    print(path.relative_to(FOLDER))  # noqa: T201  # a command prints
 
 
 if __name__ == "__main__":

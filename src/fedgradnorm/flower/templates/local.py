@@ -1,6 +1,8 @@
-"""The whole deployment on this machine: the SuperLink, the front and all nodes, until Ctrl-C. Their logs are in logs/.
+"""Runs the whole deployment on this machine: the SuperLink, the front and all nodes, until Ctrl-C.
 
     python local.py
+
+Their logs are in logs/.
 
 In another terminal: server/run.sh
 """
@@ -23,11 +25,11 @@ import psutil
 FOLDER = Path(__file__).resolve().parent
 LOGS = FOLDER / "logs"
 PATIENCE = 10.0
-"""Seconds that a process has to end by itself."""
+"""Seconds to wait for a process to end by itself."""
 READY = 180.0
-"""Seconds that the SuperLink has to answer, and then the front."""
+"""Seconds to wait for the SuperLink to answer, and then for the front."""
 AGAIN = 15.0
-"""Seconds between looks for nodes and a front that have ended, and are started again."""
+"""Seconds between checks of the front and the nodes; one that has ended is started again."""
 
 
 def main() -> None:
@@ -59,14 +61,15 @@ def main() -> None:
 
 
 def point_to_certificate() -> None:
-    """Let `flwr` know where the CA's certificate is: it wants an absolute path, which is another one when this folder has moved."""
-    config = FOLDER / "server" / "flwr" / "config.toml"
-    line = f"root-certificates = {json.dumps(str(FOLDER / 'server' / 'ca.crt'), ensure_ascii=False)} # absolute"
+    """Tell `flwr` the absolute path of the CA's certificate: this folder may have been moved."""
+    config, certificate = FOLDER / "server/flwr/config.toml", str(FOLDER / "server" / "ca.crt")
+    quoted = json.dumps(certificate, ensure_ascii=False)
+    line = f"root-certificates = {quoted} # absolute"
     config.write_text(re.sub(r"(?m)^root-certificates = .*$", lambda _: line, config.read_text()))
 
 
 def start(name: str, script: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
-    """Start a script in a session of its own, so that Ctrl-C reaches this process alone."""
+    """Start a script in a new session, so that Ctrl-C reaches this process alone."""
     with log_file(name, fresh=fresh) as log:
         return subprocess.Popen(
             [FOLDER / script],
@@ -78,7 +81,7 @@ def start(name: str, script: str, *, fresh: bool = True) -> subprocess.Popen[byt
 
 
 def log_file(name: str, *, fresh: bool = True) -> BinaryIO:
-    """A log, which its owner alone may read: a new one, or what is there goes on."""
+    """A log that only its owner may read; it is emptied, or continued where not ``fresh``."""
     path = LOGS / f"{name}.log"
     path.touch(mode=0o600)
     path.chmod(0o600)  # it may be there already
@@ -91,7 +94,7 @@ def start_node(client: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
 
 
 def register(superlink: subprocess.Popen[bytes]) -> None:
-    """Wait until the SuperLink answers, and register the nodes. Those of an earlier start are registered already."""
+    """Wait until the SuperLink answers, and register the nodes that are not registered yet."""
     end = time.monotonic() + READY
     with log_file("register") as log:
         while subprocess.run(
@@ -109,7 +112,8 @@ def wait_for_front(front: subprocess.Popen[bytes]) -> None:
     """Wait until the front takes connections."""
     words = shlex.split((FOLDER / "server/superlink.env").read_text(), comments=True)
     settings = dict(word.split("=", 1) for word in words if "=" in word)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings["HOST"], settings["HOST"])  # noqa: S104  # where it listens to every network
+    every = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # it may listen to all networks
+    host = every.get(settings["HOST"], settings["HOST"])
     end = time.monotonic() + READY
     while True:
         if front.poll() is not None:
@@ -120,34 +124,32 @@ def wait_for_front(front: subprocess.Popen[bytes]) -> None:
         ):
             return
         if time.monotonic() >= end:
-            sys.exit(
-                f"the front does not answer on {host}, port {settings['PORT']}, after {READY:g} s:\n{tail('front')}"
-            )
+            place = f"on {host}, port {settings['PORT']}, after {READY:g} s"
+            sys.exit(f"the front does not answer {place}:\n{tail('front')}")
         time.sleep(0.2)
 
 
 def watch(
     server: dict[str, subprocess.Popen[bytes]], nodes: dict[str, subprocess.Popen[bytes]]
 ) -> None:
-    """Start the front and nodes that have ended again, such as a node that the SuperLink refuses until it has missed the one before it."""
+    """Restart the front and nodes that have ended.
+
+    The SuperLink refuses a restarted node until it has missed the old one; then the node ends.
+    """
     told = False
     while True:
         time.sleep(AGAIN)
         if server["superlink"].poll() is not None and not told:
-            print(
-                f"the SuperLink has ended; to start it again, stop all with Ctrl-C:\n{tail('superlink')}",
-                flush=True,
-            )
+            again = "to start it again, stop all with Ctrl-C"
+            print(f"the SuperLink has ended; {again}:\n{tail('superlink')}", flush=True)
             told = True
         if server["front"].poll() is not None:
             print("the front has ended, and is started again: logs/front.log", flush=True)
             server["front"] = start("front", "server/front.sh", fresh=False)
         for client, node in nodes.items():
             if node.poll() is not None:
-                print(
-                    f"node {client} has ended, and is started again: logs/node-{client}.log",
-                    flush=True,
-                )
+                log = f"logs/node-{client}.log"
+                print(f"node {client} has ended, and is started again: {log}", flush=True)
                 nodes[client] = start_node(client, fresh=False)
 
 
@@ -157,15 +159,14 @@ def tail(name: str) -> str:
 
 
 def stop(server: list[subprocess.Popen[bytes]]) -> None:
-    """End all that was started and whatever that has started.
+    """End all processes that were started, and their descendants.
 
-    Nodes end first and the front before the SuperLink, so that nodes can still tell the SuperLink that they go.
+    Nodes end first, then the front, then the SuperLink, so that nodes can still sign off.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    started = psutil.Process().children(
-        recursive=True
-    )  # now: what outlives its parent is found no more
+    # now: a process that outlives its parent cannot be found later
+    started = psutil.Process().children(recursive=True)
     own = {process.pid: process for process in psutil.Process().children()}
     last = [own.pop(process.pid) for process in reversed(server) if process.pid in own]
     end(list(own.values()))
@@ -175,7 +176,7 @@ def stop(server: list[subprocess.Popen[bytes]]) -> None:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """End processes, by force if need be."""
+    """End processes, by force where they do not end by themselves."""
     for how in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Flower's own command line with this deployment's settings, such as: server/flwr.sh supernode list
+# Flower's own command line with this deployment's settings, as in: server/flwr.sh supernode list
 set -euo pipefail
 server="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 set -a

@@ -1,7 +1,10 @@
-"""Starts a run, or finds the one that is going on, and shows its log until it ends. server/run.sh calls it.
+"""Starts a run, or finds the unfinished one, and shows its log. server/run.sh calls it.
 
-Exit status: 0 the run has completed; 1 it has failed or was stopped, could not be started, or the SuperLink does not answer; 2 the words
-are wrong, or there are words for a new run while one is going on; 130 after Ctrl-C, which ends the showing and not the run.
+Exit status:
+    0: the run has completed.
+    1: it has failed, was stopped or could not be started, or the SuperLink does not answer.
+    2: the arguments are wrong, or they are for a new run while one is unfinished.
+    130: after Ctrl-C, which ends this program and not the run.
 """
 
 import argparse
@@ -21,9 +24,10 @@ FINISHED = "finished"
 COMPLETED = "finished:completed"
 LAST = SERVER / "last-run.json"
 LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0
-"""Seconds: between looks whether a run has ended while its log is shown, for the rest of its log then, for Flower's commands to answer."""
+"""Seconds: between checks whether a run has ended while its log is shown; for the rest of its log
+after that; for Flower's commands to answer."""
 LOST = "No heartbeat received from the task"
-"""What Flower says, up to a minute later, of a run whose process is gone, such as after a crash of the machine."""
+"""Flower's details of a run whose process is gone, up to a minute after a crash of the machine."""
 
 
 def main() -> None:
@@ -46,8 +50,9 @@ def main() -> None:
     try:
         run = going_on()
         if run and words:
-            message = f"--run-config: run {run} is going on, and takes no other settings: expected no words, to show it; or end it first: "
-            end(2, f"{message}{SERVER / 'flwr.sh'} stop {run}")
+            why = f"run {run} is going on, and takes no other settings"
+            expected = "expected no words, to show it; or end it first"
+            end(2, f"--run-config: {why}: {expected}: {SERVER / 'flwr.sh'} stop {run}")
         if run:
             say(f"run {run} is going on: its log from the beginning")
             status, details = show(run)
@@ -55,11 +60,9 @@ def main() -> None:
                 finish(run, status, details)
             again = words_of(run)
             if again is None or again:
-                which = (
-                    "the words that it was started with"
-                    if again is None
-                    else shlex.join(["--run-config", *again])
-                )
+                which = "the words that it was started with"
+                if again is not None:
+                    which = shlex.join(["--run-config", *again])
                 end(1, f"run {run} was lost with its process: start it again, with {which}")
             say(f"run {run} was lost with its process, and is started again")
         run = start(words)
@@ -69,12 +72,12 @@ def main() -> None:
 
 
 def going_on() -> str | None:
-    """The newest run that has not finished; None if there is none."""
+    """The newest unfinished run; None if there is none."""
     return next((run["run-id"] for run in runs() if not run["status"].startswith(FINISHED)), None)
 
 
 def runs(*words: str) -> list[dict[str, Any]]:
-    """What the SuperLink says of its runs, the newest first."""
+    """The SuperLink's records of its runs, the newest first."""
     answer = ask("ls", *words)
     if not answer.get("success"):
         end(1, f"the SuperLink does not answer: {reason(answer)}")
@@ -95,7 +98,7 @@ def start(words: list[str]) -> str:
 
 
 def words_of(run: str) -> list[str] | None:
-    """The settings that a run was started with besides those of the app; None where that is not known."""
+    """The settings that a run was started with, besides the app's; None where they are unknown."""
     try:
         last = json.loads(LAST.read_text())
         return list(last["run-config"]) if last["run-id"] == run else None
@@ -104,7 +107,10 @@ def words_of(run: str) -> list[str] | None:
 
 
 def show(run: str) -> tuple[str, str]:
-    """Show a run's log until it ends; gives its status and details. A stream that breaks while the run goes on begins again."""
+    """Show a run's log until it ends. Returns its status and details.
+
+    A stream that breaks before the run ends is started again.
+    """
     while True:
         process = subprocess.Popen(
             [SERVER / "flwr.sh", "log", run, "--stream"],
@@ -114,9 +120,8 @@ def show(run: str) -> tuple[str, str]:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(LOOK)
-                if process.poll() is None and outcome(run).startswith(
-                    FINISHED
-                ):  # the stream may never end, such as in a tunnel that broke
+                # the stream may never end, such as in a tunnel that broke
+                if process.poll() is None and outcome(run).startswith(FINISHED):
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(LAST_LINES)
                     break
@@ -137,16 +142,14 @@ def outcome(run: str) -> str:
 
 
 def finish(run: str, status: str, details: str) -> NoReturn:
-    """Say how a run has ended, and end with it."""
+    """Print how a run has ended, and exit with its status."""
     outcome = status.partition(":")[2]
-    end(
-        0 if status == COMPLETED else 1,
-        f"run {run}: {outcome}" + (f": {details}" if details not in ("", "N/A") else ""),
-    )
+    more = "" if details in ("", "N/A") else f": {details}"
+    end(0 if status == COMPLETED else 1, f"run {run}: {outcome}{more}")
 
 
 def ask(*words: str) -> dict[str, Any]:
-    """What a command of Flower answers in JSON; empty if it answers nothing. What it says besides goes to stderr."""
+    """The JSON answer of a Flower command; empty if it has none. Its messages go to stderr."""
     try:
         done = subprocess.run(
             [SERVER / "flwr.sh", *words, "--format", "json"],
@@ -162,7 +165,7 @@ def ask(*words: str) -> dict[str, Any]:
 
 
 def reason(answer: dict[str, Any]) -> str:
-    """Why a command has failed: the last line, for those before say what it was doing."""
+    """Why a command has failed: the last line of its message, as those before only lead to it."""
     return str(answer.get("error-message") or "no reason is given").strip().splitlines()[-1]
 
 
@@ -172,7 +175,7 @@ def say(text: str) -> None:
 
 
 def end(status: int, text: str) -> NoReturn:
-    """Say why, and end."""
+    """Print the reason, and exit."""
     say(text)
     sys.exit(status)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Starts the SuperLink: it starts the server's part of a run, and passes messages. Nodes reach it through front.sh.
-# It needs ca.crt, server.crt and server.key (from keys.py), and the commands of fedgradnorm[flower] on the PATH.
+# Starts the SuperLink, which starts the server's part of a run and passes messages. Nodes reach it
+# through front.sh. It needs ca.crt, server.crt and server.key (from keys.py), and the commands of
+# fedgradnorm[flower] on the PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" # runs/ and state.db are in this folder
 set -a

@@ -1,4 +1,4 @@
-"""One client: it trains on its own data, and keeps its head to itself."""
+"""One client: it trains on its own data, and its head stays with it."""
 
 from pathlib import Path
 

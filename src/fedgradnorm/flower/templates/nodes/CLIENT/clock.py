@@ -1,7 +1,8 @@
-"""Compares this machine's clock with the SuperLink's, as the front says it. supernode.sh calls it with the front's address first.
+"""Compares this machine's clock with the server's. supernode.sh calls it with the front's address.
 
-Flower refuses the signature of a node whose clock differs too much, and gives no reason. Exit status: 3 if it would; else 0, also where the
-server is not reached or says no time: the node tries by itself until it is there.
+Flower refuses the signature of a node whose clock differs too much, and gives no reason. Exit
+status: 3 if Flower would refuse this node; else 0, also if the server cannot be reached or gives no
+time: the node itself tries until the server is there.
 """
 
 import http.client
@@ -12,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 AHEAD, BEHIND = 5, 305
-"""Seconds that Flower allows (flwr.common.constant: SYSTEM_TIME_TOLERANCE, and that with TIMESTAMP_TOLERANCE)."""
+"""Seconds that Flower allows (flwr.common.constant: SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE)."""
 NOTICEABLE = 2
 """Seconds that are worth a warning."""
 PATIENCE = 10
@@ -20,19 +21,18 @@ PATIENCE = 10
 
 
 def main() -> None:
-    """Compare, and say what is wrong."""
+    """Compare, and print what is wrong."""
     server = sys.argv[1]
     try:
         least, most = difference(server)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        print(
-            f"the SuperLink's time is not known, so no clocks are compared: {server}: {error}",
-            file=sys.stderr,
-        )
+        text = "the SuperLink's time is not known, so no clocks are compared"
+        print(f"{text}: {server}: {error}", file=sys.stderr)
         return
     seconds = round((least + most) / 2)
     words = f"{abs(seconds)} s {'ahead of' if seconds > 0 else 'behind'} the SuperLink's"
-    allowed = f"Flower refuses a node that is {AHEAD} s ahead or {BEHIND} s behind. Set it by NTP (chrony or systemd-timesyncd)"
+    limits = f"Flower refuses a node that is {AHEAD} s ahead or {BEHIND} s behind"
+    allowed = f"{limits}. Set it by NTP (chrony or systemd-timesyncd)"
     if least >= AHEAD or most <= -BEHIND:
         print(f"the clock of this machine is {words}: {allowed}", file=sys.stderr)
         sys.exit(3)
@@ -41,11 +41,13 @@ def main() -> None:
 
 
 def difference(server: str) -> tuple[float, float]:
-    """The least and the most seconds that this clock can be ahead of the server's, whose answer (any, 403 too) is dated in whole seconds.
+    """The minimum and maximum seconds by which this clock can be ahead of the server's.
+
+    The server dates every answer, also 403, in whole seconds.
 
     Raises:
-        OSError: the server is not reached, or its certificate is not of this CA.
-        ValueError: an answer without a time.
+        OSError: the server cannot be reached, or its certificate is not from this CA.
+        ValueError: the answer has no time.
     """
     context = ssl.create_default_context(cafile=str(Path(__file__).with_name("ca.crt")))
     connection = http.client.HTTPSConnection(server, timeout=PATIENCE, context=context)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Starts this node: it connects to the SuperLink through the front, and starts the client's part of a run for every message.
-# It needs client.key and ca.crt beside it (from keys.py), and the commands of fedgradnorm[flower] on the PATH. It opens no port to others.
+# Starts this node. It connects to the SuperLink through the front, and starts the client's part of
+# a run for every message. It needs client.key and ca.crt in this folder (from keys.py), and the
+# commands of fedgradnorm[flower] on the PATH. It opens no port to other machines.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 set -a
@@ -25,7 +26,7 @@ node="client-key='$CLIENT' state-dir='$state_dir'"
 [ -z "$THREADS" ] || node+=" threads=$THREADS"
 [ -z "$SETTINGS" ] || node+=" settings='$SETTINGS'"
 [ "$LOST_STATE" = refuse ] || node+=" lost-state='$LOST_STATE'"
-python3 clock.py "$SUPERLINK" # ends with 3 where this machine's clock is so wrong that Flower refuses the node
+python3 clock.py "$SUPERLINK" # exits with 3 if Flower would refuse this clock
 exec flower-supernode \
     --superlink "$SUPERLINK" --root-certificates ca.crt --auth-supernode-private-key client.key \
     --host 127.0.0.1 --port "$PORT" \

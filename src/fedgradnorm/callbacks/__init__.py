@@ -1,0 +1,1 @@
+"""Callbacks: what is called while a run goes on. One a file."""
