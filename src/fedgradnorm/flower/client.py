@@ -45,20 +45,6 @@ from fedgradnorm.members import CLIENT_ID
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = [
-    "SHARED",
-    "Node",
-    "aside",
-    "client_app",
-    "client_key",
-    "kept",
-    "lost_state",
-    "private_errors",
-    "state_dir",
-    "table_of",
-    "wrong_client",
-]
-
 log = logging.getLogger(__name__)
 
 SHARED, LOCAL = ("federation", "model"), ("federation",)

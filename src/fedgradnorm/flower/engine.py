@@ -30,8 +30,6 @@ from fedgradnorm.flower.status import Failure
 from fedgradnorm.flower.watcher import Watcher
 from fedgradnorm.messages import Instruction, Report
 
-__all__ = ["GridEngine"]
-
 log = logging.getLogger(__name__)
 
 

@@ -21,8 +21,6 @@ from fedgradnorm.errors import StoppedError, described
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.records import REFUSAL
 
-__all__ = ["Exchange", "exchange", "node_ids"]
-
 log = logging.getLogger(__name__)
 
 POLL, POLLS = 0.5, 50.0

@@ -25,8 +25,6 @@ from fedgradnorm.errors import ConfigError, require
 from fedgradnorm.flower.overview import GONE, SHOWN_STATES, Overview, look
 from fedgradnorm.flower.status import ENDED, KINDS
 
-__all__ = ["DeploymentCollector", "registry_of", "serve"]
-
 ABOUT = {
     "up": "Whether the deployment's files could be read: 1, or 0 if one is missing or damaged.",
     "certificate_expiry_timestamp_seconds": "When a server certificate expires, in unix seconds.",

@@ -18,8 +18,6 @@ from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.training import check_deployable, run_folder
 
-__all__ = ["write_deployment"]
-
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 FIRST_NODE_PORT = 9094
 LONGEST_NAME = 32

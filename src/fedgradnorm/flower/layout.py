@@ -12,14 +12,6 @@ from fedgradnorm.errors import FederationError, MessageError
 from fedgradnorm.flower.records import ARRAYS, BUFFERS, check_size, one_line
 from fedgradnorm.parameters import trainable
 
-__all__ = [
-    "Layout",
-    "arrays_of",
-    "buffers_in",
-    "encoder_of",
-    "tensors_of",
-]
-
 
 @dataclass(frozen=True)
 class Layout:

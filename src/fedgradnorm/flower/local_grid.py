@@ -9,8 +9,6 @@ from typing import Any
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-__all__ = ["LocalGrid"]
-
 SERVER_NODE = 1
 RAISED = 2  # Flower's code for a ClientApp that raised
 

@@ -21,20 +21,6 @@ from fedgradnorm.flower.records import CONTROL, REFUSAL, check_records, checked,
 from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction
 
-__all__ = [
-    "VERSIONS",
-    "Control",
-    "Greeting",
-    "Refusal",
-    "control_of",
-    "greeting_of",
-    "greeting_reply",
-    "read_instruction",
-    "refusal_in",
-    "refusal_reply",
-    "training_of",
-]
-
 VERSION = r"^[A-Za-z0-9.+!_-]{1,50}$"
 VERSIONS: dict[str, Any] = {
     "version": __version__,

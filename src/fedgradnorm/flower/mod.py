@@ -32,8 +32,6 @@ from fedgradnorm.messages import Report
 from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
 from fedgradnorm.randomness import seeded
 
-__all__ = ["FedGradNormMod"]
-
 
 class FedGradNormMod:
     """For ``ClientApp(mods=[FedGradNormMod(...)])``.

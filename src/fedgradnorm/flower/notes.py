@@ -6,8 +6,6 @@ from fedgradnorm.errors import MessageError
 from fedgradnorm.flower.messages import VERSIONS, Greeting
 from fedgradnorm.flower.reports import Reply
 
-__all__ = ["Notes"]
-
 log = logging.getLogger(__name__)
 
 

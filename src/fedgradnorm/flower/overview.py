@@ -29,19 +29,6 @@ from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
-__all__ = [
-    "GONE",
-    "SHOWN_STATES",
-    "WARN_DAYS",
-    "Overview",
-    "clients_table",
-    "facts",
-    "look",
-    "remarks",
-    "state_line",
-    "warnings_on",
-]
-
 GONE = "gone"
 """The state of a run whose process has ended without noting it."""
 SHOWN_STATES = (*STATES, GONE)

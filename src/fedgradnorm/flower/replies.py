@@ -12,8 +12,6 @@ from fedgradnorm.flower.messages import Greeting, Refusal, greeting_of, refusal_
 from fedgradnorm.flower.records import one_line
 from fedgradnorm.flower.status import Failure, Kind
 
-__all__ = ["CODES", "CODE_KINDS", "Answers", "sort_replies"]
-
 log = logging.getLogger(__name__)
 
 EXPIRED = 3

@@ -26,15 +26,6 @@ from fedgradnorm.flower.records import (
 )
 from fedgradnorm.messages import Report
 
-__all__ = [
-    "Reply",
-    "evaluation_reply",
-    "read_evaluation",
-    "read_report",
-    "reply_of",
-    "report_reply",
-]
-
 LONGEST, LARGEST = 1e9, 1e100
 """Maximum seconds of work, and maximum figure of a test: above them, sums could overflow."""
 EXAMPLES = "num-examples"

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from fedgradnorm.flower.status import ANSWERED, Failure
 
-__all__ = ["Rests"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task
 
-__all__ = ["Roster", "module_of", "roster_of"]
-
 
 class Roster(Members):
     """Clients on other machines. Only keys and tasks are checked: data and heads are not here.

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from fedgradnorm.client import ClientState
 from fedgradnorm.messages import Instruction
 
-__all__ = ["Rounds"]
-
 INITIAL = ClientState({})
 
 

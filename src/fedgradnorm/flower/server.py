@@ -17,8 +17,6 @@ from fedgradnorm.flower.limits import Limits
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.training import train_on_grid
 
-__all__ = ["server_app"]
-
 log = logging.getLogger(__name__)
 
 

@@ -23,17 +23,6 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
 from fedgradnorm.runs.records import DataRecord
 
-__all__ = [
-    "LOST_STATE",
-    "Beginning",
-    "LostState",
-    "LostStateError",
-    "MemoryStates",
-    "StateFiles",
-    "States",
-    "begin",
-]
-
 LostState = Literal["refuse", "newest", "fresh"]
 LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")
 """What a client does if its state is lost: raise an error, use its newest state or a fresh head."""

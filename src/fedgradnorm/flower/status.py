@@ -17,23 +17,6 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.lock import being_written
 
-__all__ = [
-    "ANSWERED",
-    "ENDED",
-    "KINDS",
-    "STATES",
-    "ClientStatus",
-    "Drop",
-    "Failure",
-    "Kind",
-    "RunStatus",
-    "State",
-    "beside",
-    "read_file",
-    "read_status",
-    "why_gone",
-]
-
 FORMAT: Literal[1] = 1
 
 State = Literal["waiting", "training", "testing", "completed", "stopped"]

@@ -41,8 +41,6 @@ from fedgradnorm.server import ServerState, conclude, instruct, screen
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["FedGradNorm"]
-
 log = logging.getLogger(__name__)
 
 TRAINED = ("loss", "inverse_training_rate", "grad_norm")

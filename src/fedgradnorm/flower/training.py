@@ -25,8 +25,6 @@ from fedgradnorm.runs.records import Row
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]
-
 log = logging.getLogger(__name__)
 
 ANEW = "start_round = 1 begins anew"

@@ -27,8 +27,6 @@ from fedgradnorm.flower.status import (
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.records import Row
 
-__all__ = ["Watcher"]
-
 log = logging.getLogger(__name__)
 
 GRACE = 60.0
