@@ -361,12 +361,7 @@ class GridEngine(Engine):
         return answers
 
     def _to_client(
-        self,
-        id: str,
-        kind: str,
-        arrays: Any,
-        buffers: Mapping[str, Tensor],
-        **fields: Any,
+        self, id: str, kind: str, arrays: Any, buffers: Mapping[str, Tensor], **fields: Any
     ) -> Message:
         """A message to a connected client for the current round."""
         base, initial_loss = self.rounds.base(id), self.rounds.initial_loss(id)

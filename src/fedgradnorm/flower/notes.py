@@ -43,12 +43,7 @@ class Notes:
                 self.add(greeting.client, text)
 
     def heed(
-        self,
-        client: str,
-        reply: Reply,
-        base: int,
-        initial_loss: float | None,
-        examples: int | None,
+        self, client: str, reply: Reply, base: int, initial_loss: float | None, examples: int | None
     ) -> None:
         """Note what a client says about the state that it began with, and about its data.
 

@@ -195,11 +195,7 @@ class FedGradNorm(Strategy):
         return result
 
     def configure_train(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        grid: Grid,
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The messages of a round, for a loop other than `start`.
 
@@ -220,9 +216,7 @@ class FedGradNorm(Strategy):
         return list(engine.messages_for(self._instructions).values())
 
     def aggregate_train(
-        self,
-        server_round: int,
-        replies: Iterable[Message],
+        self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next encoder, and the means of the clients' figures.
 
