@@ -172,10 +172,8 @@ def client_app(config: str | Path) -> ClientApp:
         lost = lost_state(context)
         with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
             control = messages.control_of(message)
-            words = [
-                *words_on(SHARED, control.settings, "message"),
-                *words_on(LOCAL, str(context.node_config.get(SETTINGS, "")), "node config"),
-            ]
+            words = words_on(SHARED, control.settings, "message")
+            words += words_on(LOCAL, str(context.node_config.get(SETTINGS, "")), "node config")
             settings = resolve_config(load_config(Path(config), words))
             if control.training:  # the server says how to train, and the seed too
                 settings = settings.model_copy(update={"train": messages.training_of(control)})
@@ -249,10 +247,9 @@ def state_dir(context: Context) -> Path:
     """
     folder = context.node_config.get(STATE_DIR, context.run_config.get(STATE_DIR))
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(
-            f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when "
-            "its process ends: --node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
-        )
+        expected = f"a '{STATE_DIR}', the folder that keeps the client's head when its process ends"
+        how = "--node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
+        raise ConfigError(f"node config: expected {expected}: {how}")
     return Path(folder).expanduser()
 
 
