@@ -15,18 +15,6 @@ from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
-__all__ = [
-    "Ended",
-    "Order",
-    "State",
-    "end_of",
-    "folder_of",
-    "note_end",
-    "order_for",
-    "state_of",
-    "train_cell",
-]
-
 State = Literal["trained", "diverged", "failed", "missing"]
 
 

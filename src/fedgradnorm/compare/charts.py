@@ -12,8 +12,6 @@ from fedgradnorm.compare.measures import Measured
 from fedgradnorm.compare.results import Results
 from fedgradnorm.compare.titles import curve_title
 
-__all__ = ["MOST_SHOWN", "curves_of", "forest_of"]
-
 LOSS_ROOM = 1.1
 """The axis of the training loss ends at this factor times the highest median.
 

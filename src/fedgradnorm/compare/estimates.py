@@ -11,8 +11,6 @@ from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import delta_m, difference_of
 from fedgradnorm.runs.records import MetricSummary
 
-__all__ = ["estimates_of"]
-
 Better = Literal["less", "more"]
 Getter = Callable[[Measured], float | None]
 BySeed = Mapping[int, float | None]

@@ -9,19 +9,6 @@ from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.findings import listed, plural
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
-__all__ = [
-    "against",
-    "answers",
-    "answers_on",
-    "caveats",
-    "goal",
-    "headline_target",
-    "interval_text",
-    "sentence",
-    "size_text",
-    "verdict",
-]
-
 FASTER, SLOWER = "faster than", "slower than"
 UNCLEAR, UNKNOWN = "not clearly different from", "not comparable with"
 

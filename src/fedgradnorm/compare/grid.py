@@ -13,8 +13,6 @@ from fedgradnorm.compare.spec import Method, Study, Variant
 from fedgradnorm.config import RunConfig, overlaid, validated
 from fedgradnorm.errors import ConfigError
 
-__all__ = ["Cell", "Point", "final_cells", "identity", "points_of", "tuning_cells"]
-
 Point = tuple[float, ...]
 """A point of the tuning grid: a value for each axis."""
 

@@ -12,16 +12,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MetricSummary, Row
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED, rounds_to, task_curve
 
-__all__ = [
-    "DIVERGED_RATIO",
-    "Measured",
-    "Target",
-    "TaskMeasures",
-    "diverged",
-    "measure",
-    "tuning_score",
-]
-
 DIVERGED_RATIO = 10.0
 """A run has diverged if its training loss ends above this multiple of the initial one."""
 

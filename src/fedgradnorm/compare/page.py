@@ -34,8 +34,6 @@ from fedgradnorm.report.html import write_html
 from fedgradnorm.report.looks import Look, looks_for
 from fedgradnorm.runs.summary import SMOOTHED
 
-__all__ = ["write_page"]
-
 WORST = "worst task's skill"
 SIDES = {1: "better", 0: "", -1: "worse"}
 

@@ -14,8 +14,6 @@ from rich.text import Text
 
 from fedgradnorm.compare.cells import Ended, Order
 
-__all__ = ["GridProgress", "StudyProgress"]
-
 
 class StudyProgress:
     """Shows the stages of a study one after another: the listener that `compare` takes.

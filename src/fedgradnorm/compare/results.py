@@ -14,8 +14,6 @@ from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval
 from fedgradnorm.config import RunConfig, overlaid, validated
 
-__all__ = ["OVERALL", "CellResult", "Estimate", "Results", "TunedMethod"]
-
 OVERALL = ""
 """Task name used for measures that aggregate over all tasks."""
 

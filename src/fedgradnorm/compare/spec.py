@@ -22,8 +22,6 @@ from fedgradnorm.config import (
 )
 from fedgradnorm.errors import ConfigError, nearest
 
-__all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_study"]
-
 Seed = Annotated[int, Field(ge=0)]
 OWN = ("train.seed", "run.dir", "run.page", "run.tensorboard", "run.keep", "versions")
 """Settings that the comparison sets in every cell."""

@@ -9,17 +9,6 @@ import numpy as np
 from scipy.stats import bootstrap, norm
 from scipy.stats import t as student
 
-__all__ = [
-    "FEWEST_PAIRS",
-    "Interval",
-    "delta_m",
-    "difference_of",
-    "expanded_level",
-    "final_value",
-    "skill",
-    "spread",
-]
-
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6
 """With fewer pairs no bootstrap interval can contain the true difference in 95 % of cases.

@@ -13,8 +13,6 @@ from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.workers import Listener, Workers
 from fedgradnorm.errors import RunError, StoppedError
 
-__all__ = ["compare", "found_in"]
-
 NOT_TUNED = "– (not for this method)"
 """Why a method has no score at a point of the grid that is only for others."""
 

@@ -26,8 +26,6 @@ from fedgradnorm.compare.titles import task_title
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import ABSENT
 
-__all__ = ["COLUMNS", "terminal_table", "write_tables"]
-
 COLUMNS = (
     *("variant", "method", "task", "measure", "target", "unit", "better", "seeds", "reached"),
     *("mean", "difference", "low", "high", "pairs", "below", "above", "censored", "lost"),

@@ -6,18 +6,6 @@ from fedgradnorm.compare.findings import headline_target, verdict
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.report.comparison import ABSENT
 
-__all__ = [
-    "OVERALL_MEASURES",
-    "difference_text",
-    "figure",
-    "mean_text",
-    "overall_text",
-    "overview",
-    "speed_text",
-    "tuning_rows",
-    "tuning_titles",
-]
-
 OVERALL_MEASURES = (
     ("delta-m, last metric", "Δm, last (%)"),
     ("delta-m, best metric", "Δm, best (%)"),

@@ -7,15 +7,6 @@ from fedgradnorm.compare.findings import against, interval_text, sentence, size_
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.report.findings import plural
 
-__all__ = [
-    "curve_title",
-    "overall_title",
-    "runs_title",
-    "speed_title",
-    "task_title",
-    "tuning_title",
-]
-
 MOST_NAMED = 4
 """A title that would name more methods than this counts them."""
 

@@ -17,8 +17,6 @@ import torch
 from fedgradnorm.compare.cells import Ended, Order, end_of
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["Listener", "Workers"]
-
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PATIENCE = 0.2
 """Seconds until `should_stop` is asked again."""

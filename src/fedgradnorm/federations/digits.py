@@ -18,8 +18,6 @@ from fedgradnorm.metrics import MEAN_ABSOLUTE_ERROR
 from fedgradnorm.models import linear_head, mlp
 from fedgradnorm.task import Task
 
-__all__ = ["TASKS", "make"]
-
 HAS_LOOP = torch.tensor([True, False, False, False, False, False, True, False, True, True])
 BRIGHTEST = 16
 

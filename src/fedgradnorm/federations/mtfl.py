@@ -22,8 +22,6 @@ from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn
 from fedgradnorm.task import Metric, Task
 
-__all__ = ["FAILURE_RATE", "LANDMARK_ERROR", "LandmarkHead", "make", "tasks_for"]
-
 VARIABLE = "FEDGRADNORM_MTFL"
 FAILURE_THRESHOLD = 0.1
 DARKEST_SPREAD = 0.01

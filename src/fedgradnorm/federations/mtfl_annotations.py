@@ -10,8 +10,6 @@ import numpy as np
 from fedgradnorm.errors import DataError
 from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, inside, opened
 
-__all__ = ["NUM_CLASSES", "NUM_COORDINATES", "Face", "read_faces"]
-
 NUM_CLASSES = {"gender": 2, "smile": 2, "glasses": 2, "pose": 5}
 NUM_COORDINATES = 10
 LIMIT = 1_000_000

@@ -16,8 +16,6 @@ from typing import Protocol, final
 from fedgradnorm.errors import DataError
 from fedgradnorm.federations.cache import file_hash
 
-__all__ = ["ANNOTATIONS", "DAMAGED", "Archive", "inside", "opened"]
-
 ANNOTATIONS = {"train": "training.txt", "test": "testing.txt"}
 MAX_BYTES = 100_000_000
 MAX_ANNOTATION_BYTES = 10_000_000

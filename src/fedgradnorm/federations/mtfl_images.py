@@ -16,8 +16,6 @@ from fedgradnorm.federations.mtfl_annotations import Face
 from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, DAMAGED, Archive, opened
 from fedgradnorm.randomness import generator
 
-__all__ = ["Crop", "face_arrays", "face_square"]
-
 MAX_PIXELS = 25_000_000
 CACHE_VERSION = 3
 EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"}

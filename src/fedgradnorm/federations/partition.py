@@ -7,8 +7,6 @@ import numpy as np
 from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.randomness import generator
 
-__all__ = ["client_ids_of", "partition"]
-
 
 def client_ids_of(
     tasks: Sequence[str], clients_per_task: int, known: Collection[str]

@@ -20,18 +20,13 @@ from fedgradnorm.federations.cache import cached_arrays, file_hash
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 from fedgradnorm.federations.radcom_channel import snapshots as generate
-from fedgradnorm.federations.radcom_hdf5 import (
-    Snapshots,
-    existing_file,
-    read_arrays,
-    read_hdf5,
-    write_hdf5,
-)
+from fedgradnorm.federations.radcom_hdf5 import Snapshots as Snapshots
+from fedgradnorm.federations.radcom_hdf5 import existing_file, read_arrays
+from fedgradnorm.federations.radcom_hdf5 import read_hdf5 as read_hdf5
+from fedgradnorm.federations.radcom_hdf5 import write_hdf5 as write_hdf5
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import mlp
 from fedgradnorm.randomness import generator
-
-__all__ = ["TASKS", "Snapshots", "make", "read_hdf5", "write_hdf5"]
 
 SNR_STEP = 2  # dB
 GENERATED_SNAPSHOTS = 100

@@ -19,8 +19,6 @@ from scipy import signal as sp
 
 from fedgradnorm.errors import ConfigError, nearest
 
-__all__ = ["MODULATIONS", "NUM_VALUES", "PAIRS", "SIGNALS", "WAVEFORMS", "snapshots"]
-
 SAMPLE_RATE = 10e6  # Hz
 NUM_SAMPLES = 128
 NUM_VALUES = 2 * NUM_SAMPLES

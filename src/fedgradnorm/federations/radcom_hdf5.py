@@ -19,8 +19,6 @@ from fedgradnorm.federations.radcom_channel import (
     WAVEFORMS,
 )
 
-__all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5"]
-
 KEY_FORM = "a key like \"('bpsk', 'Satcom', 10, 0)\": modulation, signal, SNR in dB, number"
 KEY = re.compile(
     r"""\( ?(['"])(?P<modulation>[^'"\\]{1,60})\1 ?, {0,2}(['"])(?P<signal>[^'"\\]{1,60})\3 ?,"""

@@ -13,8 +13,6 @@ from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY
 from fedgradnorm.models import linear_head
 from fedgradnorm.task import Task
 
-__all__ = ["classification", "with_loss_scale"]
-
 
 def classification(name: str, num_classes: int) -> Task:
     """A task with a linear head, cross-entropy, accuracy and balanced accuracy."""

@@ -8,8 +8,6 @@ from fedgradnorm.report.comparison import ComparisonRow
 from fedgradnorm.report.loading import Loaded
 from fedgradnorm.runs.records import Row
 
-__all__ = ["GREY", "MOST_LINES", "charts_of"]
-
 GREY = "#555b63"
 
 MOST_LINES = 30

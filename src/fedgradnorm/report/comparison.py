@@ -13,21 +13,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
-__all__ = [
-    "ABSENT",
-    "ComparisonRow",
-    "cell_of",
-    "cells_of",
-    "comparison_rows",
-    "comparison_table",
-    "explanation",
-    "grouped",
-    "headers_of",
-    "heading_of",
-    "percentage",
-    "rows_of",
-]
-
 ABSENT = "–"
 
 

@@ -12,8 +12,6 @@ from fedgradnorm.runs.records import Row, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["curves"]
-
 MOST_MARKED = 30
 """A line with fewer points has a marker at each of them."""
 

@@ -11,17 +11,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, silent_texts
 
-__all__ = [
-    "caveat",
-    "differing_settings",
-    "findings",
-    "listed",
-    "plural",
-    "settings_of",
-    "silent_lines",
-    "state_lines",
-]
-
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
     """The findings in a few sentences.

@@ -5,8 +5,6 @@ from typing import Any
 
 from fedgradnorm.errors import RunError
 
-__all__ = ["write_html"]
-
 
 def write_html(template: str, output: Path, **values: Any) -> Path:
     """Fill in a template and write the page. It is one file, which loads nothing.

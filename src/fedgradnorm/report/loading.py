@@ -16,8 +16,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.summary import summarise
 
-__all__ = ["Loaded", "labels_of", "load", "read", "sound", "state_text"]
-
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
 

@@ -34,8 +34,6 @@ from fedgradnorm.report.html import write_html
 from fedgradnorm.report.loading import Loaded, load, sound
 from fedgradnorm.runs.reader import Run
 
-__all__ = ["write_page", "write_report"]
-
 GROUPS = {
     "metric": "test metric",
     "loss": "training loss: last share, and rounds to a share",
