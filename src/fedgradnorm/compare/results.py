@@ -56,34 +56,34 @@ class Estimate:
         method: the method's name.
         task: the task, or `OVERALL`.
         measure: what is measured, such as ``rounds`` or ``last metric``.
-        target: the target of ``rounds`` and ``seconds``, such as ``loss ratio 0.6``.
         unit: of the values.
         better: which direction is good; None if neither is.
         values: by seed. A run that has diverged has no value, except in ``rounds``: there, like a
             run that never reached the target, it counts with all of its rounds.
         seeds: the number of the study's seeds.
-        reached: in how many seeds the target was reached; None without a target.
         difference: against the baseline, over the seeds that both have. None for the baseline
             itself, without a common seed, and if neither method ever reached the target.
-        censored: in how many of these pairs a run did not reach the target, so that the difference
-            is one of min(rounds, K).
         lost: in how many seeds the method or the baseline has no value because it diverged or
             failed. The other values are those of survivors.
+        target: the target of ``rounds`` and ``seconds``, such as ``loss ratio 0.6``.
+        reached: in how many seeds the target was reached; None without a target.
+        censored: in how many pairs of the difference a run did not reach the target, so that the
+            difference is one of min(rounds, K).
     """
 
     variant: str
     method: str
     task: str
     measure: str
-    target: str
     unit: str
     better: Literal["less", "more"] | None
     values: Mapping[int, float]
     seeds: int
-    reached: int | None
     difference: Interval | None
-    censored: int
     lost: int
+    target: str = ""
+    reached: int | None = None
+    censored: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,17 @@ class Results:
     @cached_property
     def configs(self) -> dict[str, RunConfig]:
         """By method, its settings in the base."""
-        settings = {
-            method.name: overlaid(self.study.base, method.options) for method in self.study.methods
-        }
-        return {
-            name: resolve_config(validated(RunConfig, values, prefix=""))
-            for name, values in settings.items()
-        }
+        configs = {}
+        for method in self.study.methods:
+            values = overlaid(self.study.base, method.options)
+            configs[method.name] = resolve_config(validated(RunConfig, values, prefix=""))
+        return configs
 
     @cached_property
     def ours(self) -> tuple[str, ...]:
         """The methods with FedGradNorm's weighting. The findings begin with them."""
-        return tuple(
-            name for name, config in self.configs.items() if config.weighting.name == "fedgradnorm"
-        )
+        weightings = {name: config.weighting.name for name, config in self.configs.items()}
+        return tuple(name for name, used in weightings.items() if used == "fedgradnorm")
 
     @cached_property
     def methods(self) -> tuple[str, ...]:

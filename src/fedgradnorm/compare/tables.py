@@ -69,27 +69,15 @@ def terminal_table(results: Results) -> Table:
 
 
 def _record(estimate: Estimate) -> dict[str, Any]:
-    difference = estimate.difference
-    return {
-        "variant": estimate.variant,
-        "method": estimate.method,
-        "task": estimate.task,
-        "measure": estimate.measure,
-        "target": estimate.target,
-        "unit": estimate.unit,
-        "better": estimate.better,
-        "seeds": len(estimate.values),
-        "reached": estimate.reached,
-        "mean": fmean(estimate.values.values()) if estimate.values else None,
+    """The figures of an estimate, by the columns of results.csv."""
+    difference, values = estimate.difference, estimate.values
+    interval = vars(difference) if difference else {"pairs": 0}
+    figures = vars(estimate) | {
+        "seeds": len(values),
+        "mean": fmean(values.values()) if values else None,
         "difference": difference.mean if difference else None,
-        "low": difference.low if difference else None,
-        "high": difference.high if difference else None,
-        "pairs": difference.pairs if difference else 0,
-        "below": difference.below if difference else None,
-        "above": difference.above if difference else None,
-        "censored": estimate.censored,
-        "lost": estimate.lost,
     }
+    return {column: figures.get(column, interval.get(column)) for column in COLUMNS}
 
 
 def _csv(results: Results) -> str:
