@@ -1,7 +1,4 @@
-"""The charts of a study as data: differences with their intervals, and curves over the rounds.
-
-The page and the figure draw them.
-"""
+"""A study's charts as data: differences with their intervals, and curves over the rounds."""
 
 from collections.abc import Mapping
 from statistics import median

@@ -36,7 +36,7 @@ class TaskMeasures:
     """A task in one run.
 
     Attributes:
-        metric: the main test metric: name, direction, guess, first, best and last value, or None.
+        metric: the main test metric, or None.
         final_ratio: F(K) / F(0), the mean over the last tenth of its rounds; None without reports
             at the end.
         weight: the weight, also the mean over the last tenth.
@@ -56,8 +56,6 @@ class Measured:
     """A trained cell.
 
     Attributes:
-        rounds: the number of rounds.
-        tasks: by name.
         spread_end: how unequal the tasks' inverse training rates are at the end; see `spread`.
         spread_mean: the mean of the spread over the rounds.
         worst: the task with the least skill, and its skill in %; None if no task has one.

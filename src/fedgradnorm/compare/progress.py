@@ -33,6 +33,9 @@ class StudyProgress(Listener):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         """Leave the last state on the screen."""
         if self.live is not None:
             self.live.stop()
@@ -40,7 +43,7 @@ class StudyProgress(Listener):
 
     def __call__(self, stage: str, orders: Sequence[Order]) -> Self:
         """Begin a stage, and return the listener for its cells."""
-        self.__exit__()
+        self._close()
         self.stage, self.count, self.finished = stage, len(orders), 0
         self.running: dict[str, tuple[int, int, float]] = {}
         time_left = (TextColumn("time left"), TimeRemainingColumn())

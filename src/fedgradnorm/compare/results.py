@@ -14,6 +14,9 @@ from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval
 from fedgradnorm.config import RunConfig, overlaid, validated
 
+NOT_TRAINED = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
+"""By the state of a cell that is not trained, its words."""
+
 OVERALL = ""
 """Task name used for measures that aggregate over all tasks."""
 
@@ -123,6 +126,11 @@ class Results:
             if result.measured is not None
         }
 
+    def not_trained(self) -> dict[str, int]:
+        """How many runs diverged, failed or are not trained yet, by these words."""
+        states = Counter[str](result.ended.state for result in self.cells)
+        return {NOT_TRAINED[state]: states[state] for state in NOT_TRAINED if states[state]}
+
     def absence(self, variant: str, method: str) -> str:
         """Why a method has no figures, such as "diverged on all 8 seeds"; empty if it has some."""
         if self.measured(variant, method):
@@ -133,12 +141,11 @@ class Results:
                 return "not tuned yet" if missing else "diverged or failed with all step sizes"
         states = Counter(result.ended.state for result in self._cells_of(variant, method))
         if list(states) == ["missing"]:
-            return "not trained yet"
-        words = {state: "not trained yet" if state == "missing" else state for state in states}
+            return NOT_TRAINED["missing"]
         if len(states) == 1:
             return f"{next(iter(states))} on all {len(self.study.seeds)} seeds"
         total = states.total()
-        return ", ".join(f"{words[key]} on {n} of {total} seeds" for key, n in states.items())
+        return ", ".join(f"{NOT_TRAINED[key]} on {n} of {total} seeds" for key, n in states.items())
 
     @cached_property
     def configs(self) -> dict[str, RunConfig]:
