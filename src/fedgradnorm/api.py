@@ -34,7 +34,6 @@ from fedgradnorm.config import (
     RunSettings,
     TrainConfig,
     WeightingConfig,
-    validated,
 )
 from fedgradnorm.engine import Engine
 from fedgradnorm.engine_wrappers import with_faults
@@ -46,9 +45,8 @@ from fedgradnorm.result import Result
 from fedgradnorm.runs.models import federation_of
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.training import Method
+from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting
-
-__all__ = ["Result", "resume", "run", "train", "weighting_of"]
 
 Settings = TypeVar("Settings", bound=Component)
 

@@ -23,17 +23,6 @@ from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.summary import check_targets
 from fedgradnorm.training import method_of
 
-__all__ = [
-    "changes",
-    "check_clients_here",
-    "check_federation",
-    "check_functions",
-    "check_same",
-    "check_settings",
-    "config_to_resume",
-    "refuse_lockstep",
-]
-
 ARGUMENTS = {"on_round": ("rows",), "on_message": ("message",)}
 
 

@@ -6,39 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.validation import validated
-
-__all__ = [
-    "AggregationConfig",
-    "Component",
-    "EngineConfig",
-    "FaultsConfig",
-    "FederationConfig",
-    "MethodConfig",
-    "ModelConfig",
-    "RunConfig",
-    "RunSettings",
-    "Section",
-    "TrainConfig",
-    "WeightingConfig",
-    "decoded",
-    "dotted",
-    "load_config",
-    "overlaid",
-    "parse_override",
-    "read_toml",
-    "validated",
-]
 
 OWN = "or your own `module:{}`; its options beside it."
 """The end of the description of a part's name."""

@@ -10,8 +10,6 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 
-__all__ = ["Engine"]
-
 
 class Engine(ABC):
     """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states.
@@ -47,10 +45,7 @@ class Engine(ABC):
 
     @abstractmethod
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client that has test data, with this encoder and the client's own head.
 

@@ -17,8 +17,6 @@ from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.randomness import generator
 
-__all__ = ["Costs", "EngineWrapper", "FaultyEngine", "TimedEngine", "with_faults"]
-
 CORRUPTIONS = ("scaled", "cut", "infinite loss", "noise")
 
 
@@ -55,10 +53,7 @@ class EngineWrapper(Engine):
         return self.engine.execute(instructions)
 
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client."""
         return self.engine.evaluate(encoder, buffers, batch_size)
@@ -111,10 +106,7 @@ class TimedEngine(EngineWrapper):
         return reports
 
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client."""
         with self.costs.of("evaluation"):

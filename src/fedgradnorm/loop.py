@@ -47,8 +47,6 @@ from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["MakeEngine", "begin", "go_on"]
-
 MakeEngine = Callable[[RunConfig], Engine]
 """Makes the engine, after it has raised what is wrong with clients and data."""
 

@@ -13,8 +13,6 @@ from fedgradnorm.server import RoundRecord
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["Notices"]
-
 RISEN, RISEN_ROUNDS = 1.05, 5
 """A task's loss has risen when it is above this share of the initial loss for this many rounds."""
 

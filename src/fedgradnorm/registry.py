@@ -15,17 +15,6 @@ from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
 from fedgradnorm.options import options_model
 from fedgradnorm.validation import validated
 
-__all__ = [
-    "BUILT_INS",
-    "build",
-    "check_name",
-    "component_of",
-    "describe",
-    "name_of",
-    "resolve",
-    "resolved",
-]
-
 Part = TypeVar("Part", bound=Component)
 
 BUILT_INS: dict[str, dict[str, str]] = {
@@ -40,10 +29,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "mtfl": "fedgradnorm.federations.mtfl:make",
         "radcom": "fedgradnorm.federations.radcom:make",
     },
-    "model": {
-        "cnn": "fedgradnorm.models:cnn",
-        "mlp": "fedgradnorm.models:mlp",
-    },
+    "model": {"cnn": "fedgradnorm.models:cnn", "mlp": "fedgradnorm.models:mlp"},
     "method": {
         "centralized": "fedgradnorm.training.centralized:Centralized",
         "fedavg": "fedgradnorm.training.fedavg:FedAvg",

@@ -15,8 +15,6 @@ from fedgradnorm.runs.records import Row
 from fedgradnorm.runs.summary import summarise
 from fedgradnorm.server import ServerState
 
-__all__ = ["Session"]
-
 
 @dataclass
 class Session:

@@ -9,8 +9,6 @@ from fedgradnorm.callbacks.base import Callback
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.session import Session
 
-__all__ = ["TensorBoard"]
-
 CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
     "loss",
     "inverse_training_rate",

@@ -12,8 +12,6 @@ from rich.console import Console
 
 from fedgradnorm.errors import FedGradNormWarning
 
-__all__ = ["available_cores", "console", "prepare", "say", "show_error", "stop_on_signals", "warn"]
-
 console = Console()
 
 

@@ -18,9 +18,9 @@ from fedgradnorm.config import (
     overlaid,
     parse_override,
     read_toml,
-    validated,
 )
 from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.validation import validated
 
 __all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_study"]
 
@@ -38,8 +38,7 @@ class Axis(Section):
     )
     values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
     not_for: tuple[str, ...] = Field(
-        (),
-        description="Methods that have the first value only: the settings do not affect them.",
+        (), description="Methods that have the first value only: the settings do not affect them."
     )
 
     @model_validator(mode="after")

@@ -34,7 +34,8 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.randomness import Generators, quick_generator
-from fedgradnorm.training.steps import PlainSteps, Steps, encoded
+from fedgradnorm.training.round import Steps
+from fedgradnorm.training.steps import PlainSteps, encoded
 
 __all__ = ["VectorizedEngine"]
 

@@ -10,8 +10,6 @@ from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingStat
 from fedgradnorm.weighting.combination import keeping, proportional
 from fedgradnorm.weighting.losses import LossKind, has_a_rate, losses_of
 
-__all__ = ["AFL", "on_simplex"]
-
 
 @dataclass(frozen=True)
 class AFL(Weighting):

@@ -10,8 +10,6 @@ from fedgradnorm.options import Options
 if TYPE_CHECKING:  # it loads torch, which checking a configuration does not need
     from fedgradnorm.messages import Report
 
-__all__ = ["Reports", "Update", "Weighting", "WeightingState", "Weights"]
-
 
 @dataclass(frozen=True)
 class WeightingState:

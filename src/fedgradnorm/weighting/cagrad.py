@@ -9,8 +9,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm
 
-__all__ = ["CAGrad", "conflict_averse"]
-
 NO_LENGTH = 1e-6
 """A g_w below this share of the longest gradient counts as 0: its direction is rounding."""
 

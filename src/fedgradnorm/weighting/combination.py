@@ -11,8 +11,6 @@ from fedgradnorm.weighting.base import Reports, Update, WeightingState, Weights
 if TYPE_CHECKING:
     from fedgradnorm.messages import Report
 
-__all__ = ["combination", "keeping", "proportional", "start"]
-
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
 LEAST = 1e-6

@@ -12,8 +12,6 @@ from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingStat
 from fedgradnorm.weighting.combination import keeping, proportional, start
 from fedgradnorm.weighting.losses import has_a_rate, losses_of
 
-__all__ = ["DWA"]
-
 LARGEST_RATE = 1e6
 
 

@@ -13,8 +13,6 @@ from fedgradnorm.weighting.losses import has_a_rate
 if TYPE_CHECKING:
     from fedgradnorm.messages import Report
 
-__all__ = ["FedGradNorm"]
-
 ROUNDING = 1e-12
 """Gaps below this share of the mean are rounding, and move nothing: their sign is noise."""
 

@@ -9,8 +9,6 @@ from pydantic import Field
 from fedgradnorm.weighting.cagrad import conflict_averse
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["FedHCA2"]
-
 
 @dataclass(frozen=True)
 class FedHCA2(FromUpdates):

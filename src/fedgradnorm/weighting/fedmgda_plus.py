@@ -8,8 +8,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm_near
 
-__all__ = ["FedMGDAPlus"]
-
 
 @dataclass(frozen=True)
 class FedMGDAPlus(FromUpdates):

@@ -9,8 +9,6 @@ from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingStat
 from fedgradnorm.weighting.combination import combination, keeping
 from fedgradnorm.weighting.losses import has_a_rate, losses_of
 
-__all__ = ["GLS"]
-
 
 @dataclass(frozen=True)
 class GLS(Weighting):

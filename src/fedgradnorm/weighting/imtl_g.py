@@ -7,8 +7,6 @@ import numpy as np
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["IMTLG"]
-
 RANK = 1e-12
 
 

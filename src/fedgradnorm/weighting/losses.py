@@ -10,8 +10,6 @@ from fedgradnorm.weighting.base import Reports
 if TYPE_CHECKING:
     from fedgradnorm.messages import Report
 
-__all__ = ["LossKind", "has_a_rate", "losses_of"]
-
 LossKind = Literal["absolute", "relative"]
 
 LEAST_SHARE = 1e-6

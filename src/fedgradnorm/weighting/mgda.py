@@ -6,8 +6,6 @@ import numpy as np
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm, without_zeros
 
-__all__ = ["MGDA"]
-
 
 @dataclass(frozen=True)
 class MGDA(FromUpdates):

@@ -10,8 +10,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, without_zeros
 
-__all__ = ["NashMTL", "bargain"]
-
 RIDGE = 1e-10
 MOST_STEPS = 200
 

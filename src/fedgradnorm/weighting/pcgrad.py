@@ -11,8 +11,6 @@ from fedgradnorm.weighting.base import WeightingState
 from fedgradnorm.weighting.combination import start
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["PCGrad"]
-
 
 @dataclass(frozen=True)
 class PCGrad(FromUpdates):

@@ -11,8 +11,6 @@ from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingStat
 from fedgradnorm.weighting.combination import combination, keeping, proportional
 from fedgradnorm.weighting.losses import LossKind, has_a_rate, losses_of
 
-__all__ = ["QFFL"]
-
 
 @dataclass(frozen=True)
 class QFFL(Weighting):

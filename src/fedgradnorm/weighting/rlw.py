@@ -10,8 +10,6 @@ from pydantic import Field
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
 from fedgradnorm.weighting.combination import proportional, start
 
-__all__ = ["RLW"]
-
 
 @dataclass(frozen=True)
 class RLW(Weighting):

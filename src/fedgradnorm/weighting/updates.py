@@ -14,15 +14,6 @@ from fedgradnorm.weighting.combination import combination
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FromUpdates",
-    "Updates",
-    "gram_matrix",
-    "least_norm",
-    "least_norm_near",
-    "without_zeros",
-]
-
 BLOCK = 2**22
 """How many numbers are converted to double precision at a time."""
 
