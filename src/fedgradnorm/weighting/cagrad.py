@@ -33,9 +33,6 @@ class CAGrad(FromUpdates):
         c: from 0 to 100; the paper's 0.4 or 0.5.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):

@@ -34,9 +34,6 @@ class FedHCA2(FromUpdates):
         hyper_weight: h from 0 to 1; 0.1 is where the authors' code begins to learn it.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):

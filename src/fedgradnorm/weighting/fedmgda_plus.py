@@ -27,9 +27,6 @@ class FedMGDAPlus(FromUpdates):
         base: λ⁰ is ``"equal"``, or the share of the ``"examples"``.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):

@@ -1,17 +1,16 @@
 """The geometric loss strategy."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import combination, keeping
-from fedgradnorm.weighting.losses import has_a_rate, losses_of
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import combination
+from fedgradnorm.weighting.losses import FromLosses, losses_of
 
 
 @dataclass(frozen=True)
-class GLS(Weighting):
+class GLS(FromLosses):
     """The gradient of the geometric mean of the losses, (Π F_i)^(1/n).
 
     Source: Chennupati et al., CVPR Workshops 2019.
@@ -33,13 +32,7 @@ class GLS(Weighting):
     ({'a': 1.6, 'b': 0.4}, 1.25)
     """
 
-    reads_gradients: ClassVar[bool] = False
-    needs_positive_losses: ClassVar[bool] = True
-
-    def update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
         """Weights by the inverse losses of this round."""
-        return keeping(state, reports, has_a_rate, self._update)
-
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
         logarithms = np.log(losses_of(reports, positive=True))
         return combination(state, reports, np.exp(logarithms.mean() - logarithms) / len(reports))

@@ -27,9 +27,6 @@ class IMTLG(FromUpdates):
     Args:
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
 
-    Raises:
-        ConfigError: another option.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):

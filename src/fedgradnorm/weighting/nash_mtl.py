@@ -36,9 +36,6 @@ class NashMTL(FromUpdates):
         max_norm: the direction's maximum length, above 0.
         group_by: ``"client"``, or ``"task"`` for a bargain among the tasks' mean gradients.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):

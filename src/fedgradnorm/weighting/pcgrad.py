@@ -29,9 +29,6 @@ class PCGrad(FromUpdates):
         seed: the seed of the orders, at least 0; it is independent of the run's seed.
         group_by: ``"client"``, or ``"task"`` for surgery on the tasks' mean gradients.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, *gradient):
@@ -57,11 +54,8 @@ class PCGrad(FromUpdates):
         from fedgradnorm.randomness import generator  # loads torch
 
         round, count = updates.memory["round"], len(updates.gram)
-        orders = [
-            generator(self.seed, round, str(index), "pcgrad").permutation(count)
-            for index in range(count)
-        ]
-        return projected(updates.gram, orders)
+        draws = [generator(self.seed, round, str(index), "pcgrad") for index in range(count)]
+        return projected(updates.gram, [rng.permutation(count) for rng in draws])
 
 
 def projected(gram: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:

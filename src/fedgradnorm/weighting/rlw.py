@@ -24,9 +24,6 @@ class RLW(Weighting):
     Args:
         seed: the seed of the draws, at least 0; it is independent of the run's seed.
 
-    Raises:
-        ConfigError: a seed below 0.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> reports = [Report(client, "task", torch.zeros(1), 1.0, 1.0, 1.0, 9) for client in "ab"]

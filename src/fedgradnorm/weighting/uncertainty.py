@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import keeping, proportional, start
-from fedgradnorm.weighting.losses import has_a_rate, losses_of
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import proportional, start
+from fedgradnorm.weighting.losses import FromLosses, losses_of
 
 LARGEST_STEP = 1.0
 
 
 @dataclass(frozen=True)
-class Uncertainty(Weighting):
+class Uncertainty(FromLosses):
     """p_i ∝ exp(-s_i), with s_i = log σ_i² a learned log variance of task i.
 
     Source: Kendall, Gal, Cipolla, CVPR 2018.
@@ -44,9 +44,6 @@ class Uncertainty(Weighting):
         weight_lr: the step size, above 0, at most 1.
         weight_steps: steps per round, at least 1.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, loss):
@@ -57,9 +54,6 @@ class Uncertainty(Weighting):
     {'a': 1.5, 'b': 0.5}
     """
 
-    reads_gradients: ClassVar[bool] = False
-    needs_positive_losses: ClassVar[bool] = True
-
     weight_lr: Annotated[float, Field(gt=0, le=1)] = 0.1
     weight_steps: Annotated[int, Field(ge=1)] = 1
 
@@ -67,11 +61,8 @@ class Uncertainty(Weighting):
         """Weight 1 for every client, and s = 0."""
         return start(client_ids, log_variances={})
 
-    def update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
         """Steps on s with this round's losses, and the weights that follow."""
-        return keeping(state, reports, has_a_rate, self._update)
-
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
         known, losses = state.memory["log_variances"], losses_of(reports, positive=True)
         s = np.array([known.get(report.client, 0.0) for report in reports])
         for _ in range(self.weight_steps):
