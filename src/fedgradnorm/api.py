@@ -5,17 +5,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import (
-    IN_PYTHON,
-    build_federation,
-    default_weighting,
-    resolve_config,
-    resolve_training,
-)
+from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config
 from fedgradnorm.callbacks.base import Callback, Callbacks, Functions, OnRound, ShouldStop
 from fedgradnorm.checks import (
     check_clients_here,
@@ -25,9 +19,6 @@ from fedgradnorm.checks import (
     refuse_lockstep,
 )
 from fedgradnorm.config import (
-    AggregationConfig,
-    Component,
-    EngineConfig,
     FaultsConfig,
     FederationConfig,
     RunConfig,
@@ -47,8 +38,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.training import Method
 from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting
-
-Settings = TypeVar("Settings", bound=Component)
 
 
 def train(
@@ -107,7 +96,9 @@ def train(
     """
     check_federation(federation)
     check_functions(on_round=on_round, should_stop=should_stop)
-    settings = _training(method, training)
+    settings = validated(TrainConfig, training, prefix="train")
+    method = settings.method.name if method is None else method
+    settings = settings.model_copy(update={"method": registry.component_of("method", method)})
     weights, component = weighting_of(
         weighting if weighting is not None else default_weighting(settings)
     )
@@ -115,9 +106,9 @@ def train(
         federation=FederationConfig(name=IN_PYTHON),
         train=settings,
         weighting=component,
-        aggregation=_component("aggregation", AggregationConfig, aggregation),
-        engine=_component("engine", EngineConfig, engine),
-        faults=validated(FaultsConfig, dict(faults or {}), prefix="faults"),
+        aggregation=registry.component_of("aggregation", aggregation),
+        engine=registry.component_of("engine", engine),
+        faults=validated(FaultsConfig, faults or {}, prefix="faults"),
         run=_run_settings(run, run_dir),
     )
     called = _callbacks(callbacks, on_round, should_stop, progress=progress)
@@ -223,32 +214,8 @@ def weighting_of(
     Raises:
         ConfigError: what is given is none of these.
     """
-    component = _component("weighting", WeightingConfig, weighting)
+    component = registry.component_of("weighting", weighting)
     return registry.build("weighting", component), component
-
-
-def _component(kind: str, settings: type[Settings], part: object) -> Settings:
-    """The settings of a part that is given as a name, a mapping or an object."""
-    if isinstance(part, str):
-        return registry.resolved(kind, settings(name=part))
-    if isinstance(part, Mapping):
-        return registry.resolved(kind, validated(settings, dict(part), prefix=kind))
-    if kind == "engine":
-        raise ConfigError(
-            "engine: expected a name, such as 'vectorized' or 'reference', or a mapping with a "
-            f"name and options, found {part!r:.100}"
-        )
-    component: Settings = registry.component_of(kind, part)
-    return component
-
-
-def _training(method: object, training: Mapping[str, Any]) -> TrainConfig:
-    if method is None or isinstance(method, str | Mapping):
-        given = {} if method is None else {"method": method}
-        return resolve_training(validated(TrainConfig, {**training, **given}, prefix="train"))
-    settings = validated(TrainConfig, dict(training), prefix="train")
-    component = registry.component_of("method", method)
-    return settings.model_copy(update={"method": component})
 
 
 def _run_settings(run: Mapping[str, Any] | None, run_dir: object) -> RunSettings:

@@ -26,8 +26,7 @@ class AFL(FromLosses):
     The paper's clients share one loss. If tasks differ, the worst loss may just be the one in the
     largest unit: then compare F_i / F_i(0), with ``loss="relative"``; the gradients remain those of
     F_i. Losses are measured from the task's floor, and absolute ones may have any sign. With
-    relative ones a client without a training rate keeps its weight: one whose F_i(0) is not above
-    the floor, or whose F_i is below it.
+    relative ones a client without a training rate keeps its weight.
 
     Args:
         weight_lr: the step size of the ascent, above 0, at most 1e6.

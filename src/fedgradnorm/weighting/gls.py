@@ -19,9 +19,8 @@ class GLS(FromLosses):
     the geometric over the harmonic mean of the losses. The scale of a loss cancels in the ratios
     p_i F_i.
 
-    Losses are measured from the task's floor. A loss of 0, or below 10⁻⁶ of the initial one, counts
-    as that share, since the method divides by it. A client without a training rate keeps its
-    weight: one whose F_i(0) is not above the floor, or whose F_i is below it.
+    A loss of 0, or below 10⁻⁶ of the initial one, counts as that share, since the method divides by
+    it.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

@@ -25,9 +25,7 @@ class QFFL(FromLosses):
 
     The paper's clients share one loss. If tasks differ, the largest loss may just be the one in the
     largest unit: then compare F_i / F_i(0), with ``loss="relative"``; the gradients remain those of
-    F_i. Losses are measured from the task's floor. A loss of 0, or below 10⁻⁶ of the initial one,
-    counts as that share. With q > 0 a client without a training rate keeps its weight: one whose
-    F_i(0) is not above the floor, or whose F_i is below it.
+    F_i. A loss of 0, or below 10⁻⁶ of the initial one, counts as that share.
 
     Args:
         q: from 0 to 100.

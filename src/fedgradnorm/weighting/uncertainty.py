@@ -36,9 +36,7 @@ class Uncertainty(FromLosses):
     `gls`, which is at that point from the first round on. IMTL-L (Liu et al., ICLR 2021) has the
     same fixed point.
 
-    Losses are measured from the task's floor; one of 0, or below 10⁻⁶ of the initial one, counts as
-    that share. A client without a training rate keeps its weight: one whose F_i(0) is not above the
-    floor, or whose F_i is below it.
+    A loss of 0, or below 10⁻⁶ of the initial one, counts as that share.
 
     Args:
         weight_lr: the step size, above 0, at most 1.
