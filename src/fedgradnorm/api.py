@@ -3,21 +3,15 @@
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedgradnorm import registry
+from fedgradnorm import checks, registry
 from fedgradnorm.aggregation.base import Aggregation
 from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config
 from fedgradnorm.callbacks.base import Callback, Callbacks, Functions, OnRound, ShouldStop
-from fedgradnorm.checks import (
-    check_clients_here,
-    check_federation,
-    check_functions,
-    check_settings,
-    refuse_lockstep,
-)
 from fedgradnorm.config import (
     FaultsConfig,
     FederationConfig,
@@ -94,14 +88,13 @@ def train(
     attribute ``result``, and the run's folder holds their models and a checkpoint to resume from.
     This holds for errors of callbacks and for Ctrl-C as well.
     """
-    check_federation(federation)
-    check_functions(on_round=on_round, should_stop=should_stop)
+    checks.check_federation(federation)
+    checks.check_functions(on_round=on_round, should_stop=should_stop)
     settings = validated(TrainConfig, training, prefix="train")
     method = settings.method.name if method is None else method
     settings = settings.model_copy(update={"method": registry.component_of("method", method)})
-    weights, component = weighting_of(
-        weighting if weighting is not None else default_weighting(settings)
-    )
+    weighting = default_weighting(settings) if weighting is None else weighting
+    weights, component = weighting_of(weighting)
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
         train=settings,
@@ -143,23 +136,14 @@ def run(
     Raises:
         FedGradNormError: as `train`.
     """
-    check_functions(on_round=on_round, should_stop=should_stop)
+    checks.check_functions(on_round=on_round, should_stop=should_stop)
     called = _callbacks(callbacks, on_round, should_stop, progress=progress)
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
     make_engine = partial(_engine, federation, weighting)
-    return _with_page(
-        begin(
-            resolved,
-            federation,
-            weighting,
-            make_engine,
-            called,
-            overwrite=overwrite,
-            profiled=profiled,
-        )
-    )
+    parts = resolved, federation, weighting, make_engine, called
+    return _with_page(begin(*parts, overwrite=overwrite, profiled=profiled))
 
 
 def resume(
@@ -196,24 +180,18 @@ def resume(
         StoppedError: the run was stopped again.
     """
     opened = Run(run)
-    check_functions(on_round=on_round, should_stop=should_stop, on_message=on_message)
+    checks.check_functions(on_round=on_round, should_stop=should_stop, on_message=on_message)
     called = _callbacks(callbacks, on_round, should_stop, on_message, progress=progress)
     rounds = None if num_rounds is None else _rounds(num_rounds)
-    check_clients_here(opened.config)
+    checks.check_clients_here(opened.config)
     federation = federation_of(opened, federation)
     weighting = registry.build("weighting", opened.config.weighting)
     make_engine = partial(_engine, federation, weighting)
     return _with_page(go_on(opened, federation, weighting, make_engine, called, num_rounds=rounds))
 
 
-def weighting_of(
-    weighting: str | Mapping[str, Any] | Weighting,
-) -> tuple[Weighting, WeightingConfig]:
-    """A weighting and its settings, from a name, a mapping or an object.
-
-    Raises:
-        ConfigError: what is given is none of these.
-    """
+def weighting_of(weighting: object) -> tuple[Weighting, WeightingConfig]:
+    """A weighting and its settings, from a name, a mapping or an object; else a ConfigError."""
     component = registry.component_of("weighting", weighting)
     return registry.build("weighting", component), component
 
@@ -252,34 +230,30 @@ def _callbacks(
 
 def _engine(federation: Federation, weighting: Weighting, config: RunConfig) -> Engine:
     """An engine for clients in this process, after all that could be wrong with them is raised."""
-    check_clients_here(config)
-    check_settings(config, federation)
+    checks.check_clients_here(config)
+    checks.check_settings(config, federation)
+    train = config.train
     federation.check_data(
-        config.train.batch_size,
-        config.train.eval_batch_size,
+        train.batch_size,
+        train.eval_batch_size,
         positive_losses=weighting.needs_positive_losses,
-        initial_guess=config.train.initial_loss == "guess",
-        seed=config.train.seed,
+        initial_guess=train.initial_loss == "guess",
+        seed=train.seed,
     )
-    engine: Engine = registry.build(
-        "engine", config.engine, federation=federation, seed=config.train.seed
-    )
+    given = {"federation": federation, "seed": train.seed}
+    engine: Engine = registry.build("engine", config.engine, **given)
     if not engine.lockstep:
-        refuse_lockstep(config)
+        checks.refuse_lockstep(config)
     return with_faults(engine, config.faults)
 
 
 def _rounds(number: object) -> int:
     """A number of rounds. Raises ConfigError for anything else."""
-    try:
+    with suppress(TypeError):
         rounds = 0 if isinstance(number, bool) else operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
-        rounds = 0
-    if rounds < 1:
-        raise ConfigError(
-            f"num_rounds: expected a whole number of at least 1, found {number!r:.100}"
-        )
-    return rounds
+        if rounds > 0:
+            return rounds
+    raise ConfigError(f"num_rounds: expected a whole number of at least 1, found {number!r:.100}")
 
 
 def _with_page(result: Result) -> Result:

@@ -12,7 +12,7 @@ from fedgradnorm.messages import Instruction, Report
 
 
 class Engine(ABC):
-    """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states.
+    """Runs the clients, and keeps their states; made with ``(federation, seed, **options)``.
 
     Attributes:
         lockstep: whether it can run methods in which the server takes a step after each step of
@@ -53,7 +53,4 @@ class Engine(ABC):
             encoder: ω, shape ``(P,)``.
             buffers: the averaged buffers of the encoder, by name.
             batch_size: how many examples go through the model at a time.
-
-        Returns:
-            The evaluations, by client id.
         """

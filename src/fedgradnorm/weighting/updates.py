@@ -199,7 +199,7 @@ def _is_least(weights: np.ndarray, gram: np.ndarray) -> bool:
 
 
 def _root(gram: np.ndarray) -> np.ndarray:
-    """R with RᵀR = G in units of the longest gradient, up to the ridge: that of the cosines first."""
+    """R with RᵀR = G in units of the longest gradient, up to the ridge, by way of the cosines."""
     lengths = np.sqrt(np.maximum(gram.diagonal(), 0.0))
     lengths /= lengths.max()
     known = np.where(lengths > 0, lengths, 1.0)
