@@ -165,7 +165,7 @@ class Parts(NamedTuple):
 
 
 class _Loop:
-    """The rounds of one start of a run; ``replaces``: of one that an earlier run makes room for."""
+    """The rounds of one start of a run. ``replaces``: a failed first round puts a run back."""
 
     def __init__(
         self, session: Session, parts: Parts, callback: Callback, *, replaces: bool = False
