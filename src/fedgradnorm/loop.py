@@ -268,7 +268,12 @@ class _Loop:
         self._saved = session.round
 
     def _fail(self, error: BaseException) -> None:
-        """Keep the rounds that are done, tell callbacks, and tell with the error what is kept."""
+        """Keep the rounds that are done, tell callbacks, and tell with the error what is kept.
+
+        Raises:
+            RunError: the folder cannot be written.
+            FedGradNormError: the error again, with its text completed, where it is one.
+        """
         session, hint = self.session, ""
         session.error = error
         try:
