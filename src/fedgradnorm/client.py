@@ -29,7 +29,8 @@ from fedgradnorm.parameters import (
 )
 from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
-from fedgradnorm.training.steps import PlainSteps, Steps
+from fedgradnorm.training.round import Steps
+from fedgradnorm.training.steps import PlainSteps
 
 __all__ = [
     "ClientState",

@@ -10,8 +10,9 @@ from typing import Any
 
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.spec import Method, Study, Variant, nested
-from fedgradnorm.config import RunConfig, overlaid, validated
+from fedgradnorm.config import RunConfig, overlaid
 from fedgradnorm.errors import ConfigError
+from fedgradnorm.validation import validated
 
 Point = tuple[float, ...]
 """A point of the tuning grid: a value for each axis."""

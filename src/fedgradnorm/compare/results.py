@@ -12,7 +12,8 @@ from fedgradnorm.compare.grid import Cell, Point
 from fedgradnorm.compare.measures import Measured
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval
-from fedgradnorm.config import RunConfig, overlaid, validated
+from fedgradnorm.config import RunConfig, overlaid
+from fedgradnorm.validation import validated
 
 NOT_TRAINED = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
 """By the state of a cell that is not trained, its words."""

@@ -16,10 +16,10 @@ from fedgradnorm.engines.workspace import same, views
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, flatten, load_flat, trainable
+from fedgradnorm.training.round import LocalRound
 from fedgradnorm.training.steps import (
     GATHERED_BYTES,
     HEAD_BATCHES,
-    LocalRound,
     PlainSteps,
     batches_of,
     encoder_order,

@@ -36,7 +36,8 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.randomness import Generators, quick_generator
-from fedgradnorm.training.steps import PlainSteps, Steps, encoded
+from fedgradnorm.training.round import Steps
+from fedgradnorm.training.steps import PlainSteps, encoded
 
 CACHE_BYTES = 8 * 2**20
 """The encoders of a stack take at most this together, so that they stay in the caches."""

@@ -15,12 +15,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedgradnorm import __version__
-from fedgradnorm.config import TrainConfig, validated
+from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import ConfigError, MessageError
 from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
 from fedgradnorm.flower.records import CONTROL, REFUSAL, check_records, checked, one_line, read_json
 from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction
+from fedgradnorm.validation import validated
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from fedgradnorm.config import (
     RunConfig,
     RunSettings,
     TrainConfig,
-    validated,
 )
 from fedgradnorm.errors import ConfigError, StoppedError, require
 from fedgradnorm.flower.engine import GridEngine
@@ -39,6 +38,7 @@ from fedgradnorm.parameters import matches
 from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.server import ServerState, conclude, instruct, screen
 from fedgradnorm.session import Session
+from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting
 
 log = logging.getLogger(__name__)
