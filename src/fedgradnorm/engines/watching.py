@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedgradnorm.engines import places
+from fedgradnorm.engines.failures import Untraceable
 from fedgradnorm.engines.places import Place
 from fedgradnorm.engines.trust import NEVER_CHANGING, NOT_CALLED, NOT_TRUSTED, READS_ANY, is_trusted
 from fedgradnorm.modules import GENERATORS, slots_of
@@ -39,7 +40,7 @@ OF_TORCH = frozenset(vars(nn.Module())) - STATE - {"_modules", *HOOKS}
 """The attributes of every module that training itself changes, or that no forward pass reads."""
 
 
-class CannotTell(Exception):  # noqa: N818  # it is an answer
+class CannotTell(Untraceable):
     """A model or a loss reads something whose value cannot be seen, such as an iterator."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedgradnorm.errors import RunError
+from fedgradnorm.errors import ConfigError
 from fedgradnorm.report.charts import GREY, MOST_LINES, Value, values_by_round
 from fedgradnorm.report.looks import Look, looks_for
 from fedgradnorm.runs.records import Row, Summary
@@ -28,13 +28,15 @@ def curves(rows: Sequence[Row], summary: Summary) -> "Figure":
         summary: the run's summary.
 
     Raises:
-        RunError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RunError('the figure needs matplotlib: pip install "fedgradnorm[report]"') from error
+        raise ConfigError(
+            'the figure needs matplotlib: pip install "fedgradnorm[report]"'
+        ) from error
     by_task = len({row["client"] for row in rows}) > MOST_LINES
     looks = looks_for(list(dict.fromkeys(_name(row, by_task) for row in rows)))
     mains = (task["metric"] for task in summary["tasks"].values())
