@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.cli import terminal
+import fedgradnorm.cli.terminal as terminal
 from fedgradnorm.errors import ClientError
 
 Overrides = Annotated[

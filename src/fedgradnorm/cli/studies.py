@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgradnorm.cli import terminal
+import fedgradnorm.cli.terminal as terminal
 from fedgradnorm.errors import StoppedError
 
 if TYPE_CHECKING:

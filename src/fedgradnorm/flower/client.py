@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+import fedgradnorm.flower.messages as messages
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.config import TrainConfig, load_config, parse_override
@@ -24,7 +25,6 @@ from fedgradnorm.errors import (
     require,
 )
 from fedgradnorm.federation import Client, Federation
-from fedgradnorm.flower import messages
 from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
 from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin

@@ -9,10 +9,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
+import fedgradnorm.flower.messages as messages
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.evaluation import Evaluation
-from fedgradnorm.flower import messages
 from fedgradnorm.flower.client import client_key, lost_state, private_errors, state_dir
 from fedgradnorm.flower.layout import Layout, arrays_of, encoder_of, tensors_of
 from fedgradnorm.flower.records import ARRAYS, CONFIG, METRICS

@@ -12,8 +12,8 @@ from cryptography import x509
 from rich.table import Table
 from rich.text import Text
 
+import fedgradnorm.flower.status as run_status
 from fedgradnorm.errors import FedGradNormError, RunError, printable
-from fedgradnorm.flower import status as run_status
 from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, beside
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.reader import Run

@@ -9,9 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+import fedgradnorm.flower.records as records
 from fedgradnorm.errors import MessageError
 from fedgradnorm.evaluation import Evaluation
-from fedgradnorm.flower import records
 from fedgradnorm.flower.layout import Layout, arrays_of, buffers_in, encoder_of
 from fedgradnorm.flower.records import ARRAYS, BUFFERS, CONTROL, METRICS
 from fedgradnorm.messages import Report

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fedgradnorm.flower.status as run_status
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, described
 from fedgradnorm.federation import Members
-from fedgradnorm.flower import status as run_status
 from fedgradnorm.flower.status import ANSWERED, ClientStatus, Drop, Failure, Kind, RunStatus, State
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.records import Row

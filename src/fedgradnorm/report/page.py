@@ -10,8 +10,8 @@ from typing import Any
 
 import tomli_w
 
+import fedgradnorm.report.comparison as comparison
 from fedgradnorm.errors import RunError
-from fedgradnorm.report import comparison
 from fedgradnorm.report.charts import GREY, charts_of
 from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cells_of, percentage
 from fedgradnorm.report.findings import (
