@@ -216,7 +216,7 @@ def _tuning(results: Results) -> dict[str, Any]:
         "names": 2 if results.study.shows_variants else 1,
         "titles": texts.tuning_titles(results),
         "rows": texts.tuning_rows(results),
-        "reasons": sorted({reason for tuned in results.tuned for reason in tuned.reasons.values()}),
+        "reasons": sorted({why.text for tuned in results.tuned for why in tuned.reasons.values()}),
     }
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fedgradnorm.build import resolve_config
 from fedgradnorm.compare.cells import Ended
@@ -31,6 +31,13 @@ class CellResult:
     measured: Measured | None
 
 
+class NoScore(NamedTuple):
+    """Why a point of the grid has no score for a method: a word for a table, and all of it."""
+
+    state: str
+    text: str
+
+
 @dataclass(frozen=True)
 class TunedMethod:
     """How a method's step sizes were chosen in a variant.
@@ -46,7 +53,7 @@ class TunedMethod:
     variant: str
     method: str
     scores: Mapping[Point, float | None]
-    reasons: Mapping[Point, str]
+    reasons: Mapping[Point, NoScore]
     chosen: Point | None
     edges: tuple[str, ...]
 
@@ -138,7 +145,7 @@ class Results:
             return ""
         for tuned in self.tuned:
             if (tuned.variant, tuned.method) == (variant, method) and tuned.chosen is None:
-                missing = any(reason.startswith("missing") for reason in tuned.reasons.values())
+                missing = any(reason.state == "missing" for reason in tuned.reasons.values())
                 return "not tuned yet" if missing else "diverged or failed with all step sizes"
         states = Counter(result.ended.state for result in self._cells_of(variant, method))
         if list(states) == ["missing"]:

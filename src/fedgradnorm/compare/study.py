@@ -10,12 +10,12 @@ from fedgradnorm.compare.cells import Ended, Order, folder_of, order_for, state_
 from fedgradnorm.compare.estimates import estimates_of
 from fedgradnorm.compare.grid import Cell, Point, final_cells, points_of, tuning_cells
 from fedgradnorm.compare.measures import diverged, measure, tuning_score
-from fedgradnorm.compare.results import CellResult, Results, TunedMethod
+from fedgradnorm.compare.results import CellResult, NoScore, Results, TunedMethod
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.workers import Listener, Workers
 from fedgradnorm.errors import RunError, StoppedError
 
-NOT_TUNED = "– (not for this method)"
+NOT_TUNED = NoScore("–", "– (not for this method)")
 """Why a method has no score at a point of the grid that is only for others."""
 
 
@@ -138,22 +138,23 @@ def _chosen(
     if study.tuning is None:
         return TunedMethod(variant, method, {}, {}, (), ())
     scores: dict[Point, float | None] = {}
-    reasons: dict[Point, str] = {}
+    reasons: dict[Point, NoScore] = {}
     for point in points_of(study):
         trained = results.get((variant, method, point), ())
-        bad = [result for result in trained if result.measured is None]
-        known = [tuning_score(result.measured) for result in trained if result.measured]
-        own = [score for score in known if score is not None]
-        scores[point] = None
+        of_seeds = [
+            tuning_score(result.measured) if result.measured else None for result in trained
+        ]
+        known = [score for score in of_seeds if score is not None]
+        scores[point] = sum(known) / len(known) if trained and len(known) == len(trained) else None
         if not trained:
             reasons[point] = NOT_TUNED
-        elif bad:
+        elif scores[point] is None:
+            bad = [result for result, score in zip(trained, of_seeds, strict=True) if score is None]
             ended, seed = bad[-1].ended, bad[-1].cell.seed
-            reasons[point] = f"{ended.state} with seed {seed} {ended.reason}".strip()
-        else:
-            scores[point] = sum(own) / len(own)
+            text = f"{ended.state} with seed {seed} {ended.reason}".strip()
+            reasons[point] = NoScore(ended.state, text)
     candidates = {point: score for point, score in scores.items() if score is not None}
-    incomplete = any(reason.startswith("missing") for reason in reasons.values())
+    incomplete = any(reason.state == "missing" for reason in reasons.values())
     best = None if incomplete else min(candidates, key=candidates.__getitem__, default=None)
     edges = [
         " = ".join([*axis.keys, f"{value:g}"])

@@ -91,8 +91,9 @@ def _csv(results: Results) -> str:
 def _json(results: Results) -> str:
     tuning = []
     for tuned in results.tuned:
+        why = {point: reason.text for point, reason in tuned.reasons.items()}
         scores = [
-            {"point": point, "score": score, "reason": tuned.reasons.get(point, "")}
+            {"point": point, "score": score, "reason": why.get(point, "")}
             for point, score in tuned.scores.items()
         ]
         names = {"variant": tuned.variant, "method": tuned.method}

@@ -125,7 +125,7 @@ def tuning_rows(results: Results) -> list[list[str]]:
         names = [tuned.variant, tuned.method] if results.study.shows_variants else [tuned.method]
         scores = []
         for point, score in tuned.scores.items():
-            text = tuned.reasons[point].split(" ")[0] if score is None else f"{score:.3f}"
+            text = tuned.reasons[point].state if score is None else f"{score:.3f}"
             scores.append(f"{text} *" if point == tuned.chosen else text)
         rows.append([*names, *scores, "at the edge" if tuned.edges else ""])
     return rows

@@ -165,7 +165,7 @@ def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path):
     results = compare(study, tmp_path / "out")
     tuned = {one.method: one for one in results.tuned}
     assert tuned["huge"].chosen is None
-    assert all("diverged with seed 7" in reason for reason in tuned["huge"].reasons.values())
+    assert all("diverged with seed 7" in reason.text for reason in tuned["huge"].reasons.values())
     assert {result.cell.method for result in results.cells} == {"equal", "FedGradNorm"}
     assert {result.ended.state for result in results.cells} == {"trained"}
     page = write_page(results, tmp_path / "out" / "index.html").read_text()
