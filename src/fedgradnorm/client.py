@@ -31,19 +31,6 @@ from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
 from fedgradnorm.training.steps import PlainSteps, Steps
 
-__all__ = [
-    "ClientState",
-    "evaluate_client",
-    "guess_loss",
-    "initial_state",
-    "load_model",
-    "local_update",
-    "loss_batches",
-    "mean_loss",
-    "naming",
-]
-
-
 FEWEST_BATCHES = 64
 """A loss with random numbers, as with dropout, is the mean over at least this many batches."""
 

@@ -9,20 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = [
-    "Data",
-    "Dataset",
-    "batch_order",
-    "distinct",
-    "draws_few",
-    "in_batches",
-    "misfit",
-    "num_passes",
-    "size",
-    "take",
-    "tensors",
-]
-
 LARGE_BYTES = 8 * 2**20
 """The most bytes of inputs at once where nothing is trained: features of images are far larger."""
 

@@ -12,15 +12,6 @@ from fedgradnorm.errors import described
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.task import Metric, Task
 
-__all__ = [
-    "EVALUATION_BATCH",
-    "Evaluation",
-    "NotFinite",
-    "constant_guess",
-    "evaluate",
-    "evaluation_of",
-]
-
 SMALL, MOVED = 1e-5, 1e-3
 """If a constant answer moves by the first, its metrics move by no more than the second."""
 

@@ -17,23 +17,6 @@ from fedgradnorm.modules import (
 from fedgradnorm.parameters import names_in, norm_layer_slices, trainable
 from fedgradnorm.task import Task
 
-__all__ = [
-    "check_copied",
-    "check_example",
-    "check_factory",
-    "check_ids",
-    "check_measures",
-    "check_memory",
-    "check_reached",
-    "check_tasks",
-    "check_ties",
-    "check_types",
-    "encoded",
-    "features_of",
-    "listed",
-    "output_of",
-]
-
 
 def listed(clients: object) -> tuple[Client, ...]:
     """The clients as a tuple. Refuses anything but an iterable of at least one `Client`."""
@@ -199,9 +182,7 @@ def output_of(client: Client, head: nn.Module, features: Tensor) -> Tensor:
 
 
 def check_reached(
-    encoder: nn.Module,
-    norm_layer: str | Sequence[str] | None,
-    reached: Mapping[str, Sequence[str]],
+    encoder: nn.Module, norm_layer: str | Sequence[str] | None, reached: Mapping[str, Sequence[str]]
 ) -> None:
     """Refuse a norm layer that no gradient reaches, and warn if one client's does not.
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fedgradnorm.data import Data, size, take
 
-__all__ = ["NUMBERS", "bad_examples", "batch_with", "is_finite"]
-
 NUMBERS = 2**22
 """The most numbers that are looked at at once, of inputs or of outputs."""
 

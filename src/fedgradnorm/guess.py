@@ -11,8 +11,6 @@ from torch.nn import functional
 from fedgradnorm.errors import FederationError
 from fedgradnorm.task import Task
 
-__all__ = ["answer_kind", "constant_answer"]
-
 SURE = 10.0
 """The score of a class that is certain."""
 

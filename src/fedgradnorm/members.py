@@ -17,8 +17,6 @@ from fedgradnorm.parameters import trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.task import Metric, Task
 
-__all__ = ["CLIENT_ID", "Client", "Members", "absent", "absent_client"]
-
 CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import ConfigError
 
-__all__ = ["ConvEncoder", "cnn", "linear_head", "mlp"]
-
-
 MOST_UNITS = 100_000
 
 

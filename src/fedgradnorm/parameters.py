@@ -9,19 +9,6 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 
-__all__ = [
-    "buffers_of",
-    "concatenated",
-    "flatten",
-    "load_buffers",
-    "load_flat",
-    "matches",
-    "names_in",
-    "norm_layer_slices",
-    "norm_over",
-    "trainable",
-]
-
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters with their names, in the order of the flat vector."""

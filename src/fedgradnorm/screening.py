@@ -11,8 +11,6 @@ import torch
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["LAST_NORMS", "by_reason", "screen"]
-
 LAST_NORMS, FEWEST_NORMS = 10, 3
 """How many gradient lengths of a client are remembered, and how many show what is usual for it."""
 

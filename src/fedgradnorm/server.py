@@ -23,17 +23,6 @@ from fedgradnorm.training import method_of
 from fedgradnorm.weighing import aggregated, first_state, weigh
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
-__all__ = [
-    "RoundRecord",
-    "ServerState",
-    "advance",
-    "conclude",
-    "initial_state",
-    "instruct",
-    "run_round",
-    "screen",
-]
-
 
 @dataclass(frozen=True)
 class ServerState:

@@ -13,8 +13,6 @@ from fedgradnorm.parameters import trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.task import Task
 
-__all__ = ["SAMPLE", "Unsound", "check_loss", "check_pairs", "one_number", "shapes"]
-
 SAMPLE = 64
 """The number of examples that a loss is tried with."""
 

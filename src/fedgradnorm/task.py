@@ -9,8 +9,6 @@ from typing_extensions import TypeIs  # in the standard library from Python 3.13
 
 from fedgradnorm.errors import FederationError
 
-__all__ = ["Metric", "Task"]
-
 
 @dataclass(frozen=True)
 class Metric:

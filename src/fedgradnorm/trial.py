@@ -29,8 +29,6 @@ from fedgradnorm.task import Task
 if TYPE_CHECKING:
     from fedgradnorm.federation import Client
 
-__all__ = ["Trial", "check_client"]
-
 
 @dataclass
 class Trial:

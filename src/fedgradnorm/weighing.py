@@ -13,8 +13,6 @@ from fedgradnorm.errors import FedGradNormError, WeightingError, described
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
-__all__ = ["aggregated", "first_state", "weigh"]
-
 
 def first_state(weighting: Weighting, client_ids: Sequence[str]) -> WeightingState:
     """The state of a weighting before the first round.

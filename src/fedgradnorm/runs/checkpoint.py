@@ -27,16 +27,6 @@ from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
-__all__ = [
-    "Checkpoint",
-    "later_than",
-    "load_checkpoint",
-    "load_newest",
-    "save_checkpoint",
-    "set_aside",
-    "sound_rounds",
-]
-
 FORMAT: Literal[1] = 1
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
 WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, RecursionError)

@@ -22,18 +22,6 @@ from pathlib import Path
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
 
-__all__ = [
-    "CHECKPOINTS",
-    "ENTRIES",
-    "PROFILE",
-    "RESULTS",
-    "STATUS",
-    "UNDONE",
-    "how_to_resume",
-    "not_writable",
-    "writing",
-]
-
 CHECKPOINTS, PROFILE, UNDONE, STATUS = "checkpoints", "profile", "undone", "status.json"
 
 ENTRIES = {

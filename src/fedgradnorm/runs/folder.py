@@ -7,41 +7,9 @@ from fedgradnorm.atomic import sync_folder, write_atomically
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.runs.checkpoint import later_than
-from fedgradnorm.runs.entries import (
-    CHECKPOINTS,
-    ENTRIES,
-    PROFILE,
-    RESULTS,
-    STATUS,
-    UNDONE,
-    how_to_resume,
-    not_writable,
-    writing,
-)
-from fedgradnorm.runs.lock import alone_in, being_written, lock_of
-from fedgradnorm.runs.reader import Run
-from fedgradnorm.runs.settings import as_toml, load_config_of, write_config
-from fedgradnorm.runs.writer import RunWriter, end_of_round
-
-__all__ = [
-    "CHECKPOINTS",
-    "PROFILE",
-    "STATUS",
-    "Run",
-    "RunWriter",
-    "alone_in",
-    "being_written",
-    "check_free",
-    "create_run",
-    "how_to_resume",
-    "load_config_of",
-    "lock_of",
-    "put_back",
-    "remove_replaced",
-    "replaced_by",
-    "set_rounds_aside",
-    "write_config",
-]
+from fedgradnorm.runs.entries import CHECKPOINTS, ENTRIES, RESULTS, UNDONE, not_writable, writing
+from fedgradnorm.runs.settings import as_toml, load_config_of
+from fedgradnorm.runs.writer import end_of_round
 
 
 def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> None:

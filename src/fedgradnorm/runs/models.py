@@ -19,8 +19,6 @@ from fedgradnorm.runs.checkpoint import load_newest
 from fedgradnorm.runs.entries import CHECKPOINTS
 from fedgradnorm.runs.reader import Run
 
-__all__ = ["check_client_id", "evaluate_run", "federation_of", "joined", "load_model"]
-
 
 def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
     """Load a client's model from a run's folder: the encoder that the client uses, and its head.

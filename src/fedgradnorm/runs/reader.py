@@ -16,8 +16,6 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.settings import load_config_of
 
-__all__ = ["Run"]
-
 TAIL = 2**16
 """The number of bytes at the end of metrics.jsonl in which the last round is searched first."""
 

@@ -13,17 +13,6 @@ from fedgradnorm.federation import Client, Members
 from fedgradnorm.runs.records import Heard, MetricSummary, Row, Summary, TaskSummary
 from fedgradnorm.task import Metric, Task
 
-__all__ = [
-    "LOSS_RATIO",
-    "SMOOTHED",
-    "check_targets",
-    "costs_text",
-    "rounds_to",
-    "silent_texts",
-    "summarise",
-    "task_curve",
-]
-
 Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
 LOSS_RATIO = "loss ratio "

@@ -21,8 +21,6 @@ from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume, writing
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
 
-__all__ = ["RunWriter", "end_of_round"]
-
 
 class RunWriter:
     """Writes the files of a run's folder. A context manager: leaving it closes the files.
