@@ -51,10 +51,7 @@ def default_norm_layer(module: nn.Module) -> str:
     """The name of the last layer with a weight matrix: the last shared layer, as in GradNorm.
 
     "Last" is in the order in which the encoder registers its layers. Layers without a matrix, such
-    as BatchNorm, are skipped.
-
-    Raises:
-        FederationError: there is no such layer.
+    as BatchNorm, are skipped. Raises FederationError if there is no such layer.
     """
     names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
     if not names:

@@ -38,10 +38,8 @@ class Metric:
         if not isinstance(self.name, str) or not self.name:
             raise FederationError(f"metric: expected a name, found {self.name!r}")
         if not callable(self.function):
-            raise FederationError(
-                f"metric '{self.name}': expected a function (outputs, targets) -> float, "
-                f"found {self.function!r:.100}"
-            )
+            expected = "expected a function (outputs, targets) -> float"
+            raise FederationError(f"metric '{self.name}': {expected}, found {self.function!r:.100}")
         for flag in ("higher_is_better", "percent", "batched"):
             value = getattr(self, flag)
             if not isinstance(value, bool):

@@ -54,15 +54,13 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
             return
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"run folder {str(folder)[:100]!r}: no such folder can be: {reason}"
-        ) from error
+        reason = f"no such folder can be: {getattr(error, 'strerror', None) or error}"
+        raise RunError(f"run folder {str(folder)[:100]!r}: {reason}") from error
     if names is not None and folder.samefile("."):
         raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if names is None or folder.is_symlink():
-        text = f"run folder {folder} exists, and is a link or no folder"
-        raise RunError(f"{text}: choose another run.dir")
+        text = "exists, and is a link or no folder: choose another run.dir"
+        raise RunError(f"run folder {folder} {text}")
     if not overwrite:
         how = "--overwrite on the command line, overwrite=True in Python"
         raise RunError(f"run folder {folder} exists: choose another one, or replace it: {how}")
@@ -124,11 +122,7 @@ def remove_replaced(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Move the replaced run back to its folder, in place of the new one.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Move the replaced run back to its folder. Raises RunError if that cannot be written."""
     old = replaced_by(folder)
     with writing(folder, f"the run that was there is in {old}"):
         if folder.exists():
@@ -139,7 +133,5 @@ def put_back(folder: Path) -> None:
 
 def _has_rounds(folder: Path) -> bool:
     """Whether metrics.jsonl has a complete line."""
-    try:
-        return b"\n" in (folder / "metrics.jsonl").read_bytes()
-    except FileNotFoundError:
-        return False
+    path = folder / "metrics.jsonl"
+    return path.exists() and b"\n" in path.read_bytes()
