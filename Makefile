@@ -28,7 +28,7 @@ test-matrix: export OMP_NUM_THREADS = 1
 test-matrix:
 	@failed=; \
 	for python in $(PYTHONS); do \
-	    $(MAKE) --no-print-directory test-with PYTHON=$$python NAME=$$python \
+	    $(MAKE) --no-print-directory test-with PYTHON=$$python NAME=$${python##*/} \
 	        PINS=constraints.txt || failed="$$failed $$python"; \
 	done; \
 	$(MAKE) --no-print-directory test-with PYTHON=$(firstword $(PYTHONS)) NAME=lowest \

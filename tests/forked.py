@@ -14,13 +14,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fedgradnorm.progress
-import fedgradnorm.run
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
 
+import fedgradnorm.callbacks.progress_bar
 import fedgradnorm.cli
+import fedgradnorm.loop
 import fedgradnorm.report
 from fedgradnorm.federations import digits
 
@@ -88,6 +88,7 @@ def run(order: dict[str, Any]) -> None:
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115  # for as long as the process lives
     os.chdir(order["folder"])
+    os.environ.clear()
     os.environ.update(order["environment"])
     if order["largest_file"] is not None:
         limits = (order["largest_file"], resource.RLIM_INFINITY)

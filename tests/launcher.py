@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,9 +69,8 @@ class Launcher:
         missing: Sequence[str] = (),
         largest_file: int | None = None,
         kill_in: tuple[Path, Path] | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> Process:
-        """Start ``fedgradnorm WORDS`` in this process's folder.
+        """Start ``fedgradnorm WORDS`` in this process's folder, with its environment.
 
         Args:
             outputs: the folder of the files of its output.
@@ -80,7 +79,6 @@ class Launcher:
             missing: modules that cannot be imported there.
             largest_file: bytes of the largest file that it can write.
             kill_in: see ``forked.Killer``.
-            environment: variables beside those of the launcher.
         """
         out, err = outputs / "out.txt", outputs / "err.txt"
         order = {
@@ -92,7 +90,7 @@ class Launcher:
             "missing": list(missing),
             "largest_file": largest_file,
             "kill_in": None if kill_in is None else [str(path) for path in kill_in],
-            "environment": dict(environment or {}),
+            "environment": dict(os.environ),
         }
         self._tell(json.dumps(order))
         return Process(int(self._answer()), self._end, out, err)

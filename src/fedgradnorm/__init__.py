@@ -23,7 +23,7 @@ from fedgradnorm.errors import (
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` does this
     from fedgradnorm.aggregation.base import Aggregation
-    from fedgradnorm.api import Result, resume, run, train
+    from fedgradnorm.api import resume, run, train
     from fedgradnorm.callbacks.base import Callback
     from fedgradnorm.callbacks.early_stopping import EarlyStopping
     from fedgradnorm.callbacks.progress_bar import ProgressBar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` do
     from fedgradnorm.engine import Engine
     from fedgradnorm.export import export_model
     from fedgradnorm.federation import Client, Federation
+    from fedgradnorm.result import Result
     from fedgradnorm.runs.models import evaluate_run, load_model
     from fedgradnorm.session import Session
     from fedgradnorm.task import Metric, Task
@@ -89,7 +90,7 @@ _MODULES = {
     "Method": "training.base",
     "Metric": "task",
     "ProgressBar": "callbacks.progress_bar",
-    "Result": "api",
+    "Result": "result",
     "Session": "session",
     "Task": "task",
     "TensorBoard": "callbacks.tensorboard",

@@ -3,38 +3,22 @@
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fedgradnorm import registry
+from fedgradnorm import checks, registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.build import (
-    IN_PYTHON,
-    build_federation,
-    default_weighting,
-    resolve_config,
-    resolve_training,
-)
+from fedgradnorm.build import IN_PYTHON, build_federation, default_weighting, resolve_config
 from fedgradnorm.callbacks.base import Callback, Callbacks, Functions, OnRound, ShouldStop
-from fedgradnorm.checks import (
-    check_clients_here,
-    check_federation,
-    check_functions,
-    check_settings,
-    refuse_lockstep,
-)
 from fedgradnorm.config import (
-    AggregationConfig,
-    Component,
-    EngineConfig,
     FaultsConfig,
     FederationConfig,
     RunConfig,
     RunSettings,
     TrainConfig,
     WeightingConfig,
-    validated,
 )
 from fedgradnorm.engine import Engine
 from fedgradnorm.engine_wrappers import with_faults
@@ -46,11 +30,8 @@ from fedgradnorm.result import Result
 from fedgradnorm.runs.models import federation_of
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.training import Method
+from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting
-
-__all__ = ["Result", "resume", "run", "train", "weighting_of"]
-
-Settings = TypeVar("Settings", bound=Component)
 
 
 def train(
@@ -107,19 +88,20 @@ def train(
     attribute ``result``, and the run's folder holds their models and a checkpoint to resume from.
     This holds for errors of callbacks and for Ctrl-C as well.
     """
-    check_federation(federation)
-    check_functions(on_round=on_round, should_stop=should_stop)
-    settings = _training(method, training)
-    weights, component = weighting_of(
-        weighting if weighting is not None else default_weighting(settings)
-    )
+    checks.check_federation(federation)
+    checks.check_functions(on_round=on_round, should_stop=should_stop)
+    settings = validated(TrainConfig, training, prefix="train")
+    method = settings.method.name if method is None else method
+    settings = settings.model_copy(update={"method": registry.component_of("method", method)})
+    weighting = default_weighting(settings) if weighting is None else weighting
+    weights, component = weighting_of(weighting)
     config = RunConfig(
         federation=FederationConfig(name=IN_PYTHON),
         train=settings,
         weighting=component,
-        aggregation=_component("aggregation", AggregationConfig, aggregation),
-        engine=_component("engine", EngineConfig, engine),
-        faults=validated(FaultsConfig, dict(faults or {}), prefix="faults"),
+        aggregation=registry.component_of("aggregation", aggregation),
+        engine=registry.component_of("engine", engine),
+        faults=validated(FaultsConfig, faults or {}, prefix="faults"),
         run=_run_settings(run, run_dir),
     )
     called = _callbacks(callbacks, on_round, should_stop, progress=progress)
@@ -154,23 +136,14 @@ def run(
     Raises:
         FedGradNormError: as `train`.
     """
-    check_functions(on_round=on_round, should_stop=should_stop)
+    checks.check_functions(on_round=on_round, should_stop=should_stop)
     called = _callbacks(callbacks, on_round, should_stop, progress=progress)
     resolved = resolve_config(config)
     federation = build_federation(resolved)
     weighting = registry.build("weighting", resolved.weighting)
     make_engine = partial(_engine, federation, weighting)
-    return _with_page(
-        begin(
-            resolved,
-            federation,
-            weighting,
-            make_engine,
-            called,
-            overwrite=overwrite,
-            profiled=profiled,
-        )
-    )
+    parts = resolved, federation, weighting, make_engine, called
+    return _with_page(begin(*parts, overwrite=overwrite, profiled=profiled))
 
 
 def resume(
@@ -207,50 +180,20 @@ def resume(
         StoppedError: the run was stopped again.
     """
     opened = Run(run)
-    check_functions(on_round=on_round, should_stop=should_stop, on_message=on_message)
+    checks.check_functions(on_round=on_round, should_stop=should_stop, on_message=on_message)
     called = _callbacks(callbacks, on_round, should_stop, on_message, progress=progress)
     rounds = None if num_rounds is None else _rounds(num_rounds)
-    check_clients_here(opened.config)
+    checks.check_clients_here(opened.config)
     federation = federation_of(opened, federation)
     weighting = registry.build("weighting", opened.config.weighting)
     make_engine = partial(_engine, federation, weighting)
     return _with_page(go_on(opened, federation, weighting, make_engine, called, num_rounds=rounds))
 
 
-def weighting_of(
-    weighting: str | Mapping[str, Any] | Weighting,
-) -> tuple[Weighting, WeightingConfig]:
-    """A weighting and its settings, from a name, a mapping or an object.
-
-    Raises:
-        ConfigError: what is given is none of these.
-    """
-    component = _component("weighting", WeightingConfig, weighting)
+def weighting_of(weighting: object) -> tuple[Weighting, WeightingConfig]:
+    """A weighting and its settings, from a name, a mapping or an object; else a ConfigError."""
+    component = registry.component_of("weighting", weighting)
     return registry.build("weighting", component), component
-
-
-def _component(kind: str, settings: type[Settings], part: object) -> Settings:
-    """The settings of a part that is given as a name, a mapping or an object."""
-    if isinstance(part, str):
-        return registry.resolved(kind, settings(name=part))
-    if isinstance(part, Mapping):
-        return registry.resolved(kind, validated(settings, dict(part), prefix=kind))
-    if kind == "engine":
-        raise ConfigError(
-            "engine: expected a name, such as 'vectorized' or 'reference', or a mapping with a "
-            f"name and options, found {part!r:.100}"
-        )
-    component: Settings = registry.component_of(kind, part)
-    return component
-
-
-def _training(method: object, training: Mapping[str, Any]) -> TrainConfig:
-    if method is None or isinstance(method, str | Mapping):
-        given = {} if method is None else {"method": method}
-        return resolve_training(validated(TrainConfig, {**training, **given}, prefix="train"))
-    settings = validated(TrainConfig, dict(training), prefix="train")
-    component = registry.component_of("method", method)
-    return settings.model_copy(update={"method": component})
 
 
 def _run_settings(run: Mapping[str, Any] | None, run_dir: object) -> RunSettings:
@@ -287,34 +230,30 @@ def _callbacks(
 
 def _engine(federation: Federation, weighting: Weighting, config: RunConfig) -> Engine:
     """An engine for clients in this process, after all that could be wrong with them is raised."""
-    check_clients_here(config)
-    check_settings(config, federation)
+    checks.check_clients_here(config)
+    checks.check_settings(config, federation)
+    train = config.train
     federation.check_data(
-        config.train.batch_size,
-        config.train.eval_batch_size,
+        train.batch_size,
+        train.eval_batch_size,
         positive_losses=weighting.needs_positive_losses,
-        initial_guess=config.train.initial_loss == "guess",
-        seed=config.train.seed,
+        initial_guess=train.initial_loss == "guess",
+        seed=train.seed,
     )
-    engine: Engine = registry.build(
-        "engine", config.engine, federation=federation, seed=config.train.seed
-    )
+    given = {"federation": federation, "seed": train.seed}
+    engine: Engine = registry.build("engine", config.engine, **given)
     if not engine.lockstep:
-        refuse_lockstep(config)
+        checks.refuse_lockstep(config)
     return with_faults(engine, config.faults)
 
 
 def _rounds(number: object) -> int:
     """A number of rounds. Raises ConfigError for anything else."""
-    try:
+    with suppress(TypeError):
         rounds = 0 if isinstance(number, bool) else operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
-        rounds = 0
-    if rounds < 1:
-        raise ConfigError(
-            f"num_rounds: expected a whole number of at least 1, found {number!r:.100}"
-        )
-    return rounds
+        if rounds > 0:
+            return rounds
+    raise ConfigError(f"num_rounds: expected a whole number of at least 1, found {number!r:.100}")
 
 
 def _with_page(result: Result) -> Result:

@@ -14,15 +14,6 @@ if TYPE_CHECKING:  # so that settings are checked without torch
     from fedgradnorm.federation import Federation
     from fedgradnorm.training.base import Method
 
-__all__ = [
-    "IN_PYTHON",
-    "build_federation",
-    "default_weighting",
-    "resolve_config",
-    "resolve_training",
-    "versions",
-]
-
 IN_PYTHON = "given in Python"
 DEFAULT_MODEL = "default"
 

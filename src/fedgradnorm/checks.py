@@ -5,34 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedgradnorm import identity
 from fedgradnorm.config import RunConfig, dotted
 from fedgradnorm.errors import ConfigError, FederationError, RunError
 from fedgradnorm.federation import Federation, Members
-from fedgradnorm.identity import (
-    members_record,
-    of_clients,
-    of_data,
-    of_encoder,
-    of_fixed_tensors,
-    of_models,
-    of_training,
-)
 from fedgradnorm.runs.checkpoint import Checkpoint
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.summary import check_targets
 from fedgradnorm.training import method_of
-
-__all__ = [
-    "changes",
-    "check_clients_here",
-    "check_federation",
-    "check_functions",
-    "check_same",
-    "check_settings",
-    "config_to_resume",
-    "refuse_lockstep",
-]
 
 ARGUMENTS = {"on_round": ("rows",), "on_message": ("message",)}
 
@@ -71,12 +52,9 @@ def check_settings(config: RunConfig, federation: Members) -> None:
     for participants in config.train.participants:
         for client in participants:
             federation.client(client)
-    count = len(federation.clients)
-    if config.train.min_clients > count:
-        raise ConfigError(
-            f"train.min_clients: expected at most the {count} clients, "
-            f"found {config.train.min_clients}"
-        )
+    count, least = len(federation.clients), config.train.min_clients
+    if least > count:
+        raise ConfigError(f"train.min_clients: expected at most the {count} clients, found {least}")
     _check_method(config, federation)
 
 
@@ -122,33 +100,26 @@ def check_clients_here(config: RunConfig) -> None:
 
 def check_same(path: Path, before: MembersRecord, federation: Members, config: RunConfig) -> None:
     """Raise RunError where clients, tasks, models or data are not those that the run began with."""
-    now = members_record(federation, config.train.seed)
-    why = of_encoder(before, now) or of_fixed_tensors(before, now)
-    why = why or of_training(before, now)
+    now = identity.members_record(federation, config.train.seed)
+    comparisons = [identity.of_encoder, identity.of_fixed_tensors, identity.of_training]
     if config.run.experiment is None:
-        why = why or of_clients(before, now) or of_data(before, now) or of_models(before, now)
-    if why is not None:
-        raise RunError(f"{path}: {why}")
+        comparisons += [identity.of_clients, identity.of_data, identity.of_models]
+    for compare in comparisons:
+        if (why := compare(before, now)) is not None:
+            raise RunError(f"{path}: {why}")
 
 
 def config_to_resume(
     run: Run, checkpoint: Checkpoint | None, done: int, num_rounds: int | None
 ) -> RunConfig:
-    """The settings of a run, with the number of rounds that it is to have now.
-
-    Args:
-        run: the run.
-        checkpoint: where it continues; None: at its start.
-        done: how many rounds are done.
-        num_rounds: how many there are to be in all; None: as many as the settings say.
+    """The settings of a run, with the number of rounds that it is to have; None: as it has.
 
     Raises:
         ConfigError: the settings are not those of the checkpoint, or fewer rounds are asked for
             than are done.
     """
-    config = run.config.model_copy(
-        update={"run": run.config.run.model_copy(update={"dir": str(run.folder)})}
-    )
+    table = run.config.run.model_copy(update={"dir": str(run.folder)})
+    config = run.config.model_copy(update={"run": table})
     if checkpoint is not None:
         changed = changes(checkpoint.settings, config.model_dump(mode="json"))
         if changed:

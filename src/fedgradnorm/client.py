@@ -22,7 +22,8 @@ from fedgradnorm.modules import follow, held_tensors
 from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, norm_over
 from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
-from fedgradnorm.training.steps import PlainSteps, Steps
+from fedgradnorm.training.round import Steps
+from fedgradnorm.training.steps import PlainSteps
 
 FEWEST_BATCHES = 64
 """A loss with random numbers, as with dropout, is the mean over at least this many batches."""

@@ -6,39 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.validation import validated
-
-__all__ = [
-    "AggregationConfig",
-    "Component",
-    "EngineConfig",
-    "FaultsConfig",
-    "FederationConfig",
-    "MethodConfig",
-    "ModelConfig",
-    "RunConfig",
-    "RunSettings",
-    "Section",
-    "TrainConfig",
-    "WeightingConfig",
-    "decoded",
-    "dotted",
-    "load_config",
-    "overlaid",
-    "parse_override",
-    "read_toml",
-    "validated",
-]
 
 OWN = "or your own `module:{}`; its options beside it."
 """The end of the description of a part's name."""
@@ -84,15 +55,26 @@ class Component(BaseModel):
         return copy
 
 
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+StepSize = Annotated[float, Field(gt=0, le=1e6)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def key(default: Any, description: str, **constraints: Any) -> Any:
+    """A key of a table, with the description that the documentation shows."""
+    return Field(default, description=description, **constraints)
+
+
 class MethodConfig(Component):
     """How a client trains in a round: the table ``[train.method]``, or its name alone."""
 
     model_config = ConfigDict(title='a name, such as "fedrep", or a table with a name and options')
 
-    name: str = Field(
+    name: str = key(
         "fedrep",
-        description="`fedrep`, `fedper`, `fedprox`, `fedavg`, `local`, `centralized`, "
-        + OWN.format("Class"),
+        "`fedrep`, `fedper`, `fedprox`, `fedavg`, `local`, `centralized`, " + OWN.format("Class"),
     )
 
     @model_validator(mode="before")
@@ -104,80 +86,55 @@ class MethodConfig(Component):
 class TrainConfig(Section):
     """How to train: the table ``[train]``."""
 
-    num_rounds: int = Field(50, ge=1, description="Rounds to train.")
-    method: MethodConfig = Field(
-        MethodConfig(),
-        description="How a client trains in a round: a name, or a table with options.",
+    num_rounds: Count = key(50, "Rounds to train.")
+    method: MethodConfig = key(
+        MethodConfig(), "How a client trains in a round: a name, or a table with options."
     )
-    head_steps: int = Field(
-        10, ge=1, description="SGD steps on the head in a round, the encoder fixed: τ_h."
+    head_steps: Count = key(10, "SGD steps on the head in a round, the encoder fixed: τ_h.")
+    encoder_steps: Count = key(10, "SGD steps on the encoder in a round, the head fixed: τ_ω.")
+    head_lr: StepSize = key(0.03, "Step size of the head: α.")
+    head_momentum: Momentum = key(0.0, "Momentum of the head's SGD, kept from round to round.")
+    encoder_lr: StepSize = key(0.03, "Step size of the encoder at a client: β.")
+    server_lr: StepSize = key(
+        1.0, "The server's step is η = encoder_steps · encoder_lr · server_lr."
     )
-    encoder_steps: int = Field(
-        10, ge=1, description="SGD steps on the encoder in a round, the head fixed: τ_ω."
+    server_optimizer: Literal["sgd", "adam"] = key(
+        "sgd", "The optimiser that applies the aggregated direction."
     )
-    head_lr: float = Field(0.03, gt=0, le=1e6, description="Step size of the head: α.")
-    head_momentum: float = Field(
-        0.0, ge=0, lt=1, description="Momentum of the head's SGD, kept from round to round."
+    server_momentum: Momentum = key(0.0, "Momentum of the server's SGD.")
+    batch_size: Count = key(64, "Examples in a mini-batch; a client with fewer uses all of them.")
+    fraction_train: float = key(
+        1.0, "Share of the clients that takes part in a round, drawn anew each time.", gt=0, le=1
     )
-    encoder_lr: float = Field(
-        0.03, gt=0, le=1e6, description="Step size of the encoder at a client: β."
-    )
-    server_lr: float = Field(
-        1.0,
-        gt=0,
-        le=1e6,
-        description="The server's step is η = encoder_steps · encoder_lr · server_lr.",
-    )
-    server_optimizer: Literal["sgd", "adam"] = Field(
-        "sgd", description="The optimiser that applies the aggregated direction."
-    )
-    server_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the server's SGD.")
-    batch_size: int = Field(
-        64, ge=1, description="Examples in a mini-batch; a client with fewer uses all of them."
-    )
-    fraction_train: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of the clients that takes part in a round, drawn anew each time.",
-    )
-    participants: tuple[tuple[str, ...], ...] = Field(
+    participants: tuple[tuple[str, ...], ...] = key(
         (),
-        description="In place of fraction_train: the ids of the clients that take part, one list "
+        "In place of fraction_train: the ids of the clients that take part, one list "
         "per round. The last list holds for all later rounds.",
     )
-    min_clients: int = Field(
-        1, ge=0, description="A round with fewer sound reports is undone and repeated."
-    )
-    max_retries: int = Field(
-        3, ge=0, description="How often a round is repeated before the run stops."
-    )
-    max_update_ratio: float | None = Field(
+    min_clients: Natural = key(1, "A round with fewer sound reports is undone and repeated.")
+    max_retries: Natural = key(3, "How often a round is repeated before the run stops.")
+    max_update_ratio: float | None = key(
         None,
-        gt=1,
-        description="A gradient longer than this multiple of the median of the last rounds is "
+        "A gradient longer than this multiple of the median of the last rounds is "
         "dropped; by default none is.",
+        gt=1,
     )
-    eval_every: int = Field(
-        5, ge=1, description="Rounds between tests; the first and the last round are tested too."
-    )
-    loss_estimate: Literal["batches", "exact"] = Field(
+    eval_every: Count = key(5, "Rounds between tests; the first and the last round are tested too.")
+    loss_estimate: Literal["batches", "exact"] = key(
         "batches",
-        description="The loss F(k) in a report: the mean over the encoder's mini-batches, or "
+        "The loss F(k) in a report: the mean over the encoder's mini-batches, or "
         "re-evaluated on the data.",
     )
-    loss_examples: int = Field(
-        4096, ge=1, description="Maximum number of training examples for F(0) and an exact F(k)."
+    loss_examples: Count = key(
+        4096, "Maximum number of training examples for F(0) and an exact F(k)."
     )
-    initial_loss: Literal["measured", "guess"] = Field(
+    initial_loss: Literal["measured", "guess"] = key(
         "measured",
-        description="F(0): the loss of the initial model, or that of the constant answer (log C "
+        "F(0): the loss of the initial model, or that of the constant answer (log C "
         "for C classes).",
     )
-    eval_batch_size: int = Field(
-        512, ge=1, description="Test examples that pass through a model at once."
-    )
-    seed: int = Field(0, ge=0, description="The seed that all randomness is derived from.")
+    eval_batch_size: Count = key(512, "Test examples that pass through a model at once.")
+    seed: Natural = key(0, "The seed that all randomness is derived from.")
 
     @field_validator("participants")
     @classmethod
@@ -198,32 +155,27 @@ class TrainConfig(Section):
 class FaultsConfig(Section):
     """Faults on purpose, to test a federation: the table ``[faults]``. A probability per report."""
 
-    drop: float = Field(0.0, ge=0, le=1, description="The report never arrives.")
-    delay: float = Field(
-        0.0, ge=0, le=1, description="It arrives a round too late, and is not counted."
-    )
-    nan: float = Field(0.0, ge=0, le=1, description="One of its numbers is NaN.")
-    corrupt: float = Field(
+    drop: Probability = key(0.0, "The report never arrives.")
+    delay: Probability = key(0.0, "It arrives a round too late, and is not counted.")
+    nan: Probability = key(0.0, "One of its numbers is NaN.")
+    corrupt: Probability = key(
         0.0,
-        ge=0,
-        le=1,
-        description="Its gradient is a thousand times too long, cut short or noise, or its loss is "
-        "infinite.",
+        "Its gradient is a thousand times too long, cut short or noise, or its loss is infinite.",
     )
 
 
 class FederationConfig(Component):
     """Who trains on what: the table ``[federation]``."""
 
-    name: str = Field("radcom", description="`radcom`, `mtfl`, `digits`, " + OWN.format("function"))
+    name: str = key("radcom", "`radcom`, `mtfl`, `digits`, " + OWN.format("function"))
 
 
 class WeightingConfig(Component):
     """How the server weights the clients: the table ``[weighting]``."""
 
-    name: str = Field(
+    name: str = key(
         "fedgradnorm",
-        description="One of those below, or your own `module:Class`; its options beside it. The "
+        "One of those below, or your own `module:Class`; its options beside it. The "
         "default with `train.method=fedavg` is `examples`.",
     )
 
@@ -231,32 +183,30 @@ class WeightingConfig(Component):
 class AggregationConfig(Component):
     """How weighted gradients become one direction: the table ``[aggregation]``."""
 
-    name: str = Field(
-        "mean",
-        description="`mean`, `clipped_mean`, `median`, `trimmed_mean`, " + OWN.format("Class"),
+    name: str = key(
+        "mean", "`mean`, `clipped_mean`, `median`, `trimmed_mean`, " + OWN.format("Class")
     )
 
 
 class EngineConfig(Component):
     """The engine that runs the clients: the table ``[engine]``."""
 
-    name: str = Field("vectorized", description="`vectorized`, `reference`, " + OWN.format("Class"))
+    name: str = key("vectorized", "`vectorized`, `reference`, " + OWN.format("Class"))
 
 
 class ModelConfig(Component):
     """The encoder: the table ``[model]``."""
 
-    name: str = Field(
+    name: str = key(
         "default",
-        description="`default` is the federation's own encoder; else a model, with its options "
-        "beside it.",
+        "`default` is the federation's own encoder; else a model, with its options beside it.",
     )
-    norm_layer: Annotated[str, Field(coerce_numbers_to_str=True)] | tuple[str, ...] | None = Field(
-        None, description="Encoder parameters of the norm layer; by default its last layer."
+    norm_layer: Annotated[str, Field(coerce_numbers_to_str=True)] | tuple[str, ...] | None = key(
+        None, "Encoder parameters of the norm layer; by default its last layer."
     )
-    buffers: Literal["local", "averaged"] | None = Field(
+    buffers: Literal["local", "averaged"] | None = key(
         None,
-        description="The encoder's buffers (BatchNorm statistics): by default as the federation "
+        "The encoder's buffers (BatchNorm statistics): by default as the federation "
         "says, which is `local`.",
     )
 
@@ -264,34 +214,33 @@ class ModelConfig(Component):
 class RunSettings(Section):
     """What is written, and where: the table ``[run]``."""
 
-    dir: str | None = Field(
+    dir: str | None = key(
         None,
+        "The run's folder; by default `runs/` and the name of the config file.",
         coerce_numbers_to_str=True,
-        description="The run's folder; by default `runs/` and the name of the config file.",
     )
-    checkpoint_every: int = Field(
-        10, ge=1, description="Rounds between checkpoints; there is one after the last round too."
+    checkpoint_every: Count = key(
+        10, "Rounds between checkpoints; there is one after the last round too."
     )
-    keep: int = Field(3, ge=1, description="Number of checkpoints to keep, the newest.")
-    page: bool = Field(
-        True,
-        description="Whether the run ends with report.html, about 5 MB, if plotly is installed.",
+    keep: Count = key(3, "Number of checkpoints to keep, the newest.")
+    page: bool = key(
+        True, "Whether the run ends with report.html, about 5 MB, if plotly is installed."
     )
-    tensorboard: bool = Field(
-        True, description="Whether TensorBoard events are written, if tensorboard is installed."
+    tensorboard: bool = key(
+        True, "Whether TensorBoard events are written, if tensorboard is installed."
     )
-    loss_targets: tuple[float, ...] = Field(
+    loss_targets: tuple[float, ...] = key(
         (0.8, 0.6, 0.4, 0.2),
-        description="The summary counts the rounds until the mean of F(k)/F(0) over five rounds "
+        "The summary counts the rounds until the mean of F(k)/F(0) over five rounds "
         "falls to each of these.",
     )
-    experiment: str | None = Field(
+    experiment: str | None = key(
         None,
-        description="A name for the clients' files of a run across machines; by default generated.",
+        "A name for the clients' files of a run across machines; by default generated.",
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
     )
-    metric_targets: dict[str, float] = Field(
-        {}, description="The summary counts the rounds until a task's test metric reaches this."
+    metric_targets: dict[str, float] = key(
+        {}, "The summary counts the rounds until a task's test metric reaches this."
     )
 
 
@@ -306,7 +255,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     faults: FaultsConfig = FaultsConfig()
     run: RunSettings = RunSettings()
-    versions: dict[str, str] = Field({}, description="Written into a run's folder, and not read.")
+    versions: dict[str, str] = key({}, "Written into a run's folder, and not read.")
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

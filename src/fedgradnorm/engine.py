@@ -10,11 +10,9 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 
-__all__ = ["Engine"]
-
 
 class Engine(ABC):
-    """Runs the clients. It is made with ``(federation, seed, **options)`` and keeps the clients' states.
+    """Runs the clients, and keeps their states; made with ``(federation, seed, **options)``.
 
     Attributes:
         lockstep: whether it can run methods in which the server takes a step after each step of
@@ -47,10 +45,7 @@ class Engine(ABC):
 
     @abstractmethod
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client that has test data, with this encoder and the client's own head.
 
@@ -58,7 +53,4 @@ class Engine(ABC):
             encoder: ω, shape ``(P,)``.
             buffers: the averaged buffers of the encoder, by name.
             batch_size: how many examples go through the model at a time.
-
-        Returns:
-            The evaluations, by client id.
         """

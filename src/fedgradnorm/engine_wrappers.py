@@ -17,17 +17,11 @@ from fedgradnorm.evaluation import EVALUATION_BATCH, Evaluation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.randomness import generator
 
-__all__ = ["Costs", "EngineWrapper", "FaultyEngine", "TimedEngine", "with_faults"]
-
 CORRUPTIONS = ("scaled", "cut", "infinite loss", "noise")
 
 
 class EngineWrapper(Engine):
-    """An engine that hands everything on to another one.
-
-    Args:
-        engine: the engine that runs the clients.
-    """
+    """An engine that hands everything on to another one."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -55,30 +49,25 @@ class EngineWrapper(Engine):
         return self.engine.execute(instructions)
 
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client."""
         return self.engine.evaluate(encoder, buffers, batch_size)
 
 
 class Costs:
-    """Seconds by part: ``head steps``, ``encoder steps``, ``evaluation``, ``aggregation``, ``writing``.
-
-    Args:
-        before: the seconds of earlier starts of the run.
-    """
+    """Seconds by part of a run, with those of its earlier starts (``before``)."""
 
     def __init__(self, before: Mapping[str, float] = {}) -> None:
-        self.seconds = dict.fromkeys(
-            ("head steps", "encoder steps", "evaluation", "aggregation", "writing"), 0.0
-        ) | dict(before)
+        parts = ("head steps", "encoder steps", "evaluation", "aggregation", "writing")
+        self.seconds = {**dict.fromkeys(parts, 0.0), **before}
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Count what the block takes for a part, without what is counted for others meanwhile. A profiler sees the block by this name."""
+        """Count what the block takes for a part, without what is counted for others meanwhile.
+
+        A profiler sees the block by this name.
+        """
         start, others = perf_counter(), sum(self.seconds.values())
         with record_function(part):
             yield
@@ -88,10 +77,8 @@ class Costs:
 class TimedEngine(EngineWrapper):
     """Counts the time of another engine.
 
-    Args:
-        engine: the engine that runs the clients.
-        costs: where the time is counted. The time of training is divided between heads and
-            encoders in the proportion that the reports give.
+    The time of training is divided between heads and encoders in the proportion that the reports
+    give.
     """
 
     def __init__(self, engine: Engine, costs: Costs) -> None:
@@ -103,18 +90,14 @@ class TimedEngine(EngineWrapper):
         start = perf_counter()
         reports = self.engine.execute(instructions)
         seconds, in_all = perf_counter() - start, sum(report.seconds for report in reports)
-        of_heads = (
-            seconds * sum(report.head_seconds for report in reports) / in_all if in_all > 0 else 0.0
-        )
+        head_seconds = sum(report.head_seconds for report in reports)
+        of_heads = seconds * head_seconds / in_all if in_all > 0 else 0.0
         self.costs.seconds["head steps"] += of_heads
         self.costs.seconds["encoder steps"] += seconds - of_heads
         return reports
 
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> Mapping[str, Evaluation]:
         """Test every client."""
         with self.costs.of("evaluation"):
@@ -122,19 +105,11 @@ class TimedEngine(EngineWrapper):
 
 
 class FaultyEngine(EngineWrapper):
-    """An engine around another one, whose reports meet faults with the probabilities that the settings give.
+    """Spoils reports of another engine with the probabilities of `FaultsConfig`.
 
-    - ``drop``: it never arrives.
-    - ``delay``: it arrives a round too late, and then counts for nothing.
-    - ``nan``: one of its numbers is not a number.
-    - ``corrupt``: its gradient is a thousand times too long, cut short, or noise of that length in every
-      coordinate, or its loss is infinite.
-
-    What happens depends on (seed, round, client, attempt) alone. The client itself has trained in every case.
-
-    Args:
-        engine: who really runs the clients.
-        faults: the probabilities.
+    What happens depends on (seed, round, client, attempt) alone. The client has trained in every
+    case. A late report arrives in the next round, and counts for nothing. The noise of a corrupt
+    one has the gradient's length in every coordinate.
     """
 
     def __init__(self, engine: Engine, faults: FaultsConfig) -> None:
@@ -144,28 +119,20 @@ class FaultyEngine(EngineWrapper):
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
         """Let the instructed clients train, and spoil some of their reports."""
-        arrived, self._late = (
-            [one for one in self._late if one.round not in {each.round for each in instructions}],
-            [],
-        )
+        rounds = {instruction.round for instruction in instructions}
+        arrived = [report for report in self._late if report.round not in rounds]
+        self._late = []
         by_client = {instruction.client: instruction for instruction in instructions}
         for report in self.engine.execute(instructions):
             arrived += self._after_faults(report, by_client[report.client])
         return arrived
 
     def _after_faults(self, report: Report, instruction: Instruction) -> list[Report]:
-        rng = generator(
-            instruction.training.seed,
-            instruction.round,
-            instruction.client,
-            f"faults {instruction.attempt}",
-        )
-        lost, late, nan, corrupt = rng.random(4) < (
-            self.faults.drop,
-            self.faults.delay,
-            self.faults.nan,
-            self.faults.corrupt,
-        )
+        seed, purpose = instruction.training.seed, f"faults {instruction.attempt}"
+        rng = generator(seed, instruction.round, instruction.client, purpose)
+        faults = self.faults
+        chances = (faults.drop, faults.delay, faults.nan, faults.corrupt)
+        lost, late, nan, corrupt = rng.random(4) < chances
         if lost:
             return []
         if late:
@@ -176,9 +143,8 @@ class FaultyEngine(EngineWrapper):
             gradient[int(rng.integers(len(gradient)))] = torch.nan
             report = replace(report, gradient=gradient)
         if corrupt:
-            report = _corrupted(
-                report, CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))], int(rng.integers(2**62))
-            )
+            how = CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))]
+            report = _corrupted(report, how, int(rng.integers(2**62)))
         return [report]
 
 
@@ -195,7 +161,6 @@ def _corrupted(report: Report, how: str, seed: int) -> Report:
         return replace(report, gradient=gradient[: len(gradient) // 2])
     if how == "infinite loss":
         return replace(report, loss=math.inf)
-    noise = torch.randn(
-        gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype
-    )
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(gradient.shape, generator=rng, dtype=gradient.dtype)
     return replace(report, gradient=noise * gradient.norm())

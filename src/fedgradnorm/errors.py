@@ -8,21 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "ClientError",
-    "ConfigError",
-    "DataError",
-    "FedGradNormError",
-    "FedGradNormWarning",
-    "FederationError",
-    "MessageError",
-    "RunError",
-    "StoppedError",
-    "WeightingError",
-    "described",
-    "warn",
-]
-
 PACKAGE = str(Path(__file__).parent)
 
 

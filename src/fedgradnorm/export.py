@@ -14,8 +14,6 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.runs.models import federation_of, load_model
 from fedgradnorm.runs.reader import Run
 
-__all__ = ["export_model"]
-
 BATCHES = ({0: torch.export.Dim("batch")},)
 """The first dimension of the input may have any size."""
 

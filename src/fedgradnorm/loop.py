@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -27,16 +27,9 @@ from fedgradnorm.notices import Notices
 from fedgradnorm.profiling import profiler_of
 from fedgradnorm.randomness import seeded
 from fedgradnorm.result import Result
+from fedgradnorm.runs import folder as folders
 from fedgradnorm.runs.checkpoint import load_newest, set_aside
 from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume
-from fedgradnorm.runs.folder import (
-    check_free,
-    create_run,
-    put_back,
-    remove_replaced,
-    replaced_by,
-    set_rounds_aside,
-)
 from fedgradnorm.runs.lock import alone_in
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord
@@ -46,8 +39,6 @@ from fedgradnorm.runs.writer import RunWriter
 from fedgradnorm.server import initial_state, run_round
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
-
-__all__ = ["MakeEngine", "begin", "go_on"]
 
 MakeEngine = Callable[[RunConfig], Engine]
 """Makes the engine, after it has raised what is wrong with clients and data."""
@@ -81,7 +72,7 @@ def begin(
     """
     folder = None if config.run.dir is None else Path(config.run.dir).expanduser()
     if folder is not None:
-        check_free(folder, overwrite=overwrite)
+        folders.check_free(folder, overwrite=overwrite)
         config = config.model_copy(update={"versions": versions()})
     aggregate = registry.build("aggregation", config.aggregation)
     engine = make_engine(config)
@@ -91,15 +82,15 @@ def begin(
     if folder is None:
         return _Loop(session, parts, callback).run()
     with nullcontext() if locked else alone_in(folder):
-        create_run(folder, config, overwrite=overwrite)
-        loop = _Loop(session, parts, callback, replaces=replaced_by(folder).exists())
+        folders.create_run(folder, config, overwrite=overwrite)
+        loop = _Loop(session, parts, callback, replaces=folders.replaced_by(folder).exists())
         profiler = profiler_of(folder, config.train.num_rounds) if profiled else nullcontext()
         try:
             with RunWriter(folder, config) as writer, profiler as tracer:
                 return loop.run(writer, tracer)
         except BaseException:
             if loop.replaces:
-                put_back(folder)
+                folders.put_back(folder)
             raise
 
 
@@ -131,7 +122,8 @@ def go_on(
         FedGradNormError: as `fedgradnorm.resume`.
     """
     folder = run.folder
-    with _alone(run, locked=locked):
+    hint = how_to_resume(folder, run.config)
+    with nullcontext() if locked else alone_in(folder, hint=hint):
         checkpoint, path, faults = load_newest(folder / CHECKPOINTS, back_to)
         for fault in faults.values():
             callback.on_message(f"warning: {fault}; it is skipped")
@@ -148,29 +140,20 @@ def go_on(
             engine.restore(checkpoint.clients)
         source = f", from {path}" if path else ": no checkpoint is there"
         callback.on_message(f"resuming after round {done} of {config.train.num_rounds}{source}")
-        if back_to is not None and (aside := set_rounds_aside(folder, done)) is not None:
-            callback.on_message(
-                f"warning: the rounds after round {done} are undone: "
-                f"their lines and checkpoints are in {aside}"
-            )
+        if back_to is not None and (aside := folders.set_rounds_aside(folder, done)) is not None:
+            undone = f"the rounds after round {done} are undone"
+            callback.on_message(f"warning: {undone}: their lines and checkpoints are in {aside}")
         write_config(folder, config)
         for damaged in faults:
             with suppress(OSError):
                 set_aside(damaged)
         with RunWriter(folder, config, done) as writer:
-            session = Session(
-                config, federation, state, engine.client_states, run.rows(), folder, path
-            )
+            states = engine.client_states
+            session = Session(config, federation, state, states, run.rows(), folder, path)
             if checkpoint is not None:
                 session.seconds_before, session.costs = checkpoint.seconds, Costs(checkpoint.costs)
             parts = Parts(engine, weighting, aggregate)
             return _Loop(session, parts, callback).run(writer)
-
-
-def _alone(run: Run, *, locked: bool) -> AbstractContextManager[None]:
-    if locked:
-        return nullcontext()
-    return alone_in(run.folder, hint=how_to_resume(run.folder, run.config))
 
 
 class Parts(NamedTuple):
@@ -182,15 +165,7 @@ class Parts(NamedTuple):
 
 
 class _Loop:
-    """The rounds of one start of a run.
-
-    Args:
-        session: where the run has got to.
-        parts: what it is made of.
-        callback: called while the run goes on.
-        replaces: whether a run that this one replaces is put back if this one fails in its first
-            round.
-    """
+    """The rounds of one start of a run. ``replaces``: a failed first round puts a run back."""
 
     def __init__(
         self, session: Session, parts: Parts, callback: Callback, *, replaces: bool = False
@@ -246,7 +221,7 @@ class _Loop:
                 self.callback.on_checkpoint(session)
             self.callback.on_round(session)
             if writer is not None:
-                remove_replaced(writer.folder)
+                folders.remove_replaced(writer.folder)
             self.replaces = False
             if session.interrupted and not self._is_last():
                 raise StoppedError(f"stopped after round {session.round} of {session.num_rounds}")
@@ -262,19 +237,12 @@ class _Loop:
         session, training = self.session, self.training
         try:
             with session.costs.of("aggregation"):
-                state, record = run_round(
-                    session.state,
-                    session.federation,
-                    engine,
-                    self.parts.weighting,
-                    self.parts.aggregate,
-                    training,
-                )
+                parts = engine, self.parts.weighting, self.parts.aggregate
+                state, record = run_round(session.state, session.federation, *parts, training)
             evaluations: Mapping[str, Evaluation] = {}
             if state.round in (1, training.num_rounds) or state.round % training.eval_every == 0:
-                evaluations = engine.evaluate(
-                    state.encoder, state.buffers, training.eval_batch_size
-                )
+                batch_size = training.eval_batch_size
+                evaluations = engine.evaluate(state.encoder, state.buffers, batch_size)
             notes = engine.take_notes()
             rows = rows_of(session.federation, state, record, evaluations, notes)
         except BaseException:
@@ -293,12 +261,9 @@ class _Loop:
 
     def _checkpoint(self, writer: RunWriter) -> None:
         session = self.session
+        seconds = session.seconds, session.costs.seconds
         session.checkpoint = writer.write_checkpoint(
-            session.state,
-            session.client_states,
-            self._record(),
-            session.seconds,
-            session.costs.seconds,
+            session.state, session.client_states, self._record(), *seconds
         )
         self._saved = session.round
 
@@ -327,14 +292,7 @@ class _Loop:
         _attach(error, session.result() if session.history else None)
 
     def _keep(self) -> str:
-        """Write what is done to the run's folder.
-
-        Returns:
-            How to resume the run, in words; "" where there is no folder.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
+        """Write what is done to the run's folder, if any. Return how to resume the run."""
         if self.writer is None:
             return ""
         folder = self.writer.folder
@@ -357,10 +315,9 @@ def _attach(error: BaseException, result: Result | None) -> None:
 def _collector_at_rest() -> Iterator[None]:
     """Let the garbage collector skip what is there already, torch's modules above all.
 
-    With small clients it would look at all of it every few rounds. Where the program around has
-    frozen objects itself, nothing is done: they could not be told apart when thawing.
+    With small clients it would look at all of it every few rounds.
     """
-    if gc.get_freeze_count():
+    if gc.get_freeze_count():  # the program's own frozen objects would be thawed as well
         yield
         return
     gc.freeze()
@@ -376,12 +333,8 @@ def _guesses(federation: Members, batch_size: int) -> dict[str, dict[str, float]
         return {}
     guesses = {}
     for client in federation.clients:
-        if client.test_data is not None:
-            with (
-                client_side.naming(client.id, "the constant answer to its test data"),
-                seeded(0, 0, client.id, "guess"),
-            ):
-                guesses[client.id] = constant_guess(
-                    client.task, client.test_data, *federation.outputs[client.id], batch_size
-                )
+        if (data := client.test_data) is not None:
+            outputs, what = federation.outputs[client.id], "the constant answer to its test data"
+            with client_side.naming(client.id, what), seeded(0, 0, client.id, "guess"):
+                guesses[client.id] = constant_guess(client.task, data, *outputs, batch_size)
     return guesses

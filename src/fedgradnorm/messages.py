@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 
 import torch
@@ -90,6 +90,7 @@ class Report:
         head_seconds: the part of it before the encoder's first step.
         round: the round that it belongs to.
         loss_floor: the lower bound of its task's loss.
+        known_length: ``length``, where it was computed together with others.
     """
 
     client: str
@@ -104,6 +105,11 @@ class Report:
     round: int = 0
     head_seconds: float = 0.0
     loss_floor: float = 0.0
+    known_length: InitVar[float | None] = None
+
+    def __post_init__(self, known_length: float | None) -> None:
+        if known_length is not None and known_length <= LARGEST:  # else `length` finds out why
+            object.__setattr__(self, "length", known_length)
 
     @property
     def inverse_training_rate(self) -> float:

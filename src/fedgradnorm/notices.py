@@ -1,31 +1,24 @@
 """Warnings that a run gives while it goes on: each is given once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import warn
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.messages import no_rate
-from fedgradnorm.runs.records import Row, Summary
+from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import silent_texts, task_curve
 from fedgradnorm.server import RoundRecord
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
-
-__all__ = ["Notices"]
 
 RISEN, RISEN_ROUNDS = 1.05, 5
 """A task's loss has risen when it is above this share of the initial loss for this many rounds."""
 
 
 class Notices:
-    """Warns of metrics that are missing, clients without a training rate, and rising losses.
-
-    Args:
-        weighting: the run's weighting; some need losses above their floors.
-        training: the run's settings, which the warnings name.
-    """
+    """Warns of metrics that are missing, clients without a training rate, and rising losses."""
 
     def __init__(self, weighting: Weighting, training: TrainConfig) -> None:
         self.weighting, self.training = weighting, training
@@ -41,7 +34,7 @@ class Notices:
 
     def of_losses(self, session: Session) -> None:
         """Warn of tasks whose loss has been above the initial loss for some rounds."""
-        training, recent = self.training, self._recent(session)
+        training, recent = self.training, session.history[-RISEN_ROUNDS * len(session.rows) :]
         for task in dict.fromkeys(row["task"] for row in session.rows):
             ratios = list(task_curve(recent, task, "inverse_training_rate").values())
             risen = len(ratios) == RISEN_ROUNDS and min(ratios) > RISEN
@@ -58,26 +51,19 @@ class Notices:
         for text in silent_texts(summary):
             warn(text)
 
-    def _recent(self, session: Session) -> Sequence[Row]:
-        return session.history[-RISEN_ROUNDS * len(session.rows) :]
-
     def _missing_metrics(self, round: int, evaluations: Mapping[str, Evaluation]) -> None:
         for client, evaluation in evaluations.items():
             for metric, why in evaluation.failed.items():
                 if self._first(("metric", client, metric)):
-                    warn(
-                        f"client '{client}': metric '{metric}' is missing "
-                        f"from round {round} on: {why}"
-                    )
+                    where = f"client '{client}': metric '{metric}'"
+                    warn(f"{where} is missing from round {round} on: {why}")
 
     def _missing_rates(self, round: int, record: RoundRecord) -> None:
         for report in record.reports:
             if math.isnan(report.inverse_training_rate) and self._first(("rate", report.client)):
                 why = no_rate(report.initial_loss, report.loss, report.loss_floor, report.task)
-                warn(
-                    f"client '{report.client}': from round {round} on its weight "
-                    f"stays as it is where {why}"
-                )
+                weight = f"from round {round} on its weight stays as it is where {why}"
+                warn(f"client '{report.client}': {weight}")
 
     def _first(self, notice: object) -> bool:
         """Whether this notice has not been given yet."""

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from fedgradnorm.errors import ConfigError
 from fedgradnorm.validation import validated
 
-__all__ = ["Options", "options_model"]
-
 MODELS: WeakKeyDictionary[Any, dict[tuple[str, ...], type[BaseModel]]] = WeakKeyDictionary()
 """By what makes a part, and by the arguments that are not options, the model of its options."""
 

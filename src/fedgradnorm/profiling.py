@@ -6,8 +6,6 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 from fedgradnorm.runs.entries import PROFILE
 
-__all__ = ["profiler_of"]
-
 
 def profiler_of(folder: Path, num_rounds: int) -> profile:
     """A profiler that writes a trace of two rounds to ``profile/`` in a run's folder.

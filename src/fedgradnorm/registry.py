@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
@@ -10,21 +11,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from fedgradnorm.config import AggregationConfig, Component, MethodConfig, WeightingConfig
+from fedgradnorm.config import (
+    AggregationConfig,
+    Component,
+    EngineConfig,
+    MethodConfig,
+    ModelConfig,
+    WeightingConfig,
+)
 from fedgradnorm.errors import ConfigError, FedGradNormError, described, nearest
 from fedgradnorm.options import options_model
 from fedgradnorm.validation import validated
-
-__all__ = [
-    "BUILT_INS",
-    "build",
-    "check_name",
-    "component_of",
-    "describe",
-    "name_of",
-    "resolve",
-    "resolved",
-]
 
 Part = TypeVar("Part", bound=Component)
 
@@ -40,10 +37,7 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "mtfl": "fedgradnorm.federations.mtfl:make",
         "radcom": "fedgradnorm.federations.radcom:make",
     },
-    "model": {
-        "cnn": "fedgradnorm.models:cnn",
-        "mlp": "fedgradnorm.models:mlp",
-    },
+    "model": {"cnn": "fedgradnorm.models:cnn", "mlp": "fedgradnorm.models:mlp"},
     "method": {
         "centralized": "fedgradnorm.training.centralized:Centralized",
         "fedavg": "fedgradnorm.training.fedavg:FedAvg",
@@ -78,18 +72,8 @@ BUILT_INS: dict[str, dict[str, str]] = {
     },
 }
 
-GIVEN = {
-    "federation": ("seed",),
-    "model": ("input_shape",),
-    "method": (),
-    "weighting": (),
-    "aggregation": (),
-    "engine": ("federation", "seed"),
-}
+GIVEN = {"federation": ("seed",), "model": ("input_shape",), "engine": ("federation", "seed")}
 """By kind, the arguments that the package gives; all others are options for a configuration."""
-
-RESERVED = {"model": {"name", "norm_layer", "buffers"}}
-"""By kind, the keys of its table that cannot be options, where there are more than ``name``."""
 
 BASES = {
     "federation": "fedgradnorm:Federation",
@@ -101,15 +85,14 @@ BASES = {
 }
 """By kind, the class that every part is an instance of. It is imported when a part is built."""
 
-TABLES = {"method": "train.method"}
-"""By kind, the table of a configuration that names such a part, where it is not the kind's name."""
-
-CONFIGS: dict[str, type[Component]] = {
+TABLES: dict[str, type[Component]] = {
+    "model": ModelConfig,
     "method": MethodConfig,
     "weighting": WeightingConfig,
     "aggregation": AggregationConfig,
+    "engine": EngineConfig,
 }
-"""The tables of the kinds of which a Python user may give an object."""
+"""By kind, its table, where it differs from `Component` or is given in Python too."""
 
 
 def check_name(kind: str, name: str) -> None:
@@ -128,13 +111,12 @@ def resolve(kind: str, name: str) -> Any:
     """
     check_name(kind, name)
     module, _, attribute = BUILT_INS[kind].get(name, name).partition(":")
-    where = f"{_table(kind)}.name"
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: '{name}' cannot be imported: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own module may raise anything
-        raise ConfigError(f"{where}: '{name}' cannot be imported: {_raised(error)}") from error
+        plain = isinstance(error, ImportError | AttributeError | ValueError | TypeError)
+        why = f"'{name}' cannot be imported: {error if plain else _raised(error)}"
+        raise ConfigError(f"{_table(kind)}.name: {why}") from error
 
 
 def resolved(kind: str, part: Part) -> Part:
@@ -172,10 +154,9 @@ def build(kind: str, part: Component, **given: Any) -> Any:
         raise ConfigError(f"{_table(kind)}.{error}") from error
     except FedGradNormError:
         raise
-    except TypeError as error:
-        raise ConfigError(f"{where} cannot be made: {error}") from error
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ConfigError(f"{where} cannot be made: {_raised(error)}") from error
+        why = error if isinstance(error, TypeError) else _raised(error)
+        raise ConfigError(f"{where} cannot be made: {why}") from error
     if not isinstance(made, _base(kind)):
         base = _base_name(kind)
         advice = f"return a {base}" if kind in ("federation", "model") else f"derive it from {base}"
@@ -184,28 +165,36 @@ def build(kind: str, part: Component, **given: Any) -> Any:
 
 
 def component_of(kind: str, part: object) -> Any:
-    """The table of a configuration that holds this object, with its class and its options.
+    """The table of a configuration for a part that is given in Python, with all its options.
 
     Args:
-        kind: ``"method"``, ``"weighting"`` or ``"aggregation"``.
-        part: the object. Its class does not have to be importable in this process.
-
-    Returns:
-        A `MethodConfig`, `WeightingConfig` or `AggregationConfig`.
+        kind: ``"method"``, ``"weighting"``, ``"aggregation"`` or ``"engine"``.
+        part: a name, a mapping with a name and options, or an object (not of an engine). The table
+            holds the object. Its class does not have to be importable in this process.
 
     Raises:
-        ConfigError: an object of another kind.
+        ConfigError: as `resolved`; or an object of another kind.
 
     >>> from fedgradnorm.weighting import Equal
     >>> component_of("weighting", Equal())
     WeightingConfig(name='equal')
     """
+    table = TABLES[kind]
+    if isinstance(part, str):
+        return resolved(kind, table(name=part))
+    if isinstance(part, Mapping):
+        return resolved(kind, validated(table, part, prefix=_table(kind)))
+    if kind == "engine":
+        expected = (
+            "a name, such as 'vectorized' or 'reference', or a mapping with a name and options"
+        )
+        raise ConfigError(f"engine: expected {expected}, found {part!r:.100}")
     if not isinstance(part, _base(kind)):
         expected = f"a name or an instance of {_base_name(kind)}"
         raise ConfigError(f"{_table(kind)}: expected {expected}, found {_shown(part)}")
     is_dataclass = dataclasses.is_dataclass(part) and not isinstance(part, type)
     options = dataclasses.asdict(part) if is_dataclass else {}
-    return CONFIGS[kind](name=name_of(kind, type(part)), **options).holding(part)
+    return table(name=name_of(kind, type(part)), **options).holding(part)
 
 
 def _base(kind: str) -> Any:
@@ -252,17 +241,17 @@ def describe(kind: str, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _table(kind: str) -> str:
-    return TABLES.get(kind, kind)
+    return "train.method" if kind == "method" else kind
 
 
 def _options_model(kind: str, name: str) -> type[BaseModel]:
     table = _table(kind)
     maker = resolve(kind, name)
     try:
-        model = options_model(maker, GIVEN[kind])
+        model = options_model(maker, GIVEN.get(kind, ()))
     except ConfigError as error:
         raise ConfigError(f"{table}.name: '{name}': {error}") from error
-    for option in RESERVED.get(kind, {"name"}) & model.model_fields.keys():
+    for option in TABLES.get(kind, Component).model_fields.keys() & model.model_fields.keys():
         reason = f"an option '{option}', which the table [{table}] keeps for itself"
         raise ConfigError(f"{table}.name: '{name}' has {reason}")
     return model

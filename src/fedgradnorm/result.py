@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Result"]
-
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -193,22 +191,15 @@ class Result:
     def _repr_html_(self) -> str:
         """A table of the tasks, for a notebook."""
         heads = ("task", "clients", "loss / initial loss", "metric", "weight")
-        lines = [
-            (
-                task,
-                str(summary["clients"]),
-                _number(summary["loss_ratio"]),
-                _last_figure(self, task) if summary["metric"] else "-",
-                _number(summary["weight"]),
-            )
-            for task, summary in self.summary["tasks"].items()
-        ]
+        lines = []
+        for task, summary in self.summary["tasks"].items():
+            ratio, weight = _number(summary["loss_ratio"]), _number(summary["weight"])
+            metric = _last_figure(self, task) if summary["metric"] else "-"
+            cells = task, str(summary["clients"]), ratio, metric, weight
+            lines.append(_cells("td", cells))
         caption = escape(repr(self).strip("<>").partition(";")[0])
-        return (
-            f"<table><caption>{caption}</caption><thead>{_cells('th', heads)}</thead><tbody>"
-            + "".join(_cells("td", line) for line in lines)
-            + "</tbody></table>"
-        )
+        head = f"<caption>{caption}</caption><thead>{_cells('th', heads)}</thead>"
+        return f"<table>{head}<tbody>{''.join(lines)}</tbody></table>"
 
 
 def _show_in_notebooks(kind: "type[Figure]") -> None:

@@ -15,8 +15,6 @@ from fedgradnorm.runs.records import Row
 from fedgradnorm.runs.summary import summarise
 from fedgradnorm.server import ServerState
 
-__all__ = ["Session"]
-
 
 @dataclass
 class Session:
@@ -75,11 +73,7 @@ class Session:
         return self.seconds_before + perf_counter() - self._start
 
     def stop(self, reason: str) -> None:
-        """End the run after this round, as if it had been the last one.
-
-        Args:
-            reason: what `Result.stopped` is to say.
-        """
+        """End the run after this round, as if it were the last; `Result.stopped` is the reason."""
         self.stopped = reason
 
     def interrupt(self) -> None:
@@ -90,21 +84,8 @@ class Session:
         """The result of the rounds that are done. Raises RunError before the first round."""
         if not self.history:
             raise RunError("there is no result before the end of the first round")
-        summary = summarise(
-            self.federation.clients,
-            self.history,
-            self.guesses,
-            self.config.run,
-            self.seconds,
-            self.costs.seconds,
-            self.missing,
-        )
-        return Result(
-            self.config,
-            self.federation,
-            self.state,
-            self.client_states,
-            self.history,
-            summary,
-            self.stopped,
-        )
+        clients, history, config = self.federation.clients, self.history, self.config
+        costs = self.seconds, self.costs.seconds
+        summary = summarise(clients, history, self.guesses, config.run, *costs, self.missing)
+        parts = self.federation, self.state, self.client_states
+        return Result(config, *parts, history, summary, self.stopped)

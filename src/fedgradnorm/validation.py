@@ -9,8 +9,6 @@ from pydantic_core import ErrorDetails
 
 from fedgradnorm.errors import ConfigError, nearest
 
-__all__ = ["validated"]
-
 Model = TypeVar("Model", bound=BaseModel)
 
 EXPECTED = {

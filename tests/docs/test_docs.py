@@ -254,3 +254,13 @@ def test_constraints_pin_every_dependency_by_version_alone():
         re.split(r"[>\[]", requirement)[0].replace("-", "_").lower() for requirement in wanted
     } - {"fedgradnorm"}
     assert names <= {line.partition("==")[0].replace("-", "_").lower() for line in lines}
+
+
+def test_the_lowest_versions_are_those_of_the_matrix():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = dict(
+        re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(project["dependencies"]), flags=re.M)
+    )
+    text = (ROOT / "constraints-lowest.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)\.0$", text, flags=re.M))
+    assert tested == {name: stated[name] for name in ("numpy", "pydantic", "torch")}

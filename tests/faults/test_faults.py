@@ -11,6 +11,7 @@ from torch import nn
 from fedgradnorm import Equal, FedGradNorm, StoppedError
 from fedgradnorm.aggregation import ClippedMean, Mean, TrimmedMean
 from fedgradnorm.config import FaultsConfig, TrainConfig
+from fedgradnorm.engine import Engine
 from fedgradnorm.engine_wrappers import FaultyEngine
 from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.federations import digits, radcom
@@ -23,8 +24,10 @@ from tests.helpers import report, small_federation
 LENGTH = 200
 
 
-class Echo:
+class Echo(Engine):
     """An engine whose clients reply at once, with a gradient of ones."""
+
+    client_states = None
 
     def __init__(self):
         self.client_states = {}

@@ -90,7 +90,13 @@ def test_a_run_that_is_killed_wherever_it_writes_ends_as_one_that_never_was(tmp_
 def test_the_command_itself_is_killed_and_resumed_from_a_cold_start(tmp_path):
     config, whole, killed = tmp_path / "config.toml", tmp_path / "whole", tmp_path / "killed"
     config.touch()
-    words = ["federation.name=digits", "train.num_rounds=40", "run.checkpoint_every=1"]
+    words = [
+        "federation.name=digits",
+        "train.num_rounds=40",
+        "train.head_steps=1",
+        "train.encoder_steps=1",
+        "run.checkpoint_every=1",
+    ]
     assert launcher().call(tmp_path, "run", config, *words, f"run.dir={whole}")[0] == 0
 
     def start(*words: object) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.runs.reader import Run
 from tests.helpers import accuracy, small_encoder
-from tests.launcher import launcher
+from tests.launcher import PATIENCE, launcher
 from tests.runs import QUICK as WORDS
 from tests.runs import after, contents, lines
 
@@ -406,7 +407,8 @@ def test_a_folder_that_cannot_be_written_is_not_said_to_be_in_use():
         train(federation(), run_dir="/proc/run", **QUICK)
 
 
-def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path):
+def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedgradnorm.runs.folder.LOCK_TIMEOUT", PATIENCE)
     folder = stopped(tmp_path / "run", federation())
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
     lock.acquire()
@@ -429,6 +431,7 @@ def test_a_command_is_refused_while_another_one_runs_and_its_lines_are_its_own(t
         try:
             while first.poll() is None and not lines(folder):
                 time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)  # it has the folder, whether it computes or not
             code, _, error = launcher().call(tmp_path, "resume", folder)
         finally:
             first.kill()

@@ -12,6 +12,7 @@ from fedgradnorm import Equal, FedGradNorm, StoppedError
 from fedgradnorm.aggregation import ClippedMean, Mean, Median, TrimmedMean
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import FaultsConfig, TrainConfig
+from fedgradnorm.engine import Engine
 from fedgradnorm.engine_wrappers import FaultyEngine
 from fedgradnorm.engines.reference import ReferenceEngine
 from fedgradnorm.messages import Instruction
@@ -297,14 +298,19 @@ METHODS = [
 FEDERATION = small_federation()
 
 
-class Hostile:
+class Hostile(Engine):
     """An engine without clients that replies with given numbers."""
 
+    client_states = dict.fromkeys("abc", ClientState({}))
+
     def __init__(self, rounds):
-        self.rounds, self.client_states = iter(rounds), dict.fromkeys("abc", ClientState({}))
+        self.rounds = iter(rounds)
 
     def restore(self, states):
         pass
+
+    def evaluate(self, encoder, buffers, batch_size=1):
+        return {}
 
     def execute(self, instructions):
         replies = []

@@ -961,7 +961,7 @@ def test_a_run_across_machines_is_not_resumed_without_them(tmp_path):
     site.train(tmp_path / "run", num_rounds=2)
     with pytest.raises(
         ConfigError,
-        match="is a run whose clients are on other machines: it goes on when its Flower app is started again",
+        match="are on other machines: to resume this run, start its Flower app again",
     ):
         resume(tmp_path / "run", num_rounds=4)
     assert not list((tmp_path / "run" / "models" / "heads").iterdir())

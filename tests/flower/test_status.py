@@ -6,8 +6,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 from flwr.app import Error, Message
@@ -30,6 +28,7 @@ from tests.flower.nodes import (
     without_arrays,
 )
 from tests.helpers import small_federation
+from tests.launcher import launcher
 
 
 class Clock:
@@ -402,9 +401,9 @@ def test_whoever_may_read_a_runs_folder_is_told_whether_it_is_written(tmp_path):
     code = f"from pathlib import Path; from fedgradnorm.runs.lock import being_written; print(being_written(Path({str(folder)!r})))"
 
     def seen():
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        status, out, error = launcher().call(tmp_path, code=code)
+        assert status == 0, error
+        return out.strip()
 
     with alone_in(folder):
         (tmp_path / ".run.lock").chmod(0o444)

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -32,6 +30,7 @@ from fedgradnorm.runs.lock import alone_in
 from fedgradnorm.runs.reader import Run
 from tests.flower.nodes import Site, in_round, lost, raising
 from tests.helpers import small_federation
+from tests.launcher import launcher
 
 TEMPLATES = Path(overview.__file__).parent / "templates"
 DAY = 86400
@@ -521,13 +520,7 @@ def test_an_address_that_cannot_be_listened_on_is_one_error(deployment, call, po
 def test_without_an_extra_it_is_one_error_that_says_how_to_install_it(
     tmp_path, command, module, extra
 ):
-    code = f"import sys; sys.modules['{module}'] = None; from fedgradnorm.cli import main; sys.argv[0] = 'fedgradnorm'; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "flower", command, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
+    code, _, error = launcher().call(tmp_path, "flower", command, tmp_path, missing=[module])
+    assert code == 2
     name = {"flwr": "Flower", "prometheus_client": "prometheus-client"}[module]
-    assert done.stderr == f'error: {name} is not installed: pip install "fedgradnorm[{extra}]"\n'
+    assert error == f'error: {name} is not installed: pip install "fedgradnorm[{extra}]"\n'

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-CLI = "from fedgradnorm.cli import main; main()"
+from tests.launcher import launcher
+
 QUIET = "import sys; assert not [name for name in sys.modules if name.split('.')[0] == 'flwr' and sys.modules[name]]"
 RUN = [
     "run",
@@ -50,18 +51,21 @@ def test_a_nodes_process_imports_no_solvers(tmp_path):
     assert (process.stdout, process.stderr) == ("[]\n", "")
 
 
-def test_a_run_works(tmp_path):
+def test_a_run_works(tmp_path, monkeypatch):
     (tmp_path / "config.toml").touch()
-    process = python(tmp_path, CLI, *RUN, "run.dir=run")
-    assert (process.returncode, process.stderr) == (0, "")
+    monkeypatch.chdir(tmp_path)
+    code, _, error = launcher().call(tmp_path, *RUN, "run.dir=run", missing=["flwr"])
+    assert (code, error) == (0, "")
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_the_engine_of_the_extra_names_it_in_one_line(tmp_path):
+def test_the_engine_of_the_extra_names_it_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.toml").touch()
-    process = python(tmp_path, CLI, *RUN, "run.dir=run", "engine.name=flower-local")
-    assert process.returncode == 2
-    assert process.stderr == (
+    monkeypatch.chdir(tmp_path)
+    words = (*RUN, "run.dir=run", "engine.name=flower-local")
+    code, _, error = launcher().call(tmp_path, *words, missing=["flwr"])
+    assert code == 2
+    assert error == (
         "error: engine.name: 'flower-local' cannot be imported: Flower is not installed: pip install \"fedgradnorm[flower]\"\n"
     )
     assert not (tmp_path / "run").exists()

@@ -248,11 +248,7 @@ class Detached(nn.Module):
 def test_data_that_would_fail_later_are_refused_before_a_run_is_replaced(tmp_path, client):
     train(small_federation(), run_dir=tmp_path / "run", **QUICK)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    refused = (
-        "client 'a': (its (training|test) data do not pass through its model and loss|metric '.*' cannot be taken of its test data"
-        "|the (loss does|outputs do) not depend on)"
-    )
-    with pytest.raises(FederationError, match=refused):
+    with pytest.raises(FederationError, match="client 'a': .*(data|metric|loss|outputs)"):
         train(
             Federation([client], small_encoder), run_dir=tmp_path / "run", overwrite=True, **QUICK
         )

@@ -4,11 +4,8 @@ import pytest
 
 from fedgradnorm import Equal, FederationError
 from fedgradnorm.config import TrainConfig
-from fedgradnorm.server import (
-    initial_state,
-    instruct,
-    participants,
-)
+from fedgradnorm.participants import participants
+from fedgradnorm.server import initial_state, instruct
 from tests.helpers import small_federation
 
 TRAINING = TrainConfig(head_steps=2, encoder_steps=3, encoder_lr=0.1, server_lr=0.5, batch_size=8)
@@ -18,7 +15,8 @@ def test_everyone_takes_part_by_default_in_sorted_order():
     federation = small_federation(("c", "a", "b"))
     assert participants(federation, TRAINING, 1) == ["a", "b", "c"]
     assert [
-        one.client for one in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)
+        instruction.client
+        for instruction in instruct(initial_state(federation, Equal(), 0), federation, TRAINING)
     ] == ["a", "b", "c"]
 
 
@@ -26,8 +24,8 @@ def test_a_share_is_drawn_anew_each_round_from_the_seed():
     federation = small_federation("abcdefghij")
     training = TRAINING.model_copy(update={"fraction_train": 0.3})
     drawn = [participants(federation, training, round) for round in range(1, 21)]
-    assert {len(some) for some in drawn} == {3}
-    assert len({tuple(some) for some in drawn}) > 10
+    assert {len(ids) for ids in drawn} == {3}
+    assert len({tuple(ids) for ids in drawn}) > 10
     assert set().union(*drawn) == set("abcdefghij")
     assert drawn == [
         participants(small_federation("jihgfedcba"), training, round) for round in range(1, 21)

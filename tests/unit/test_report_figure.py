@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from fedgradnorm import RunError, train
+from fedgradnorm import ConfigError, train
 from fedgradnorm.federations import digits
 from fedgradnorm.report.charts import MOST_LINES
 from fedgradnorm.report.figure import curves
@@ -89,5 +89,5 @@ def test_many_clients_become_a_mean_and_a_band_by_task(run):
 
 def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RunError, match=r'pip install "fedgradnorm\[report\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "fedgradnorm\[report\]"'):
         curves(run.rows(), run.summary())

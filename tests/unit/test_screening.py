@@ -7,9 +7,7 @@ import torch
 
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.messages import Instruction
-from fedgradnorm.server import (
-    screen,
-)
+from fedgradnorm.server import screen
 from tests.helpers import report
 
 TRAINING = TrainConfig(head_steps=2, encoder_steps=3, encoder_lr=0.1, server_lr=0.5, batch_size=8)
@@ -25,10 +23,7 @@ INSTRUCTION = Instruction(1, "a", torch.zeros(3), {}, TRAINING)
     ("unsound", "reason"),
     [
         (replace(SOUND, gradient=torch.zeros(4)), "gradient: "),
-        (
-            replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)),
-            "gradient: ",
-        ),
+        (replace(SOUND, gradient=torch.zeros(3, dtype=torch.float64)), "gradient: "),
         (replace(SOUND, gradient=torch.tensor([0.0, float("nan"), 0.0])), "gradient: "),
         (replace(SOUND, loss=float("nan")), "loss"),
         (replace(SOUND, loss=float("inf")), "loss"),

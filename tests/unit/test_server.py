@@ -10,12 +10,7 @@ from fedgradnorm.aggregation import Mean
 from fedgradnorm.client import loss_batches
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engines.reference import ReferenceEngine
-from fedgradnorm.server import (
-    ServerState,
-    advance,
-    initial_state,
-    run_round,
-)
+from fedgradnorm.server import ServerState, advance, initial_state, run_round
 from fedgradnorm.weighting import Weights
 from tests.helpers import batch_norm_encoder, report, small_federation
 
@@ -29,11 +24,11 @@ def state_of(encoder=(1.0, 2.0, 3.0), **fields):
 
 
 def test_aggregation_is_the_weighted_mean():
-    some = [
+    reports = [
         report("a", 1, gradient=torch.tensor([1.0, 0.0])),
         report("b", 1, gradient=torch.tensor([0.0, 2.0])),
     ]
-    direction = Mean()(some, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
+    direction = Mean()(reports, Weights({"a": 3.0, "b": 1.0}, scale=2.0))
     torch.testing.assert_close(direction, torch.tensor([1.5, 1.0]))
 
 
@@ -71,11 +66,13 @@ def test_a_server_optimiser_is_torchs_own_over_all_rounds(settings, optimizer):
 
 def test_buffers_are_averaged_and_counts_rounded():
     buffers = {"mean": torch.zeros(2), "count": torch.tensor(0)}
-    some = [
+    reports = [
         report("a", 1, buffers={"mean": torch.tensor([1.0, 2.0]), "count": torch.tensor(3)}),
         report("b", 1, buffers={"mean": torch.tensor([3.0, 2.0]), "count": torch.tensor(4)}),
     ]
-    after = advance(state_of(buffers=buffers), some, torch.zeros(3), WeightingState({}), TRAINING)
+    after = advance(
+        state_of(buffers=buffers), reports, torch.zeros(3), WeightingState({}), TRAINING
+    )
     torch.testing.assert_close(after.buffers["mean"], torch.tensor([2.0, 2.0]))
     assert after.buffers["count"].dtype == torch.int64
     assert after.buffers["count"] in (3, 4)
@@ -108,7 +105,8 @@ def test_a_round_without_a_sound_report_changes_nothing_but_its_number():
 def test_a_dropped_report_leaves_the_others_weights_summing_to_what_they_did():
     federation, weighting = small_federation(), FedGradNorm(solver="exact")
     engine = Faulty(
-        federation, lambda one: replace(one, grad_norm=float("nan")) if one.client == "b" else one
+        federation,
+        lambda sent: replace(sent, grad_norm=float("nan")) if sent.client == "b" else sent,
     )
     state = initial_state(federation, weighting, 0)
     for _ in range(3):

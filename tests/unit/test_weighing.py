@@ -4,31 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from fedgradnorm import (
-    Weighting,
-    WeightingState,
-    Weights,
-    train,
-)
+from fedgradnorm import Weighting, WeightingState, Weights, train
 from fedgradnorm.aggregation import Mean
 from fedgradnorm.errors import WeightingError
 from fedgradnorm.runs.checkpoint import load_newest
-from tests.helpers import (
-    small_federation,
-)
+from tests.helpers import small_federation
 
 QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
 
 
 class Own(Weighting):
-    """A weighting whose answers, after a sound first round, are what a function makes of the clients' ids."""
+    """After a sound first round, its answers are those of a function of the clients' ids."""
 
     def __init__(self, answer, first=lambda ids: WeightingState(dict.fromkeys(ids, 1.0))):
         self.answer, self.init, self.rounds = answer, first, 0
 
     def update(self, state, reports):
         self.rounds += 1
-        ids = [one.client for one in reports]
+        ids = [report.client for report in reports]
         return self.answer(ids) if self.rounds > 1 else (Weights(dict.fromkeys(ids, 1.0)), state)
 
 
@@ -66,27 +59,15 @@ def test_numbers_of_numpy_and_torch_are_taken_as_pythons(tmp_path, answer):
             lambda ids: dict.fromkeys(ids, 1.0),
             r"update\(\): .*\(Weights, WeightingState\), .* dict",
         ),
-        (
-            lambda ids: (Weights({"a": 1.0}), WeightingState({})),
-            "weights.values: .*'b'",
-        ),
+        (lambda ids: (Weights({"a": 1.0}), WeightingState({})), "weights.values: .*'b'"),
         (weights_of(float("nan")), "weights.values: .*'a', .* nan"),
         (weights_of("much"), "weights.values: .*'a', .*'much'"),
         (weights_of(0.0), "weights.values: .* 0$|weights.values: .* 0"),
-        (
-            lambda ids: (Weights(dict.fromkeys(ids, 1.0)), {}),
-            "WeightingState, .* dict",
-        ),
-        (
-            weights_of(1.0, {"seen": {1, 2}}),
-            r"state.memory\['seen'\]: .* set",
-        ),
+        (lambda ids: (Weights(dict.fromkeys(ids, 1.0)), {}), "WeightingState, .* dict"),
+        (weights_of(1.0, {"seen": {1, 2}}), r"state.memory\['seen'\]: .* set"),
         (weights_of(1.0, {"seen": np.ones(2)}), r"ndarray; .tolist\(\)"),
         (weights_of(1.0, {3: 1.0}), "state.memory: .* 3"),
-        (
-            weights_of(1.0, state=float("inf")),
-            "state.weights: .*'a', .* inf",
-        ),
+        (weights_of(1.0, state=float("inf")), "state.weights: .*'a', .* inf"),
     ],
 )
 def test_a_weighting_that_gives_what_it_must_not_is_named_and_the_rounds_before_are_kept(
@@ -113,14 +94,8 @@ def test_a_weighting_without_a_first_state_is_refused_before_a_folder_is_made(tm
     ("direction", "message"),
     [
         (lambda reports: 1 / 0, "ZeroDivisionError: "),
-        (
-            lambda reports: reports[0].gradient.numpy(),
-            "torch.float32 .* ndarray",
-        ),
-        (
-            lambda reports: reports[0].gradient.double(),
-            "torch.float32 .* torch.float64",
-        ),
+        (lambda reports: reports[0].gradient.numpy(), "torch.float32 .* ndarray"),
+        (lambda reports: reports[0].gradient.double(), "torch.float32 .* torch.float64"),
         (lambda reports: reports[0].gradient[1:], "torch.float32"),
     ],
 )

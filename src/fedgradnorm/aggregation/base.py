@@ -9,8 +9,6 @@ from fedgradnorm.weighting.base import Reports, Weights
 if TYPE_CHECKING:  # torch loads when a direction is computed, not when options are checked
     from torch import Tensor
 
-__all__ = ["Aggregation", "weighted_gradients"]
-
 
 class Aggregation(Options, ABC):
     """A frozen dataclass of its options, called with a round's reports and weights."""

@@ -11,8 +11,6 @@ from fedgradnorm.weighting.base import Reports, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ClippedMean"]
-
 
 @dataclass(frozen=True)
 class ClippedMean(Aggregation):

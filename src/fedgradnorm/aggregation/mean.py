@@ -9,8 +9,6 @@ from fedgradnorm.weighting.base import Reports, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mean"]
-
 
 @dataclass(frozen=True)
 class Mean(Aggregation):

@@ -9,8 +9,6 @@ from fedgradnorm.weighting.base import Reports, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Median"]
-
 
 @dataclass(frozen=True)
 class Median(Aggregation):

@@ -12,8 +12,6 @@ from fedgradnorm.weighting.base import Reports, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TrimmedMean"]
-
 ROUNDING = 1e-9  # so that 0.3 of 10 clients are 3
 
 

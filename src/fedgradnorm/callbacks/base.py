@@ -6,8 +6,6 @@ from fedgradnorm.errors import ConfigError, described
 from fedgradnorm.runs.records import Row
 from fedgradnorm.session import Session
 
-__all__ = ["Callback", "Callbacks", "Functions", "OnRound", "ShouldStop"]
-
 OnRound = Callable[[Sequence[Row]], None]
 ShouldStop = Callable[[], bool]
 

@@ -7,8 +7,6 @@ from fedgradnorm.errors import require
 from fedgradnorm.runs.summary import task_curve
 from fedgradnorm.session import Session
 
-__all__ = ["EarlyStopping"]
-
 
 class EarlyStopping(Callback):
     """End a run when none of its tasks has improved for some rounds.
@@ -28,10 +26,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(
-        self,
-        patience: int = 10,
-        figure: Literal["loss", "metric"] = "loss",
-        min_delta: float = 0.0,
+        self, patience: int = 10, figure: Literal["loss", "metric"] = "loss", min_delta: float = 0.0
     ) -> None:
         whole = isinstance(patience, int) and not isinstance(patience, bool)
         require(whole and patience >= 1, "patience", "a whole number of at least 1", patience)

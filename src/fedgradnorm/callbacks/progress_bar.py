@@ -14,8 +14,6 @@ from fedgradnorm.callbacks.base import Callback
 from fedgradnorm.runs.summary import task_curve
 from fedgradnorm.session import Session
 
-__all__ = ["ProgressBar"]
-
 COLUMNS: dict[str, Literal["loss", "inverse_training_rate", "weight"]] = {
     "loss": "loss",
     "share of initial loss": "inverse_training_rate",

@@ -3,21 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedgradnorm.callbacks.base import Callback
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.session import Session
 
-__all__ = ["TensorBoard"]
-
-CURVES: tuple[Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"], ...] = (
-    "loss",
-    "inverse_training_rate",
-    "grad_norm",
-    "weight",
-    "metric",
-)
+Curve = Literal["loss", "inverse_training_rate", "grad_norm", "weight", "metric"]
+CURVES: tuple[Curve, ...] = get_args(Curve)
 
 
 class TensorBoard(Callback):

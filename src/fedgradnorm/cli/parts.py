@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.cli import terminal
+import fedgradnorm.cli.terminal as terminal
 from fedgradnorm.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedgradnorm.cli import terminal
+import fedgradnorm.cli.terminal as terminal
 from fedgradnorm.errors import ClientError
 
 Overrides = Annotated[
@@ -158,9 +158,8 @@ def _show_log() -> None:
     """Print the package's log messages of level INFO and above."""
     from rich.logging import RichHandler
 
-    handler = RichHandler(
-        console=terminal.console, show_time=False, show_level=False, show_path=False
-    )
+    console = terminal.console
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("fedgradnorm")
     logger.setLevel(logging.INFO)
     logger.handlers = [handler]
@@ -188,12 +187,7 @@ def _show_run(folder: Path) -> None:
 
 
 def _raise_for_missing(ended: str, reasons: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise ClientError if metrics are missing.
-
-    Args:
-        ended: the beginning of the message.
-        reasons: why metrics are missing, by client and metric.
-    """
+    """Raise ClientError if there are reasons, by client and metric, why metrics are missing."""
     missing = [
         f"client '{id}': metric '{metric}': {why}"
         for id, metrics in reasons.items()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgradnorm.cli import terminal
+import fedgradnorm.cli.terminal as terminal
 from fedgradnorm.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def _train(study: "Study", folder: Path, jobs: int) -> "tuple[Results, StoppedEr
     from fedgradnorm.compare import study as studies
     from fedgradnorm.compare.progress import StudyProgress
 
-    with (
-        terminal.stop_on_signals() as should_stop,
-        StudyProgress(terminal.console) as progress,
-    ):
+    with terminal.stop_on_signals() as should_stop, StudyProgress(terminal.console) as progress:
         try:
             results = studies.compare(
                 study, folder, jobs=jobs, listener=progress, should_stop=should_stop

@@ -12,8 +12,6 @@ from rich.console import Console
 
 from fedgradnorm.errors import FedGradNormWarning
 
-__all__ = ["available_cores", "console", "prepare", "say", "show_error", "stop_on_signals", "warn"]
-
 console = Console()
 
 
@@ -33,16 +31,17 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    Console(stderr=True, soft_wrap=True).print(
-        f"warning: {message}", style="yellow", markup=False, highlight=False, emoji=False
-    )
+    _to_stderr(f"warning: {message}", "yellow")
 
 
 def show_error(error: Exception) -> None:
     """Print an error on standard error."""
-    Console(stderr=True, soft_wrap=True).print(
-        f"error: {error}", style="red", markup=False, highlight=False, emoji=False
-    )
+    _to_stderr(f"error: {error}", "red")
+
+
+def _to_stderr(text: str, style: str) -> None:
+    stderr = Console(stderr=True, soft_wrap=True)
+    stderr.print(text, style=style, markup=False, highlight=False, emoji=False)
 
 
 def available_cores() -> int:

@@ -15,18 +15,6 @@ from fedgradnorm.errors import FedGradNormError, RunError, StoppedError
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
 
-__all__ = [
-    "Ended",
-    "Order",
-    "State",
-    "end_of",
-    "folder_of",
-    "note_end",
-    "order_for",
-    "state_of",
-    "train_cell",
-]
-
 State = Literal["trained", "diverged", "failed", "missing"]
 
 
@@ -76,10 +64,8 @@ def state_of(root: Path, cell: Cell) -> Ended:
     if (folder / "summary.json").is_file():
         opened = Run(folder)
         if identity(resolve_config(opened.config)) != identity(cell.config):
-            raise RunError(
-                f"{folder}: its config.toml was changed after it was made; "
-                "remove the folder, and it is trained again"
-            )
+            advice = "remove the folder, and it is trained again"
+            raise RunError(f"{folder}: its config.toml was changed after it was made; {advice}")
         if opened.summary()["rounds"] == cell.config.train.num_rounds:
             return Ended("trained")
     try:
@@ -102,10 +88,8 @@ def note_end(folder: Path, ended: Ended) -> None:
     write_atomically(note, text.encode())
 
 
-def train_cell(
-    order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]
-) -> None:
-    """Train a cell to its end, or resume its run. Raises whatever the run raises."""
+def _train(order: Order, on_round: Callable[[int], None], should_stop: Callable[[], bool]) -> None:
+    """Train a cell to its end, or resume its run."""
 
     def show(rows: Sequence[Row]) -> None:
         on_round(rows[0]["round"])
@@ -136,7 +120,7 @@ def end_of(
         return asked
 
     try:
-        train_cell(order, on_round, stop)
+        _train(order, on_round, stop)
     except StoppedError as error:
         return None if asked else Ended("diverged", error.reason)
     except FedGradNormError as error:

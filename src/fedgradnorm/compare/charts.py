@@ -1,7 +1,4 @@
-"""The charts of a study as data: differences with their intervals, and curves over the rounds.
-
-The page and the figure draw them.
-"""
+"""A study's charts as data: differences with their intervals, and curves over the rounds."""
 
 from collections.abc import Mapping
 from statistics import median
@@ -11,8 +8,6 @@ from fedgradnorm.compare.findings import headline_target
 from fedgradnorm.compare.measures import Measured
 from fedgradnorm.compare.results import Results
 from fedgradnorm.compare.titles import curve_title
-
-__all__ = ["MOST_SHOWN", "curves_of", "forest_of"]
 
 LOSS_ROOM = 1.1
 """The axis of the training loss ends at this factor times the highest median.

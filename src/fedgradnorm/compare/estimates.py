@@ -1,8 +1,9 @@
 """Every measure of every method, by seed, with its paired difference against the baseline."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Literal
 
 from fedgradnorm.compare.measures import Measured, Target
@@ -11,8 +12,6 @@ from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import delta_m, difference_of
 from fedgradnorm.runs.records import MetricSummary
 
-__all__ = ["estimates_of"]
-
 Better = Literal["less", "more"]
 Getter = Callable[[Measured], float | None]
 BySeed = Mapping[int, float | None]
@@ -20,26 +19,19 @@ BySeed = Mapping[int, float | None]
 
 def estimates_of(study: Study, cells: Sequence[CellResult]) -> list[Estimate]:
     """Every measure of every method, by variant and method in the study's order."""
-    cells_of: dict[tuple[str, str], dict[int, CellResult]] = {}
+    cells_of: dict[tuple[str, str | None], dict[int, CellResult]] = {}
     for result in cells:
         by_seed = cells_of.setdefault((result.cell.variant, result.cell.method), {})
         by_seed[result.cell.seed] = result
     estimates: list[Estimate] = []
-    for variant in study.variants:
-        single = {}
-        if study.single is not None:
-            single = _measured(cells_of.get((variant.name, study.single), {}))
-        for method in study.methods:
-            own = (variant.name, method.name)
-            base = (variant.name, study.baseline)
-            comparison = _Comparison(
-                *own,
-                seeds=len(study.seeds),
-                own_cells=cells_of.get(own, {}),
-                baseline_cells=cells_of.get(base, {}) if own != base else {},
-                single=single,
-            )
-            estimates += comparison.estimates()
+    for variant, method in product(study.variants, study.methods):
+        own, base, single = (
+            cells_of.get((variant.name, name), {})
+            for name in (method.name, study.baseline, study.single)
+        )
+        names = (variant.name, method.name, len(study.seeds))
+        base = {} if method.name == study.baseline else base
+        estimates += _Comparison(*names, own, base, _measured(single)).estimates()
     return estimates
 
 
@@ -128,48 +120,34 @@ class _Comparison:
     ) -> Estimate:
         values, others = _known(own), _known(base)
         difference = difference_of(values, others)
-        return Estimate(
-            self.variant,
-            self.method,
-            task,
-            measure,
-            target="",
-            unit=unit,
-            better=better,
-            values=values,
-            seeds=self.seeds,
-            reached=None,
-            difference=difference,
-            censored=0,
-            lost=self._lost(values, others) if difference is not None else 0,
-        )
+        lost = 0 if difference is None else self._lost(values, others)
+        names = (self.variant, self.method, task, measure, unit, better)
+        return Estimate(*names, values, self.seeds, difference, lost)
 
     def _lost(self, own: Mapping[int, float], base: Mapping[int, float]) -> int:
         """In how many seeds a cell has ended without a value."""
-        lost: set[int] = set()
-        for cells, values in ((self.own_cells, own), (self.baseline_cells, base)):
-            absent = cells.keys() - values.keys()
-            lost |= {seed for seed in absent if cells[seed].ended.state != "missing"}
+        lost = {
+            seed
+            for cells, values in ((self.own_cells, own), (self.baseline_cells, base))
+            for seed in cells.keys() - values.keys()
+            if cells[seed].ended.state != "missing"
+        }
         return len(lost)
 
     def _to_target(self, task: str, target: str, measure: Literal["rounds", "seconds"]) -> Estimate:
         own = _targets(self.own_cells, task, target)
         base = _targets(self.baseline_cells, task, target)
-        values = _known({seed: getattr(run, measure) for seed, run in own.items()})
-        others = _known({seed: getattr(run, measure) for seed, run in base.items()})
+        values, others = (
+            _known({seed: getattr(run, measure) for seed, run in runs.items()})
+            for runs in (own, base)
+        )
         pairs = [own[seed].reached + base[seed].reached for seed in values.keys() & others.keys()]
-        return Estimate(
-            self.variant,
-            self.method,
-            task,
-            measure,
+        estimate = self._estimate(task, measure, measure, "less", values, others)
+        return replace(
+            estimate,
             target=target,
-            unit=measure,
-            better="less",
-            values=values,
-            seeds=self.seeds,
             reached=sum(run.reached for run in own.values()),
-            difference=difference_of(values, others) if any(pairs) else None,
+            difference=estimate.difference if any(pairs) else None,
             censored=sum(both < 2 for both in pairs),
             lost=self._lost(values, others),
         )

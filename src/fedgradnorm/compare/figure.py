@@ -12,8 +12,6 @@ from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.looks import Look, looks_for
 from fedgradnorm.runs.summary import LOSS_RATIO
 
-__all__ = ["save_svg", "write_figure"]
-
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
 """Matplotlib's names."""
 

@@ -1,26 +1,13 @@
 """The findings of a study in sentences, made from its numbers."""
 
-from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 from fedgradnorm.compare.results import Estimate, Results
 from fedgradnorm.compare.statistics import FEWEST_PAIRS, Interval
 from fedgradnorm.report.comparison import percentage
 from fedgradnorm.report.findings import listed, plural
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
-
-__all__ = [
-    "against",
-    "answers",
-    "answers_on",
-    "caveats",
-    "goal",
-    "headline_target",
-    "interval_text",
-    "sentence",
-    "size_text",
-    "verdict",
-]
 
 FASTER, SLOWER = "faster than", "slower than"
 UNCLEAR, UNKNOWN = "not clearly different from", "not comparable with"
@@ -181,12 +168,10 @@ def caveats(results: Results) -> list[str]:
         "it counts with all of its rounds (≥). The true difference is larger.",
         *_on_tuning(results),
     ]
-    states = Counter[str](result.ended.state for result in results.cells)
-    words = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
-    for state, word in words.items():
-        if states[state]:
-            texts.append(f"{plural(states[state], 'run')} of {len(results.cells)} {word}.")
-    if states["diverged"]:
+    bad = results.not_trained()
+    for how, number in bad.items():
+        texts.append(f"{plural(number, 'run')} of {len(results.cells)} {how}.")
+    if "diverged" in bad:
         texts.append(
             "A run that diverged counts as one that never reached a target, even if it had been "
             "there before. It has no other figures. These are figures of the other runs, with "
@@ -196,12 +181,8 @@ def caveats(results: Results) -> list[str]:
 
 
 def _on_intervals(results: Results) -> str:
-    estimates = (
-        estimate
-        for variant in results.study.variants
-        for task in results.tasks
-        for estimate in against(results, variant.name, task)
-    )
+    pairs = product(results.study.variants, results.tasks)
+    estimates = [e for variant, task in pairs for e in against(results, variant.name, task)]
     shown = sum(e.difference is not None and e.difference.low is not None for e in estimates)
     misses = f", about {0.05 * shown:.1g} of the {shown} in rounds here" if shown > 1 else ""
     seeds = plural(len(results.study.seeds), "seed")
@@ -223,12 +204,7 @@ def _on_tuning(results: Results) -> list[str]:
         name = f"{tuned.method} ({tuned.variant})" if tuned.variant else tuned.method
         for edge in tuned.edges:
             methods_at.setdefault(edge, []).append(name)
-    return [
-        f"Every method's step sizes are the best of the same {choices}, on {seeds} used for "
-        "nothing else.",
-        *(
-            f"At the edge of the tuning grid, {edge}: {listed(names)}; a better value may lie "
-            "beyond."
-            for edge, names in methods_at.items()
-        ),
-    ]
+    best = f"Every method's step sizes are the best of the same {choices}"
+    start, end = "At the edge of the tuning grid", "a better value may lie beyond"
+    edges = [f"{start}, {edge}: {listed(names)}; {end}." for edge, names in methods_at.items()]
+    return [f"{best}, on {seeds} used for nothing else.", *edges]

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from fedgradnorm.build import resolve_config
-from fedgradnorm.compare.spec import Method, Study, Variant
-from fedgradnorm.config import RunConfig, overlaid, validated
+from fedgradnorm.compare.spec import Method, Study, Variant, nested
+from fedgradnorm.config import RunConfig, overlaid
 from fedgradnorm.errors import ConfigError
-
-__all__ = ["Cell", "Point", "final_cells", "identity", "points_of", "tuning_cells"]
+from fedgradnorm.validation import validated
 
 Point = tuple[float, ...]
 """A point of the tuning grid: a value for each axis."""
@@ -21,15 +20,7 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
-
-    Attributes:
-        variant: the variant's name.
-        method: the method's name.
-        point: the step sizes, one for each axis of tuning.
-        seed: the run's seed.
-        config: all settings, without a folder.
-    """
+    """One run of a study. ``config`` has all settings, without a folder."""
 
     variant: str
     method: str
@@ -96,17 +87,16 @@ def _cell(
         values = overlaid(values, settings)
     for axis, value in zip(study.axes, point, strict=True):
         for key in axis.keys:
-            values = overlaid(values, _nested(key.split("."), value))
+            values = overlaid(values, nested(key, value))
     own = {"seed": seed} if num_rounds is None else {"seed": seed, "num_rounds": num_rounds}
     values = overlaid(values, {"train": own})
     where = f"methods '{method.name}'" + (f" variants '{variant.name}'" if variant.name else "")
     try:
-        config = _with_own_seed(
-            resolve_config(validated(RunConfig, values, prefix="")), values.get("weighting")
-        )
+        config = resolve_config(validated(RunConfig, values, prefix=""))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return Cell(variant.name, method.name, point, seed, config)
+    own_seed = _with_own_seed(config, values.get("weighting"))
+    return Cell(variant.name, method.name, point, seed, own_seed)
 
 
 def _with_own_seed(config: RunConfig, given: Any) -> RunConfig:
@@ -114,10 +104,5 @@ def _with_own_seed(config: RunConfig, given: Any) -> RunConfig:
     options = config.weighting.options
     if type(options.get("seed")) is not int or (isinstance(given, Mapping) and "seed" in given):
         return config
-    return config.model_copy(
-        update={"weighting": config.weighting.with_options({**options, "seed": config.train.seed})}
-    )
-
-
-def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    return {keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value}
+    weighting = config.weighting.with_options({**options, "seed": config.train.seed})
+    return config.model_copy(update={"weighting": weighting})

@@ -12,16 +12,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MetricSummary, Row
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED, rounds_to, task_curve
 
-__all__ = [
-    "DIVERGED_RATIO",
-    "Measured",
-    "Target",
-    "TaskMeasures",
-    "diverged",
-    "measure",
-    "tuning_score",
-]
-
 DIVERGED_RATIO = 10.0
 """A run has diverged if its training loss ends above this multiple of the initial one."""
 
@@ -46,7 +36,7 @@ class TaskMeasures:
     """A task in one run.
 
     Attributes:
-        metric: the main test metric: name, direction, guess, first, best and last value, or None.
+        metric: the main test metric, or None.
         final_ratio: F(K) / F(0), the mean over the last tenth of its rounds; None without reports
             at the end.
         weight: the weight, also the mean over the last tenth.
@@ -66,8 +56,6 @@ class Measured:
     """A trained cell.
 
     Attributes:
-        rounds: the number of rounds.
-        tasks: by name.
         spread_end: how unequal the tasks' inverse training rates are at the end; see `spread`.
         spread_mean: the mean of the spread over the rounds.
         worst: the task with the least skill, and its skill in %; None if no task has one.

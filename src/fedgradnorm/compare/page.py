@@ -8,33 +8,17 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedgradnorm import registry
+from fedgradnorm.compare import texts, titles
 from fedgradnorm.compare.charts import MOST_SHOWN, curves_of, forest_of
 from fedgradnorm.compare.findings import answers_on, caveats, goal, headline_target, verdict
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
-from fedgradnorm.compare.texts import (
-    OVERALL_MEASURES,
-    difference_text,
-    mean_text,
-    overview,
-    speed_text,
-    tuning_rows,
-    tuning_titles,
-)
-from fedgradnorm.compare.titles import (
-    overall_title,
-    runs_title,
-    speed_title,
-    task_title,
-    tuning_title,
-)
+from fedgradnorm.compare.texts import OVERALL_MEASURES, difference_text, mean_text
 from fedgradnorm.config import MethodConfig, dotted
 from fedgradnorm.report.comparison import ABSENT
 from fedgradnorm.report.findings import plural
 from fedgradnorm.report.html import write_html
 from fedgradnorm.report.looks import Look, looks_for
 from fedgradnorm.runs.summary import SMOOTHED
-
-__all__ = ["write_page"]
 
 WORST = "worst task's skill"
 SIDES = {1: "better", 0: "", -1: "worse"}
@@ -118,17 +102,17 @@ class _Page:
         return {
             "heading": heading,
             "empty": False,
-            "speed_title": speed_title(results, variant),
+            "speed_title": titles.speed_title(results, variant),
             "speed": self._speed(variant),
             "forests": [self._forest(variant, task) for task in results.tasks],
-            "overall_title": overall_title(results, variant),
+            "overall_title": titles.overall_title(results, variant),
             "overall": self._overall(variant),
             "tasks": [self._task(variant, task) for task in results.tasks],
         }
 
     def _speed(self, variant: str) -> dict[str, Any]:
         rows = []
-        for look, cells in zip(self.looks, overview(self.results, variant), strict=True):
+        for look, cells in zip(self.looks, texts.overview(self.results, variant), strict=True):
             parted = [(*text.partition("; ")[::2], side) for text, side in cells]
             rows.append(self._row(variant, look, [_cell(*parts) for parts in parted]))
         baseline = self.results.study.baseline
@@ -177,7 +161,7 @@ class _Page:
         if any(point.get("censored") for point in points):
             small += "; hollow: some runs did not reach it and count with all of their rounds"
         figure = self._figure(chart) if points else {"number": None}
-        title = task_title(self.results, variant, task)
+        title = titles.task_title(self.results, variant, task)
         return figure | {"title": title, "small": small, "height": 90 + 22 * len(points)}
 
     def _figure(self, chart: dict[str, Any]) -> dict[str, Any]:
@@ -196,11 +180,11 @@ class _Page:
             cells = []
             for _, measure, target in columns:
                 estimate = self.results.find(variant, look.name, task, measure, target)
-                mean = speed_text(estimate) if target else mean_text(estimate)
+                mean = texts.speed_text(estimate) if target else mean_text(estimate)
                 cells.append(_cell(mean, difference_text(estimate), _side(estimate)))
             rows.append(self._row(variant, look, cells))
-        titles = [(title, target) for title, _, target in columns]
-        return {"note": "", "titles": titles, "rows": rows}
+        headers = [(title, target) for title, _, target in columns]
+        return {"note": "", "titles": headers, "rows": rows}
 
 
 def _side(estimate: Estimate | None) -> int:
@@ -220,7 +204,7 @@ def _columns(results: Results, task: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _tuning(results: Results) -> dict[str, Any]:
-    title, tuning = tuning_title(results), results.study.tuning
+    title, tuning = titles.tuning_title(results), results.study.tuning
     if tuning is None:
         return {"title": title, "note": ""}
     axes = " × ".join(" = ".join(axis.keys) for axis in tuning.axes)
@@ -230,8 +214,8 @@ def _tuning(results: Results) -> dict[str, Any]:
         f"for every {axes}. The least is best (*). The final loss is the mean over the last tenth "
         "of the rounds.",
         "names": 2 if results.study.shows_variants else 1,
-        "titles": tuning_titles(results),
-        "rows": tuning_rows(results),
+        "titles": texts.tuning_titles(results),
+        "rows": texts.tuning_rows(results),
         "reasons": sorted({reason for tuned in results.tuned for reason in tuned.reasons.values()}),
     }
 
@@ -245,10 +229,10 @@ def _runs(results: Results) -> dict[str, Any]:
             state = "not trained yet" if ended.state == "missing" else ended.state
             line = [cell.variant, cell.method, str(cell.seed), state, ended.reason]
             bad.append(line if with_variant else line[1:])
-    titles = ["variant", "method", "seed", "state", "why"]
+    columns = ["variant", "method", "seed", "state", "why"]
     return {
-        "title": runs_title(results),
-        "titles": titles if with_variant else titles[1:],
+        "title": titles.runs_title(results),
+        "titles": columns if with_variant else columns[1:],
         "bad": bad,
     }
 

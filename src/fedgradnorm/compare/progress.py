@@ -13,14 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgradnorm.compare.cells import Ended, Order
+from fedgradnorm.compare.workers import Listener
 
-__all__ = ["GridProgress", "StudyProgress"]
 
+class StudyProgress(Listener):
+    """Shows the cells of a study's stages, one stage after another.
 
-class StudyProgress:
-    """Shows the stages of a study one after another: the listener that `compare` takes.
-
-    It is a context manager.
+    It is a context manager, and the listener that `compare` takes.
 
     Args:
         console: what to write to.
@@ -28,57 +27,32 @@ class StudyProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.grid: GridProgress | None = None
+        self.live: Live | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.grid is not None:
-            self.grid.close()
+        self._close()
 
-    def __call__(self, stage: str, orders: Sequence[Order]) -> "GridProgress":
-        """The listener for a stage's cells."""
-        if self.grid is not None:
-            self.grid.close()
-        self.grid = GridProgress(self.console, stage, len(orders))
-        return self.grid
-
-
-class GridProgress:
-    """Shows the cells of a stage.
-
-    Args:
-        console: what to write to.
-        stage: what the cells are for.
-        count: the number of cells.
-    """
-
-    def __init__(self, console: Console, stage: str, count: int) -> None:
-        self.console, self.stage, self.count = console, stage, count
-        self.bar = Bar(
-            TextColumn(stage),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("time left"),
-            TimeRemainingColumn(),
-        )
-        self.job = self.bar.add_task(stage, total=count)
-        self.running: dict[str, tuple[int, int, float]] = {}
-        self.finished = 0
-        self.live = (
-            Live(Group(self.bar), console=console, refresh_per_second=4)
-            if console.is_terminal and count
-            else None
-        )
-        if self.live is not None:
-            self.live.start()
-
-    def close(self) -> None:
+    def _close(self) -> None:
         """Leave the last state on the screen."""
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+    def __call__(self, stage: str, orders: Sequence[Order]) -> Self:
+        """Begin a stage, and return the listener for its cells."""
+        self._close()
+        self.stage, self.count, self.finished = stage, len(orders), 0
+        self.running: dict[str, tuple[int, int, float]] = {}
+        time_left = (TextColumn("time left"), TimeRemainingColumn())
+        self.bar = Bar(TextColumn(stage), MofNCompleteColumn(), BarColumn(), *time_left)
+        self.job = self.bar.add_task(stage, total=self.count)
+        if self.console.is_terminal and self.count:
+            self.live = Live(Group(self.bar), console=self.console, refresh_per_second=4)
+            self.live.start()
+        return self
 
     def began(self, order: Order) -> None:
         """Show a cell that begins."""
@@ -99,11 +73,9 @@ class GridProgress:
             how = f"stopped after round {done}"
         else:
             self.finished += 1
-            how = (
-                f"{monotonic() - start:.1f} s"
-                if ended.state == "trained"
-                else f"{ended.state}: {ended.reason}"
-            )
+            how = f"{ended.state}: {ended.reason}"
+            if ended.state == "trained":
+                how = f"{monotonic() - start:.1f} s"
         if self.live is None or ended is None or ended.state != "trained":
             line = f"{self.stage} {self.finished}/{self.count}  {name}: {how}"
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)

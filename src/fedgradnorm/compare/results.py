@@ -12,9 +12,11 @@ from fedgradnorm.compare.grid import Cell, Point
 from fedgradnorm.compare.measures import Measured
 from fedgradnorm.compare.spec import Study
 from fedgradnorm.compare.statistics import Interval
-from fedgradnorm.config import RunConfig, overlaid, validated
+from fedgradnorm.config import RunConfig, overlaid
+from fedgradnorm.validation import validated
 
-__all__ = ["OVERALL", "CellResult", "Estimate", "Results", "TunedMethod"]
+NOT_TRAINED = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
+"""By the state of a cell that is not trained, its words."""
 
 OVERALL = ""
 """Task name used for measures that aggregate over all tasks."""
@@ -58,34 +60,34 @@ class Estimate:
         method: the method's name.
         task: the task, or `OVERALL`.
         measure: what is measured, such as ``rounds`` or ``last metric``.
-        target: the target of ``rounds`` and ``seconds``, such as ``loss ratio 0.6``.
         unit: of the values.
         better: which direction is good; None if neither is.
         values: by seed. A run that has diverged has no value, except in ``rounds``: there, like a
             run that never reached the target, it counts with all of its rounds.
         seeds: the number of the study's seeds.
-        reached: in how many seeds the target was reached; None without a target.
         difference: against the baseline, over the seeds that both have. None for the baseline
             itself, without a common seed, and if neither method ever reached the target.
-        censored: in how many of these pairs a run did not reach the target, so that the difference
-            is one of min(rounds, K).
         lost: in how many seeds the method or the baseline has no value because it diverged or
             failed. The other values are those of survivors.
+        target: the target of ``rounds`` and ``seconds``, such as ``loss ratio 0.6``.
+        reached: in how many seeds the target was reached; None without a target.
+        censored: in how many pairs of the difference a run did not reach the target, so that the
+            difference is one of min(rounds, K).
     """
 
     variant: str
     method: str
     task: str
     measure: str
-    target: str
     unit: str
     better: Literal["less", "more"] | None
     values: Mapping[int, float]
     seeds: int
-    reached: int | None
     difference: Interval | None
-    censored: int
     lost: int
+    target: str = ""
+    reached: int | None = None
+    censored: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class Results:
             if result.measured is not None
         }
 
+    def not_trained(self) -> dict[str, int]:
+        """How many runs diverged, failed or are not trained yet, by these words."""
+        states = Counter[str](result.ended.state for result in self.cells)
+        return {NOT_TRAINED[state]: states[state] for state in NOT_TRAINED if states[state]}
+
     def absence(self, variant: str, method: str) -> str:
         """Why a method has no figures, such as "diverged on all 8 seeds"; empty if it has some."""
         if self.measured(variant, method):
@@ -135,30 +142,26 @@ class Results:
                 return "not tuned yet" if missing else "diverged or failed with all step sizes"
         states = Counter(result.ended.state for result in self._cells_of(variant, method))
         if list(states) == ["missing"]:
-            return "not trained yet"
-        words = {state: "not trained yet" if state == "missing" else state for state in states}
+            return NOT_TRAINED["missing"]
         if len(states) == 1:
             return f"{next(iter(states))} on all {len(self.study.seeds)} seeds"
         total = states.total()
-        return ", ".join(f"{words[key]} on {n} of {total} seeds" for key, n in states.items())
+        return ", ".join(f"{NOT_TRAINED[key]} on {n} of {total} seeds" for key, n in states.items())
 
     @cached_property
     def configs(self) -> dict[str, RunConfig]:
         """By method, its settings in the base."""
-        settings = {
-            method.name: overlaid(self.study.base, method.options) for method in self.study.methods
-        }
-        return {
-            name: resolve_config(validated(RunConfig, values, prefix=""))
-            for name, values in settings.items()
-        }
+        configs = {}
+        for method in self.study.methods:
+            values = overlaid(self.study.base, method.options)
+            configs[method.name] = resolve_config(validated(RunConfig, values, prefix=""))
+        return configs
 
     @cached_property
     def ours(self) -> tuple[str, ...]:
         """The methods with FedGradNorm's weighting. The findings begin with them."""
-        return tuple(
-            name for name, config in self.configs.items() if config.weighting.name == "fedgradnorm"
-        )
+        weightings = {name: config.weighting.name for name, config in self.configs.items()}
+        return tuple(name for name, used in weightings.items() if used == "fedgradnorm")
 
     @cached_property
     def methods(self) -> tuple[str, ...]:

@@ -1,7 +1,4 @@
-"""A study: methods, seeds, variants and step sizes to compare, from a TOML file.
-
-The file is checked before anything is trained.
-"""
+"""A study: methods, seeds, variants and step sizes to compare, from a TOML file."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +15,9 @@ from fedgradnorm.config import (
     overlaid,
     parse_override,
     read_toml,
-    validated,
 )
 from fedgradnorm.errors import ConfigError, nearest
-
-__all__ = ["Axis", "Method", "Study", "Targets", "Tuning", "Variant", "load_study"]
+from fedgradnorm.validation import validated
 
 Seed = Annotated[int, Field(ge=0)]
 OWN = ("train.seed", "run.dir", "run.page", "run.tensorboard", "run.keep", "versions")
@@ -38,8 +33,7 @@ class Axis(Section):
     )
     values: tuple[float, ...] = Field(min_length=1, description="The values, in ascending order.")
     not_for: tuple[str, ...] = Field(
-        (),
-        description="Methods that have the first value only: the settings do not affect them.",
+        (), description="Methods that have the first value only: the settings do not affect them."
     )
 
     @model_validator(mode="after")
@@ -131,10 +125,8 @@ class Study(Section):
             wanted += [("tuning.axes to be not for", name) for name in axis.not_for]
         for what, name in wanted:
             if name is not None and name not in methods:
-                near = nearest(name, methods)
-                raise ValueError(
-                    f"expected {what} a method, but there is no method '{name}'; {near}"
-                )
+                hint = f"there is no method '{name}'; {nearest(name, methods)}"
+                raise ValueError(f"expected {what} a method, but {hint}")
         self._check_seeds()
         self._check_settings()
         return self
@@ -145,22 +137,19 @@ class Study(Section):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"expected {key} without repetition, found {list(seeds)}")
         if both := sorted(set(self.seeds) & set(tuned)):
+            shared = ", ".join(map(str, both))
             raise ValueError(
-                "expected tuning.seeds that are not among seeds, "
-                f"but {', '.join(map(str, both))} is in both"
+                f"expected tuning.seeds that are not among seeds, but {shared} is in both"
             )
 
     def _check_settings(self) -> None:
         tuned = self.tuned_keys
         if twice := _repeated(tuned):
             raise ValueError(f"expected every setting on one axis of tuning, found {twice} twice")
-        named: Sequence[tuple[str, Sequence[Method | Variant]]] = (
-            ("methods", self.methods),
-            ("variants", self.variants),
-        )
-        for where, part in (
-            (f"{kind} '{part.name}'", part) for kind, parts in named for part in parts
-        ):
+        parts = list[tuple[str, Component]]()
+        parts += [(f"methods '{method.name}'", method) for method in self.methods]
+        parts += [(f"variants '{variant.name}'", variant) for variant in self.variants]
+        for where, part in parts:
             _check_tables(part.options, where)
             for key in dotted(part.options):
                 if key in tuned:
@@ -207,15 +196,11 @@ def _repeated(names: Sequence[str]) -> str | None:
 def _check_tables(settings: Mapping[str, Any], where: str) -> None:
     for table, value in settings.items():
         if table not in RunConfig.model_fields:
-            near = nearest(table, RunConfig.model_fields)
-            raise ValueError(
-                f"expected {where} to set what a run has, but there is no table '{table}'; {near}"
-            )
+            hint = f"there is no table '{table}'; {nearest(table, RunConfig.model_fields)}"
+            raise ValueError(f"expected {where} to set what a run has, but {hint}")
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"expected {where} to set {table} as a table, such as {table}.name = ..., "
-                f"found {value!r}"
-            )
+            example = f"such as {table}.name = ..., found {value!r}"
+            raise ValueError(f"expected {where} to set {table} as a table, {example}")
     for key in dotted(settings):
         if key.startswith(OWN):
             raise ValueError(f"expected {where} to leave {key} alone, which the comparison sets")
@@ -245,7 +230,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, full: bool = False)
         values = _laid_over(values, large)
     for word in overrides:
         key, value = parse_override(word)
-        values = _laid_over(values, _nested(key, value))
+        values = _laid_over(values, nested(key, value))
     values = _with_shared_methods(path, values)
     study = validated(Study, values, prefix="", place=f"in {path}")
     base = read_toml(path.parent / study.config) if study.config is not None else {}
@@ -260,19 +245,16 @@ def _with_shared_methods(path: Path, values: Mapping[str, Any]) -> dict[str, Any
     named = [item for item in given if isinstance(item, str)] if isinstance(given, list) else []
     if not isinstance(file, str):
         if named:
-            raise ConfigError(
-                f"methods: '{named[0]}' names a method of a file, "
-                f"but no methods_file is given in {path}"
-            )
+            name = f"'{named[0]}' names a method of a file"
+            raise ConfigError(f"methods: {name}, but no methods_file is given in {path}")
         return dict(values)
     place = path.parent / file
     shared = read_toml(place).get("methods")
     if not isinstance(shared, list) or not all(
         isinstance(table, Mapping) and isinstance(table.get("name"), str) for table in shared
     ):
-        raise ConfigError(
-            f"methods_file: expected tables [[methods]], each with a name, in {place}"
-        )
+        expected = "expected tables [[methods]], each with a name"
+        raise ConfigError(f"methods_file: {expected}, in {place}")
     known = {table["name"]: table for table in shared}
     for name in named:
         if name not in known:
@@ -287,16 +269,18 @@ def _with_shared_methods(path: Path, values: Mapping[str, Any]) -> dict[str, Any
 
 def _laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Override keys of the study, and settings of a run in its base."""
-    of_study = {
-        key: value
-        for key, value in settings.items()
-        if key in Study.model_fields or key not in RunConfig.model_fields
-    }
-    of_run = {key: value for key, value in settings.items() if key not in of_study}
+    run_keys = RunConfig.model_fields.keys() - Study.model_fields.keys()
+    of_study = {key: value for key, value in settings.items() if key not in run_keys}
+    of_run = {key: value for key, value in settings.items() if key in run_keys}
     result = overlaid(values, of_study)
     return {**result, "base": overlaid(result.get("base", {}), of_run)} if of_run else result
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key with its value as nested tables.
+
+    >>> nested("train.seed", 1)
+    {'train': {'seed': 1}}
+    """
     first, _, rest = key.partition(".")
-    return {first: _nested(rest, value) if rest else value}
+    return {first: nested(rest, value) if rest else value}

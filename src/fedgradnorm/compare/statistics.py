@@ -9,17 +9,6 @@ import numpy as np
 from scipy.stats import bootstrap, norm
 from scipy.stats import t as student
 
-__all__ = [
-    "FEWEST_PAIRS",
-    "Interval",
-    "delta_m",
-    "difference_of",
-    "expanded_level",
-    "final_value",
-    "skill",
-    "spread",
-]
-
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6
 """With fewer pairs no bootstrap interval can contain the true difference in 95 % of cases.
@@ -100,14 +89,10 @@ def _bounds(differences: Sequence[float]) -> tuple[float | None, float | None]:
         return None, None
     if len(set(differences)) == 1:
         return differences[0], differences[0]
-    result = bootstrap(
-        (np.array(differences),),
-        np.mean,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        confidence_level=expanded_level(len(differences)),
-        rng=np.random.default_rng(0),
-    )
+    data, level = (np.array(differences),), expanded_level(len(differences))
+    settings = {"n_resamples": RESAMPLES, "confidence_level": level}
+    rng = np.random.default_rng(0)
+    result = bootstrap(data, np.mean, method="percentile", rng=rng, **settings)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

@@ -26,8 +26,6 @@ from fedgradnorm.compare.titles import task_title
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.comparison import ABSENT
 
-__all__ = ["COLUMNS", "terminal_table", "write_tables"]
-
 COLUMNS = (
     *("variant", "method", "task", "measure", "target", "unit", "better", "seeds", "reached"),
     *("mean", "difference", "low", "high", "pairs", "below", "above", "censored", "lost"),
@@ -71,27 +69,15 @@ def terminal_table(results: Results) -> Table:
 
 
 def _record(estimate: Estimate) -> dict[str, Any]:
-    difference = estimate.difference
-    return {
-        "variant": estimate.variant,
-        "method": estimate.method,
-        "task": estimate.task,
-        "measure": estimate.measure,
-        "target": estimate.target,
-        "unit": estimate.unit,
-        "better": estimate.better,
-        "seeds": len(estimate.values),
-        "reached": estimate.reached,
-        "mean": fmean(estimate.values.values()) if estimate.values else None,
+    """The figures of an estimate, by the columns of results.csv."""
+    difference, values = estimate.difference, estimate.values
+    interval = vars(difference) if difference else {"pairs": 0}
+    figures = vars(estimate) | {
+        "seeds": len(values),
+        "mean": fmean(values.values()) if values else None,
         "difference": difference.mean if difference else None,
-        "low": difference.low if difference else None,
-        "high": difference.high if difference else None,
-        "pairs": difference.pairs if difference else 0,
-        "below": difference.below if difference else None,
-        "above": difference.above if difference else None,
-        "censored": estimate.censored,
-        "lost": estimate.lost,
     }
+    return {column: figures.get(column, interval.get(column)) for column in COLUMNS}
 
 
 def _csv(results: Results) -> str:

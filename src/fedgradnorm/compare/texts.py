@@ -6,18 +6,6 @@ from fedgradnorm.compare.findings import headline_target, verdict
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.report.comparison import ABSENT
 
-__all__ = [
-    "OVERALL_MEASURES",
-    "difference_text",
-    "figure",
-    "mean_text",
-    "overall_text",
-    "overview",
-    "speed_text",
-    "tuning_rows",
-    "tuning_titles",
-]
-
 OVERALL_MEASURES = (
     ("delta-m, last metric", "Δm, last (%)"),
     ("delta-m, best metric", "Δm, best (%)"),
@@ -72,9 +60,8 @@ def difference_text(estimate: Estimate | None) -> str:
     difference = estimate.difference
     text = _figure(estimate, difference.mean, signed=True)
     if difference.low is not None and difference.high is not None:
-        low, high = (
-            _figure(estimate, end, signed=True) for end in (difference.low, difference.high)
-        )
+        ends = (difference.low, difference.high)
+        low, high = (_figure(estimate, end, signed=True) for end in ends)
         text += f" ({low} to {high})"
     return f"{text}, {difference.pairs} of {estimate.seeds}" if estimate.lost else text
 

@@ -1,20 +1,10 @@
 """The titles of a study's tables and charts, which say what these show."""
 
-from collections import Counter
 from statistics import fmean
 
 from fedgradnorm.compare.findings import against, interval_text, sentence, size_text, verdict
 from fedgradnorm.compare.results import OVERALL, Estimate, Results
 from fedgradnorm.report.findings import plural
-
-__all__ = [
-    "curve_title",
-    "overall_title",
-    "runs_title",
-    "speed_title",
-    "task_title",
-    "tuning_title",
-]
 
 MOST_NAMED = 4
 """A title that would name more methods than this counts them."""
@@ -44,11 +34,9 @@ def task_title(results: Results, variant: str, task: str) -> str:
         named = "; ".join(f"{estimate.method} {_brief(estimate)}" for estimate in ours)
         text = f"{task}, against {baseline}: {named}."
         return f"{text} Of {plural(len(others), 'other method')} {counts}." if others else text
-    counts = f"Of {len(others)} methods {counts}"
     fastest = min(better, key=_mean_difference, default=None)
-    if fastest is None:
-        return f"{counts}."
-    return f"{counts}; first of all {sentence(fastest, baseline)}"
+    first = "." if fastest is None else f"; first of all {sentence(fastest, baseline)}"
+    return f"Of {len(others)} methods {counts}{first}"
 
 
 def _brief(estimate: Estimate) -> str:
@@ -160,9 +148,7 @@ def tuning_title(results: Results) -> str:
 
 def runs_title(results: Results) -> str:
     """How many runs did not end well."""
-    states = Counter[str](result.ended.state for result in results.cells)
-    words = {"diverged": "diverged", "failed": "failed", "missing": "not trained yet"}
-    bad = [f"{states[state]} {word}" for state, word in words.items() if states[state]]
+    bad = [f"{number} {how}" for how, number in results.not_trained().items()]
     if not bad:
         return f"Runs: all {len(results.cells)} ended well"
     return f"Runs: {', '.join(bad)} of {len(results.cells)}"

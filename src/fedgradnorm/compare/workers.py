@@ -4,28 +4,27 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol, Self
+from pathlib import Path
+from typing import Self
 
 import torch
 
-from fedgradnorm.compare.cells import Ended, Order, end_of
+from fedgradnorm.compare.cells import Ended, Order, end_of, note_end
 from fedgradnorm.threads import kernel_threads
-
-__all__ = ["Listener", "Workers"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PATIENCE = 0.2
 """Seconds until `should_stop` is asked again."""
 
 
-class Listener(Protocol):
-    """Receives the progress of the cells."""
+class Listener:
+    """Receives the progress of the cells. This one ignores it."""
 
     def began(self, order: Order) -> None:
         """A cell begins, or is resumed."""
@@ -50,14 +49,17 @@ class Workers:
     Args:
         jobs: the number of cells at a time. With 1 they are trained in this process, otherwise in
             worker processes, which are started when they are needed.
+
+    Attributes:
+        finished: the number of cells of the last call of `train` that were trained or failed.
     """
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self.workers: list[_Worker] = []
         self.waiting: deque[Order] = deque()
-        self.listener: Listener
-        self.stopping = False
+        self.listener = Listener()
+        self.finished, self.stopping = 0, False
 
     def __enter__(self) -> Self:
         return self
@@ -73,14 +75,16 @@ class Workers:
     def train(
         self, orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]
     ) -> bool:
-        """Train these cells. If a cell fails or its process is killed, the others go on.
+        """Train these cells, and note how each ended.
+
+        If a cell fails or its process is killed, the others go on.
 
         Returns:
             Whether every cell was trained or failed. False: they were stopped before.
         """
+        self.waiting, self.listener, self.finished = deque(orders), listener, 0
         if self.jobs == 1:
-            return _one_by_one(orders, listener, should_stop)
-        self.waiting, self.listener = deque(orders), listener
+            return self._train_here(should_stop)
         while True:
             if not self.stopping and should_stop():
                 self._stop()
@@ -90,6 +94,18 @@ class Workers:
                 return not self.waiting and not self.stopping
             for connection in wait([worker.connection for worker in busy], timeout=PATIENCE):
                 self._hear(next(worker for worker in busy if worker.connection is connection))
+
+    def _train_here(self, should_stop: Callable[[], bool]) -> bool:
+        with kernel_threads(1):
+            for order in self.waiting:
+                if should_stop():
+                    return False
+                self.listener.began(order)
+                ended = end_of(order, partial(self.listener.round, order), should_stop)
+                self._end(order, ended)
+                if ended is None:
+                    return False
+        return True
 
     def _hand_out(self) -> None:
         while self.waiting and not self.stopping:
@@ -117,7 +133,13 @@ class Workers:
             self.listener.round(worker.order, message)
             return
         order, worker.order = worker.order, None
-        self.listener.ended(order, message)
+        self._end(order, message)
+
+    def _end(self, order: Order, ended: Ended | None) -> None:
+        if ended is not None:
+            self.finished += 1
+            note_end(Path(order.folder), ended)
+        self.listener.ended(order, ended)
 
     def _bury(self, worker: _Worker) -> None:
         """Remove a process that died, by a signal or without memory. Its cell has failed."""
@@ -127,31 +149,14 @@ class Workers:
         if worker.order is not None:
             code = worker.process.exitcode
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            self.listener.ended(worker.order, Ended("failed", f"its process ended early: {how}"))
+            self._end(worker.order, Ended("failed", f"its process ended early: {how}"))
 
     def _stop(self) -> None:
         self.stopping = True
         for worker in self.workers:
             if worker.order is not None:
-                try:
+                with suppress(OSError):  # its process died, which `_hear` notices
                     worker.connection.send(None)
-                except OSError:
-                    continue  # its process died, which `_hear` notices
-
-
-def _one_by_one(
-    orders: Sequence[Order], listener: Listener, should_stop: Callable[[], bool]
-) -> bool:
-    with kernel_threads(1):
-        for order in orders:
-            if should_stop():
-                return False
-            listener.began(order)
-            ended = end_of(order, partial(listener.round, order), should_stop)
-            listener.ended(order, ended)
-            if ended is None:
-                return False
-    return True
 
 
 def _started() -> _Worker:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fedgradnorm.errors import described, warn
 
-__all__ = ["WARNED", "Executable", "executable_of"]
-
 log = logging.getLogger(__name__)
 
 Steps: TypeAlias = Callable[..., Tensor]
@@ -35,12 +33,7 @@ INSIDE = " " * 8
 
 
 class Executable(NamedTuple):
-    """A program that can be called.
-
-    Attributes:
-        steps: takes the steps.
-        in_python: whether Python runs them.
-    """
+    """What takes a program's steps, and whether Python runs it."""
 
     steps: Steps
     in_python: bool
@@ -56,8 +49,13 @@ def executable_of(lines: Sequence[str]) -> Executable:
     except Exception as error:  # noqa: BLE001  # however torch removes it, or forbids it
         if _has_torchscript():
             log.info("TorchScript cannot run a program, Python does: %s", described(error))
-        else:
-            _warn_once(error)
+        elif not WARNED.is_set():
+            WARNED.set()
+            warn(
+                f"this torch does not run TorchScript ({described(error)}): steps are run from"
+                " Python, which gives the same numbers and is slower, above all for many small"
+                " clients"
+            )
         return Executable(_in_python(lines), in_python=True)
 
 
@@ -107,13 +105,3 @@ def _freed(lines: Sequence[str]) -> list[str]:
         f"{line}; del {', '.join(unused[place])}" if place in unused else line
         for place, line in enumerate(lines)
     ]
-
-
-def _warn_once(error: Exception) -> None:
-    if WARNED.is_set():
-        return
-    WARNED.set()
-    warn(
-        f"this torch does not run TorchScript ({described(error)}): steps are run from Python,"
-        " which gives the same numbers and is slower, above all for many small clients"
-    )

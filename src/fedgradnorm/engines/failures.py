@@ -11,8 +11,6 @@ from types import TracebackType
 
 from fedgradnorm.errors import described, warn
 
-__all__ = ["STRICT", "Attempt", "Untraceable", "is_an_answer", "is_strict", "unexpected"]
-
 STRICT = "FEDGRADNORM_STRICT"
 """The environment variable that turns the strict mode on, unless it is empty."""
 
@@ -71,17 +69,10 @@ class Attempt:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if not isinstance(error, Exception):
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception) or (is_strict() and not is_an_answer(error)):
             return False
         if not is_an_answer(error):
-            if is_strict():
-                return False
             warn(f"{self.what}: {unexpected(error)}")
         return True
 

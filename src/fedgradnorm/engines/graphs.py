@@ -8,21 +8,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-__all__ = [
-    "PRODUCTS",
-    "changed",
-    "depends_on_values",
-    "is_mutable",
-    "outputs_of",
-    "owner",
-    "product",
-    "reached",
-    "simplify",
-    "writes",
-]
-
 aten = torch.ops.aten
-TIMES = aten.mul.Scalar
 PRODUCTS = {aten.mm.default: "addmm_", aten.bmm.default: "baddbmm_"}
 """Matrix products, and the method that adds one to a tensor."""
 
@@ -40,15 +26,12 @@ def simplify(graph: Graph) -> None:
         argument = node.args[0] if node.op == "call_function" and node.args else None
         if not isinstance(argument, Node):
             continue
-        if _gives_back(node, argument) or (not mutable and _times_one(node)):
+        times_one = node.target is aten.mul.Scalar and node.args[1] == 1
+        if _gives_back(node, argument) or (times_one and not mutable):
             node.replace_all_uses_with(argument)
         elif _turns(node) is not None and _turns(node) == _turns(argument):
             (before,) = argument.all_input_nodes
             node.replace_all_uses_with(before)
-
-
-def _times_one(node: Node) -> bool:
-    return node.target is TIMES and bool(node.args[1] == 1)
 
 
 def _gives_back(node: Node, argument: Node) -> bool:
@@ -120,10 +103,9 @@ def owner(node: Node) -> Node:
 def product(gradient: Node, trained: Sequence[Node]) -> tuple[str, Node, Node, bool] | None:
     """How a gradient that is a matrix product is added to a tensor without being written itself.
 
-    Returns:
-        The method that adds it, the operands, and whether the gradient is the product transposed.
-        None for other gradients, and where an operand is itself trained, since it would have
-        changed by then.
+    Returns the method that adds it, the operands, and whether the gradient is the product
+    transposed. None for other gradients, and where an operand is itself trained, since it would
+    have changed by then.
     """
     turned = _turns(gradient)
     node = gradient.args[0] if turned is not None else gradient

@@ -1,17 +1,16 @@
 """What a worker is given: one client, or the clients of a stack."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from fedgradnorm.client import ClientState
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, Programs
 from fedgradnorm.engines.stacked import Stack
-from fedgradnorm.messages import Instruction
+from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.threads import kernel_threads
-
-__all__ = ["FEWEST_STACKED", "QUARTER", "WIDE", "Failed", "Job", "chunks", "each", "stack_widths"]
 
 FEWEST_STACKED = 5
 """Minimum number of identical clients for which stacking pays."""
@@ -41,7 +40,7 @@ class Job(NamedTuple):
 
     @property
     def client(self) -> str:
-        """The id of its first client: all of them are of one kind."""
+        """The id of its first client. All of them are of one kind."""
         return self.instructions[0].client
 
 
@@ -52,19 +51,21 @@ class Failed(NamedTuple):
     reason: str
 
 
+Outcome: TypeAlias = tuple[Report, ClientState]
+"""A client's report and its next state."""
+
+Result: TypeAlias = Outcome | Failed
+
+
 def each(
-    work: Callable[..., Done],
-    workers: int,
-    kernels: int,
-    items: Sequence[object],
-    *more: Iterable[object],
+    work: Callable[..., Done], workers: int, kernels: int, items: Sequence[object], *more: Any
 ) -> Iterator[Done]:
-    """The work's result for each item, in order. Each worker has so many kernel threads."""
+    """The work's result for each item, in order. Each worker has this many kernel threads."""
+    threads = min(workers, len(items))
     with kernel_threads(kernels):
-        if min(workers, len(items)) <= 1:
+        if threads <= 1:
             yield from map(work, items, *more)
             return
-        threads = min(workers, len(items))
         with ThreadPoolExecutor(threads, thread_name_prefix="fedgradnorm") as pool:
             yield from pool.map(work, items, *more)
 

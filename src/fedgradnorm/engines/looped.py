@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +16,15 @@ from fedgradnorm.engines.workspace import same, views
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, flatten, load_flat, trainable
+from fedgradnorm.training.round import LocalRound
 from fedgradnorm.training.steps import (
     GATHERED_BYTES,
     HEAD_BATCHES,
-    LocalRound,
     PlainSteps,
     batches_of,
     encoder_order,
     order_of,
 )
-
-__all__ = ["WITHOUT_PROGRAMS", "ProgramSteps", "Programs", "encoded_once", "hold_features"]
 
 ENCODED_AT_ONCE, CONVOLVED_AT_ONCE = 1024, 128
 """Examples in one pass through the encoder: enough for full speed. Convolutions, whose outputs are
@@ -171,49 +170,43 @@ def _run(
     Starts and sums are the encoder's.
     """
     (trained, fixed), momentum = phase.of(model), local.instruction.training.head_momentum
-    others = len(trained) - len(sums)
-    velocity = _velocity(phase, trained, local, len(sums)) if momentum and others else {}
-    losses = [
-        phase.program.run(
+    others, velocity = len(trained) - len(sums), dict[str, Tensor]()
+    if momentum:  # copies of that of the head's parameters
+        moving = zip(phase.trained, trained, phase.program.has_gradient, strict=True)
+        velocity = {
+            name: local.velocity.get(name.removeprefix(HEAD), torch.zeros_like(tensor)).clone()
+            for name, tensor, has_gradient in islice(moving, len(sums), None)
+            if has_gradient
+        }
+    losses = []
+    for piece in _pieces(batches):
+        inputs, targets = zip(*piece, strict=True)
+        loss = phase.program.run(
             trained,
             fixed,
-            *piece,
+            inputs,
+            targets,
             [*[encoder_rate] * len(sums), *[head_rate] * others],
             momentum=momentum,
             velocity=[velocity.get(name) for name in phase.trained] if velocity else (),
             starts=[*starts, *trained[len(sums) :]] if sums else (),
             sums=[*sums, *[None] * others] if sums else (),
         )
-        for piece in _pieces(batches)
-    ]
+        losses.append(loss)
     local.velocity.update({name.removeprefix(HEAD): v for name, v in velocity.items()})
     return float(torch.cat(losses).double().mean()) if losses else math.nan
 
 
-def _velocity(
-    phase: Phase, trained: Sequence[Tensor], local: LocalRound, first: int
-) -> dict[str, Tensor]:
-    """Copies of the momentum of the head's parameters, which begin at this place."""
-    moving = list(zip(phase.trained, trained, phase.program.has_gradient, strict=True))[first:]
-    return {
-        name: local.velocity.get(name.removeprefix(HEAD), torch.zeros_like(tensor)).clone()
-        for name, tensor, has_gradient in moving
-        if has_gradient
-    }
-
-
-def _pieces(batches: Iterable[Batch]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Neighbouring batches together, as inputs and targets, up to `GATHERED_BYTES`."""
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
+def _pieces(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Neighbouring batches together, up to `GATHERED_BYTES`."""
+    piece: list[Batch] = []
     for batch in batches:
-        if inputs and sum(part.nbytes for part in inputs) + batch[0].nbytes > GATHERED_BYTES:
-            yield inputs, targets
-            inputs, targets = [], []
-        inputs.append(batch[0])
-        targets.append(batch[1])
-    if inputs:
-        yield inputs, targets
+        if piece and sum(part.nbytes for part, _ in piece) + batch[0].nbytes > GATHERED_BYTES:
+            yield piece
+            piece = []
+        piece.append(batch)
+    if piece:
+        yield piece
 
 
 def encoded_once(

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedgradnorm.engines.programs import Loss, Program
+from fedgradnorm.engines.programs import Loss, Program, Tensors
 from fedgradnorm.engines.workspace import same
-from fedgradnorm.parameters import trainable
+from fedgradnorm.parameters import concatenated, trainable
 from fedgradnorm.task import Task
-
-__all__ = ["ENCODER", "HEAD", "Batch", "Phase", "WrongProgram", "both", "tensors_of"]
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -79,27 +77,16 @@ class Phase:
         if width is not None:
             trained, fixed = self._widened(trained, fixed, width)
             inputs, targets = (part.expand(width, *part.shape) for part in batch)
-            loss = self._of_many(loss)
+            loss = vmap(loss, in_dims=(0, self._axes, 0, 0))
         self.program = Program(loss, trained, fixed, inputs, targets)
 
-    def _of_many(self, loss: Loss) -> Loss:
-        def losses(
-            trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
-        ) -> Tensor:
-            of_each = vmap(loss, in_dims=(0, self._axes, 0, 0))
-            stacked: Tensor = of_each(list(trained), list(fixed), inputs, targets)
-            return stacked
-
-        return losses
-
     def _widened(
-        self, trained: Sequence[Tensor], fixed: Sequence[Tensor], width: int
+        self, trained: Tensors, fixed: Tensors, width: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors of clients that all have the same values. Shared tensors stay as they are."""
-        return [tensor.expand(width, *tensor.shape) for tensor in trained], [
-            tensor if axis is None else tensor.expand(width, *tensor.shape)
-            for tensor, axis in zip(fixed, self._axes, strict=True)
-        ]
+        pairs = zip((*trained, *fixed), (*[0] * len(trained), *self._axes), strict=True)
+        wide = [part if axis is None else part.expand(width, *part.shape) for part, axis in pairs]
+        return wide[: len(trained)], wide[len(trained) :]
 
     def of(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """The trained and the fixed tensors of such a model."""
@@ -110,9 +97,7 @@ class Phase:
         """The loss of one client as a function of these tensors."""
         names = (*self.trained, *self.fixed)
 
-        def loss(
-            trained: Sequence[Tensor], fixed: Sequence[Tensor], inputs: Tensor, targets: Tensor
-        ) -> Tensor:
+        def loss(trained: Tensors, fixed: Tensors, inputs: Tensor, targets: Tensor) -> Tensor:
             tensors = dict(zip(names, (*trained, *fixed), strict=True))
             return task.loss(functional_call(model, tensors, (inputs,)), targets).reshape(())
 
@@ -129,10 +114,8 @@ class Phase:
         expected = self._plain(model, task, [batch, other])
         if self.width is not None:
             of_second = self._plain(model, task, [other, batch])
-            expected = [
-                torch.stack(parts, dim=1 if place == 0 else 0)
-                for place, parts in enumerate(zip(expected, of_second, strict=True))
-            ]
+            losses, *sums = zip(expected, of_second, strict=True)
+            expected = [torch.stack(losses, dim=1), *map(torch.stack, sums)]
             trained, fixed = self._widened(trained, fixed, 2)
             inputs, targets = (
                 [torch.stack(pair), torch.stack(pair[::-1])] for pair in (inputs, targets)
@@ -145,7 +128,7 @@ class Phase:
         model: nn.Module,
         task: Task,
         batch: Batch,
-        given: tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor] | None = None,
+        given: tuple[Tensors, Tensors, Tensor, Tensor] | None = None,
         row: int | None = None,
     ) -> None:
         """Compare a step of the program with the step of the model. All values stay as they are.
@@ -163,19 +146,13 @@ class Phase:
         """
         parameters = dict(model.named_parameters())
         value = task.loss(model(batch[0]), batch[1]).reshape(())
-        gradients = torch.autograd.grad(
-            value,
-            [parameters[name] for name in self.trained],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        learned = [parameters[name] for name in self.trained]
+        gradients = torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True)
         trained, fixed, inputs, targets = given or (*self.of(model), *batch)
         losses, *sums = self._tried(trained, fixed, [inputs], [targets])
         loss = losses.flatten()[0 if row is None else row]
-        actual = torch.cat([(total if row is None else total[row]).reshape(-1) for total in sums])
-        expected = torch.cat(
-            [(part.to_dense() if part.is_sparse else part).reshape(-1) for part in gradients]
-        )
+        actual = concatenated(total if row is None else total[row] for total in sums)
+        expected = concatenated(part.to_dense() for part in gradients)
         far = FAR.get(actual.dtype, 0.1)
         same_loss = torch.allclose(loss, value.detach(), rtol=far, atol=1e-6, equal_nan=True)
         apart, length = (torch.linalg.vector_norm(part) for part in (actual - expected, expected))
@@ -183,11 +160,7 @@ class Phase:
             raise WrongProgram("a traced step is no longer the step of its code")
 
     def _tried(
-        self,
-        trained: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        self, trained: Tensors, fixed: Tensors, inputs: Tensors, targets: Tensors
     ) -> list[Tensor]:
         """The losses of the program's steps on copies of the tensors, and the gradients' sums."""
         sums = [torch.zeros_like(tensor) for tensor in trained]
@@ -202,19 +175,15 @@ class Phase:
         starts = [parameter.detach().clone() for parameter in learned]
         sums = [torch.zeros_like(parameter) for parameter in learned]
         for inputs, targets in batches:
-            value = task.loss(model(inputs), targets)
-            gradients = torch.autograd.grad(
+            value = task.loss(model(inputs), targets).reshape(())
+            computed = torch.autograd.grad(
                 value, learned, allow_unused=True, materialize_grads=True
             )
-            losses.append(value.detach().reshape(()))
-            with torch.no_grad():
-                for parameter, start, total, gradient in zip(
-                    learned, starts, sums, gradients, strict=True
-                ):
-                    torch.add(start, total.add_(gradient), alpha=-RATE, out=parameter.data)
-        with torch.no_grad():
-            for parameter, start in zip(learned, starts, strict=True):
-                parameter.copy_(start)
+            losses.append(value.detach())
+            for parameter, start, total, part in zip(learned, starts, sums, computed, strict=True):
+                torch.add(start, total.add_(part), alpha=-RATE, out=parameter.data)
+        for parameter, start in zip(learned, starts, strict=True):
+            parameter.data.copy_(start)
         return [torch.stack(losses), *sums]
 
 

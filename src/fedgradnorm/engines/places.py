@@ -1,6 +1,6 @@
 """Places that hold Python values: looked at, copied, and set back to a copy."""
 
-import functools
+import inspect
 import random
 import types
 import zlib
@@ -15,22 +15,6 @@ from torch import Tensor
 
 from fedgradnorm.modules import GENERATORS
 
-__all__ = [
-    "VALUES",
-    "Place",
-    "array_at",
-    "attributes_at",
-    "cells_at",
-    "class_at",
-    "container_at",
-    "function_at",
-    "generator_at",
-    "globals_at",
-    "held_by_cells",
-    "slots_at",
-    "tensor_at",
-]
-
 VALUES = (
     *(type(None), bool, int, float, complex, str, bytes, slice, range, type(...)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
@@ -43,9 +27,9 @@ class Place:
 
     Args:
         name: the place in words.
-        read: returns what it holds.
-        write: sets what it holds; None where that cannot be set.
-        copied: copies what it holds.
+        read: returns the values.
+        write: sets them; None where they cannot be set.
+        copied: copies them.
     """
 
     def __init__(
@@ -164,14 +148,16 @@ def _refill(attributes: dict[str, Any], own: Mapping[str, Any], copy: Mapping[st
     attributes.update(copy)
 
 
-def slots_at(name: str, value: object, slots: Iterable[str]) -> Place:
+def _assign(owner: object, copy: Mapping[str, Any]) -> None:
+    for key, value in copy.items():
+        if inspect.getattr_static(owner, key, None) is not value:
+            setattr(owner, key, value)
+
+
+def slots_at(name: str, owner: object, slots: Iterable[str]) -> Place:
     """The slots of an object."""
-
-    def write(copy: Mapping[str, Any]) -> None:
-        for key, held in copy.items():
-            setattr(value, key, held)
-
-    return Place(name, lambda: {key: getattr(value, key, None) for key in slots}, write)
+    write = partial(_assign, owner)
+    return Place(name, lambda: {key: getattr(owner, key, None) for key in slots}, write)
 
 
 def class_at(kind: type) -> Place:
@@ -184,27 +170,17 @@ def class_at(kind: type) -> Place:
             if not key.startswith("__") or isinstance(value, types.FunctionType)
         }
 
-    def write(copy: Mapping[str, Any]) -> None:
-        for key, value in copy.items():
-            if vars(kind).get(key) is not value:
-                setattr(kind, key, value)
-
-    return Place(f"an attribute of {kind.__name__}", read, write)
+    return Place(f"an attribute of {kind.__name__}", read, partial(_assign, kind))
 
 
 def function_at(function: types.FunctionType) -> Place:
     """The code, the defaults and the attributes of a function."""
+    parts = ("__code__", "__defaults__", "__kwdefaults__")
 
     def read() -> dict[str, Any]:
-        parts = {key: getattr(function, key) for key in ("__code__", "__defaults__")}
-        return {**vars(function), **parts, "__kwdefaults__": function.__kwdefaults__}
+        return {**vars(function), **{key: getattr(function, key) for key in parts}}
 
-    def write(copy: Mapping[str, Any]) -> None:
-        for key, value in copy.items():
-            if getattr(function, key, None) is not value:
-                setattr(function, key, value)
-
-    return Place(f"what {function.__qualname__} is", read, write)
+    return Place(f"what {function.__qualname__} is", read, partial(_assign, function))
 
 
 def cells_at(name: str, cells: Mapping[str, types.CellType]) -> Place:
@@ -214,7 +190,7 @@ def cells_at(name: str, cells: Mapping[str, types.CellType]) -> Place:
         for key, value in copy.items():
             cells[key].cell_contents = value
 
-    return Place(name, functools.partial(held_by_cells, cells), write)
+    return Place(name, partial(held_by_cells, cells), write)
 
 
 def held_by_cells(cells: Mapping[str, types.CellType]) -> dict[str, Any]:
@@ -230,8 +206,5 @@ def held_by_cells(cells: Mapping[str, types.CellType]) -> dict[str, Any]:
 
 def globals_at(name: str, namespace: dict[str, Any], names: set[str]) -> Place:
     """The values of a namespace that have these names."""
-
-    def read() -> dict[str, Any]:
-        return {key: namespace.get(key) for key in sorted(names)}
-
-    return Place(f"a global of {name}", read, namespace.update)
+    name, write = f"a global of {name}", namespace.update
+    return Place(name, lambda: {key: namespace.get(key) for key in sorted(names)}, write)

@@ -18,15 +18,14 @@ from fedgradnorm.engines.looped import Programs
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
 from fedgradnorm.engines.stacked import stack_of
 from fedgradnorm.engines.watching import CannotTell, Watch
-from fedgradnorm.engines.workspace import Workspace, has_hooks, holds_more_than_its_state, same
-from fedgradnorm.errors import FedGradNormWarning
+from fedgradnorm.engines.workspace import Workspace, holds_more_than_its_state, same
+from fedgradnorm.errors import FedGradNormWarning, warn
 from fedgradnorm.evaluation import EVALUATION_BATCH
 from fedgradnorm.federation import Client
 from fedgradnorm.parameters import buffers_of, flatten, trainable
 from fedgradnorm.randomness import Generators, seeded
+from fedgradnorm.task import Task
 from fedgradnorm.training import FedRep, method_of
-
-__all__ = ["Plan", "batch_of", "plan_for", "programs_for"]
 
 STACKED_FLOPS = 20_000_000
 """The most floating-point operations of an encoder step for which stacking pays.
@@ -92,7 +91,7 @@ def _watched_plan(
 ) -> Plan:
     encoder, batch = workspace.encoder, batch_of(client, training, workspace.device)
     with seeded(0, 0, client.id, "plan", workspace.device):
-        trial = _Trial(client, encoder, head, batch, workspace.device)
+        trial = _Trial(client.task, encoder, head, batch, workspace.device)
     if trial.draws:
         return Plan("alone", False, "its model or its loss draws random numbers")
     if (place := watch.changed()) is not None:  # another call might change it again
@@ -104,11 +103,9 @@ def _watched_plan(
     if not torch.equal(trial.parameters, _parameters(encoder, head)):
         return Plan("looped", False, "its model changes its own parameters", flops, watch=watch)
     once = _one_by_one(encoder, batch[0])
-    why_not = (
-        _why_not_stacked(client, workspace, training, flops)
-        if once
-        else "its encoder does not treat every example by itself"
-    )
+    why_not: str | None = "its encoder does not treat every example by itself"
+    if once:
+        why_not = _why_not_stacked(client, workspace, training, flops)
     if why_not is not None:
         bound = _is_bound(encoder) or _is_bound(head)
         own = bound or holds_more_than_its_state(head) or _differ(trial.buffers, head)
@@ -124,32 +121,20 @@ def _watched_plan(
 class _Trial:
     """A step's forward and backward pass on a model whose parameters were moved a little.
 
-    Attributes:
-        draws: whether it drew random numbers.
-        flops: its floating-point operations.
-        saved_bytes: the bytes of the tensors that the forward pass keeps for the backward pass.
-        statistics: the encoder's buffers before it.
-        buffers: the head's.
-        parameters: of both, before it.
+    It counts the bytes that the forward pass keeps for the backward pass, and remembers the
+    buffers and parameters as they were before it.
     """
 
     def __init__(
-        self,
-        client: Client,
-        encoder: nn.Module,
-        head: nn.Module,
-        batch: Batch,
-        device: torch.device,
+        self, task: Task, encoder: nn.Module, head: nn.Module, batch: Batch, device: torch.device
     ) -> None:
-        encoder.zero_grad()
-        head.zero_grad()
+        both(encoder, head).zero_grad()
         _move(encoder, head)
         self.statistics, self.buffers = buffers_of(encoder), buffers_of(head)
         self.parameters, self.saved_bytes = _parameters(encoder, head), 0
-        before = Generators.now(device)
-        counter = FlopCounterMode(display=False)
+        before, counter = Generators.now(device), FlopCounterMode(display=False)
         with counter, saved_tensors_hooks(self._count, lambda tensor: tensor):
-            client.task.loss(head(encoder(batch[0])), batch[1]).backward()
+            task.loss(head(encoder(batch[0])), batch[1]).backward()
         self.draws = Generators.now(device) != before
         self.flops = counter.get_total_flops()
 
@@ -171,7 +156,6 @@ def batch_of(
 def _why_not_stacked(
     client: Client, workspace: Workspace, training: TrainConfig, flops: int
 ) -> str | None:
-    """Why a client's encoder is not stacked with others, or None."""
     encoder, head = workspace.encoder, workspace.head(client)
     if any(parameter.ndim > 2 for parameter in encoder.parameters()):
         return "convolutions are slower stacked"
@@ -207,7 +191,9 @@ def _can_be_stacked(client: Client, workspace: Workspace, training: TrainConfig)
             # vmap says so where it calls an operation once for each of the stacked clients.
             if any("performance drop" in str(warning.message) for warning in caught):
                 return False
-            _give_again(caught)
+            for warning in caught:
+                if issubclass(warning.category, FedGradNormWarning):
+                    warn(str(warning.message))
             features = _features(encoder, batches)
             if not stack.head.is_right(both(nn.Identity(), head), task, *features):
                 return False
@@ -220,15 +206,6 @@ def _can_be_stacked(client: Client, workspace: Workspace, training: TrainConfig)
         return False
     finally:
         head.train()
-
-
-def _give_again(caught: Sequence[warnings.WarningMessage]) -> None:
-    """Let this package's own warnings reach the user."""
-    for warning in caught:
-        if issubclass(warning.category, FedGradNormWarning):
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
 
 
 def programs_for(client: Client, workspace: Workspace, training: TrainConfig) -> Programs:
@@ -278,8 +255,9 @@ def _parameters(*modules: nn.Module) -> Tensor:
 
 def _is_bound(module: nn.Module) -> bool:
     """Whether parameters have hooks or several names: ``functional_call`` cannot put these back."""
-    names = list(module.named_parameters(remove_duplicate=False))
-    return has_hooks(module) or len(names) != len(list(module.parameters()))
+    names, parameters = module.named_parameters(remove_duplicate=False), list(module.parameters())
+    hooked = any(parameter._backward_hooks for parameter in parameters)
+    return hooked or len(list(names)) != len(parameters)
 
 
 @torch.no_grad()

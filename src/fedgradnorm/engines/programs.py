@@ -5,7 +5,7 @@ that train small clients wait for each other. Here a step, its gradients include
 a graph of torch's operations. One call then runs many such steps, see `executors.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -22,8 +22,6 @@ from fedgradnorm.engines.failures import Untraceable
 from fedgradnorm.engines.graphs import depends_on_values, outputs_of, simplify
 from fedgradnorm.engines.source import source_of
 
-__all__ = ["Loss", "Program"]
-
 LEAKS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
 """What takes a tensor's values out of torch, where a trace would see constants.
 
@@ -33,7 +31,9 @@ LEAKS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
 TRACING = Lock()
 """Tracing patches torch for all threads."""
 
-Loss: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor], Tensor]
+Tensors: TypeAlias = Sequence[Tensor]
+
+Loss: TypeAlias = Callable[[Tensors, Tensors, Tensor, Tensor], Tensor]
 """A loss as a function of trained tensors, fixed tensors, inputs and targets.
 
 Its value has shape ``()``, or ``(clients,)`` for stacked clients.
@@ -43,13 +43,7 @@ Its value has shape ``()``, or ``(clients,)`` for stacked clients.
 class _KeptInside(TorchFunctionMode):
     """Refuses what takes values out of torch."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LEAKS:
             raise Untraceable(f"{func.__name__}: what depends on values cannot be traced")
         return func(*args, **(kwargs or {}))
@@ -84,34 +78,27 @@ class Program:
     """
 
     def __init__(
-        self,
-        loss: Loss,
-        trained: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        inputs: Tensor,
-        targets: Tensor,
+        self, loss: Loss, trained: Tensors, fixed: Tensors, inputs: Tensor, targets: Tensor
     ) -> None:
         module = _traced(loss, trained, fixed, inputs, targets)
         self._graph, self._num_trained = module.graph, len(trained)
-        self._constants = [
-            getattr(module, str(node.target)).detach()
-            for node in module.graph.find_nodes(op="get_attr")
-        ]
+        constants = module.graph.find_nodes(op="get_attr")
+        self._constants = [getattr(module, str(node.target)).detach() for node in constants]
         self.has_gradient = [gradient is not None for gradient in outputs_of(module.graph)[1:]]
         self._executables: dict[tuple[frozenset[int], frozenset[int]], Executable] = {}
         self.in_python = self._executable(frozenset(), frozenset()).in_python
 
     def run(
         self,
-        trained: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        trained: Tensors,
+        fixed: Tensors,
+        inputs: Tensors,
+        targets: Tensors,
         rates: Sequence[float],
         *,
         momentum: float = 0.0,
         velocity: Sequence[Tensor | None] = (),
-        starts: Sequence[Tensor] = (),
+        starts: Tensors = (),
         sums: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Take a step for each batch, in place: with step size ``rate``, ``t ← t - rate · g``.
@@ -133,19 +120,12 @@ class Program:
         """
         moving = frozenset(place for place, v in enumerate(velocity) if v is not None)
         summed = frozenset(place for place, total in enumerate(sums) if total is not None)
+        velocities = _without_gaps(velocity, trained) if moving else []
+        summing = (list(starts), _without_gaps(sums, trained)) if summed else ([], [])
+        lists = list(trained), list(fixed), self._constants, list(inputs), list(targets)
         with torch.no_grad():
-            return self._executable(moving, summed).steps(
-                list(trained),
-                list(fixed),
-                self._constants,
-                list(inputs),
-                list(targets),
-                list(rates),
-                momentum,
-                _without_gaps(velocity, trained) if moving else [],
-                list(starts) if summed else [],
-                _without_gaps(sums, trained) if summed else [],
-            )
+            steps = self._executable(moving, summed).steps
+            return steps(*lists, list(rates), momentum, velocities, *summing)
 
     def _executable(self, moving: frozenset[int], summed: frozenset[int]) -> Executable:
         if (moving, summed) not in self._executables:
@@ -155,18 +135,12 @@ class Program:
 
 
 def _traced(
-    loss: Loss,
-    trained: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    inputs: Tensor,
-    targets: Tensor,
+    loss: Loss, trained: Tensors, fixed: Tensors, inputs: Tensor, targets: Tensor
 ) -> GraphModule:
     """The graph of a step: its outputs are the loss and the gradients."""
 
-    def step(
-        trained: list[Tensor], fixed: list[Tensor], inputs: Tensor, targets: Tensor
-    ) -> list[Tensor | None]:
-        value = loss(trained, fixed, inputs, targets)
+    def step(trained: Tensors, *others: Any) -> list[Tensor | None]:
+        value = loss(trained, *others)
         return [value.detach(), *torch.autograd.grad(value.sum(), trained, allow_unused=True)]
 
     learned = [tensor.detach().requires_grad_() for tensor in trained]
@@ -184,7 +158,7 @@ def _traced(
     return module
 
 
-def _without_gaps(tensors: Sequence[Tensor | None], trained: Sequence[Tensor]) -> list[Tensor]:
+def _without_gaps(tensors: Sequence[Tensor | None], trained: Tensors) -> list[Tensor]:
     """The tensors, and for each None any tensor: TorchScript's lists have no gaps."""
     pairs = zip(tensors, trained, strict=True)
     return [anything if tensor is None else tensor for tensor, anything in pairs]

@@ -13,8 +13,6 @@ from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["ReferenceEngine"]
-
 
 class ReferenceEngine(Engine):
     """A plain loop over the clients, on the CPU.
@@ -34,15 +32,11 @@ class ReferenceEngine(Engine):
         require(1 <= threads <= 1024, "threads", "a number from 1 to 1024", threads)
         self.federation, self.seed, self.threads = federation, seed, threads
         self.encoder = federation.make_encoder(seed)  # scratch space, as the heads are
-        self.heads = {
-            client.id: federation.make_head(client, seed) for client in federation.clients
-        }
+        clients = federation.clients
+        self.heads = {client.id: federation.make_head(client, seed) for client in clients}
         self.norm_layer = norm_layer_slices(self.encoder, federation.norm_layer)
         buffers = buffers_of(self.encoder)
-        self._states = {
-            client.id: initial_state(federation, client, seed, buffers)
-            for client in federation.clients
-        }
+        self._states = {own.id: initial_state(federation, own, seed, buffers) for own in clients}
 
     @property
     def client_states(self) -> Mapping[str, ClientState]:
@@ -58,14 +52,10 @@ class ReferenceEngine(Engine):
         reports = []
         with kernel_threads(self.threads):
             for instruction in instructions:
-                client = self.federation.client(instruction.client)
-                report, self._states[client.id] = local_update(
-                    client,
-                    self.encoder,
-                    self.heads[client.id],
-                    self.norm_layer,
-                    self._states[client.id],
-                    instruction,
+                id = instruction.client
+                client, models = self.federation.client(id), (self.encoder, self.heads[id])
+                report, self._states[id] = local_update(
+                    client, *models, self.norm_layer, self._states[id], instruction
                 )
                 reports.append(report)
         return reports
@@ -78,9 +68,8 @@ class ReferenceEngine(Engine):
         with kernel_threads(self.threads):
             for client in self.federation.clients:
                 if client.test_data is not None:
-                    head = self.heads[client.id]
-                    load_model(self.encoder, head, self._states[client.id], encoder, buffers)
-                    evaluations[client.id] = evaluate_client(
-                        client, self.encoder, head, self.seed, batch_size
-                    )
+                    models = self.encoder, self.heads[client.id]
+                    load_model(*models, self._states[client.id], encoder, buffers)
+                    evaluation = evaluate_client(client, *models, self.seed, batch_size)
+                    evaluations[client.id] = evaluation
         return evaluations

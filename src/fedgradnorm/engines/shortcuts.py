@@ -22,8 +22,6 @@ from fedgradnorm.evaluation import EVALUATION_BATCH
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["Kind", "Shortcuts"]
-
 log = logging.getLogger(__name__)
 
 Kind: TypeAlias = tuple[object, ...]
@@ -154,16 +152,11 @@ class Shortcuts:
 
     def changed(self) -> dict[Kind, str]:
         """For each kind whose Python values differ from when it was planned, which value."""
-        places = {
-            kind: plan.watch.changed()
-            for kind, plan in self._plans.items()
-            if plan.watch is not None
-        }
-        return {
-            kind: f"{place} has another value than when training began"
-            for kind, place in places.items()
-            if place is not None
-        }
+        reasons = {}
+        for kind, plan in self._plans.items():
+            if plan.watch is not None and (place := plan.watch.changed()) is not None:
+                reasons[kind] = f"{place} has another value than when training began"
+        return reasons
 
     def watched(self) -> list[Kind]:
         """The kinds that have shortcuts."""

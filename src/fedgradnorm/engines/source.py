@@ -13,18 +13,9 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from fedgradnorm.engines import graphs
 from fedgradnorm.engines.failures import Untraceable
-from fedgradnorm.engines.graphs import (
-    changed,
-    is_mutable,
-    outputs_of,
-    owner,
-    product,
-    reached,
-    writes,
-)
-
-__all__ = ["source_of"]
+from fedgradnorm.engines.graphs import owner
 
 PARAMETERS = {
     **dict.fromkeys(("trained", "fixed", "constants", "inputs", "targets"), "List[Tensor]"),
@@ -50,7 +41,7 @@ def source_of(
 
     Args:
         graph: a traced step: of trained and fixed tensors, inputs and targets.
-        num_trained: how many tensors are trained.
+        num_trained: the number of trained tensors.
         moving: the places of those that have a velocity.
         summed: the places of those whose gradients are summed.
 
@@ -59,14 +50,14 @@ def source_of(
     """
     given = graph.find_nodes(op="placeholder")
     trained, fixed, (inputs, targets) = given[:num_trained], given[num_trained:-2], given[-2:]
-    constants = graph.find_nodes(op="get_attr")
-    loss, *gradients = outputs_of(graph)
+    loss, *gradients = graphs.outputs_of(graph)
     updates = [
         _update(place, node, gradient, trained, moves=place in moving, sums=place in summed)
         for place, (node, gradient) in enumerate(zip(trained, gradients, strict=True))
         if gradient is not None
     ]
     words = ", ".join(f"{name}: {kind}" for name, kind in PARAMETERS.items())
+    constants = graph.find_nodes(op="get_attr")
     lists = {"trained": trained, "fixed": fixed, "constants": constants}
     return [
         f"def steps({words}) -> Tensor:",
@@ -88,7 +79,7 @@ def source_of(
 def _update(
     place: int, node: Node, gradient: Node, trained: Sequence[Node], *, moves: bool, sums: bool
 ) -> Update:
-    added = None if writes(node.graph) else product(gradient, trained)
+    added = None if graphs.writes(node.graph) else graphs.product(gradient, trained)
     needs = (gradient,) if added is None else added[1:3]
     name, rate = _name(node), f"-rates[{place}]"
 
@@ -120,18 +111,15 @@ def _body(
     """
     given = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in graph.nodes:
-        if any(owner(argument) in given for argument in changed(node)):
+        if any(owner(argument) in given for argument in graphs.changed(node)):
             raise Untraceable(f"{node.target} changes what the program was given")
     read = {loss, *(node for update in updates for node in update.needs)}
-    used = reached([*read, *filter(is_mutable, graph.nodes)])
+    used = graphs.reached([*read, *filter(graphs.is_mutable, graph.nodes)]) - given
     waits = {
         update: {node for node in used if node in update.needs or _reads(node, update.trained)}
-        - given
         for update in updates
     }
-    for node in graph.nodes:
-        if node not in used or node in given:
-            continue
+    for node in filter(used.__contains__, graph.nodes):
         yield _operation(node)
         if node in read and owner(node) in trained:  # it is a view of what is about to change
             yield f"{_name(node)} = {_name(node)}.clone()"
@@ -152,26 +140,18 @@ def _operation(node: Node) -> str:
     if node.target is operator.getitem:
         return f"{_name(node)} = {_literal(node.args[0])}[{node.args[1]}]"
     if isinstance(node.target, OpOverload):
-        named = (f"{name}={_literal(value)}" for name, value in node.kwargs.items())
-        words = ", ".join([*_arguments(node), *named])
+        words = [_literal(argument) for argument in node.args]
+        if node.target is torch.ops.aten._to_copy.default and not isinstance(node.args[0], Node):
+            # `vmap` traces a number beside a stacked tensor as a copy of that number: here it is a
+            # tensor, with all its digits.
+            kind = ", dtype=torch.float64" if isinstance(node.args[0], float) else ""
+            words[0] = f"torch.tensor({words[0]}{kind})"
+        words += [f"{name}={_literal(value)}" for name, value in node.kwargs.items()]
         # A batch may lie in memory in another way than the one that was traced.
-        view = node.target is torch.ops.aten.view.default and not writes(node.graph)
+        view = node.target is torch.ops.aten.view.default and not graphs.writes(node.graph)
         name = "aten::reshape" if view else node.target._schema.name
-        return f"{_name(node)} = torch.ops.{name.replace('::', '.')}({words})"
+        return f"{_name(node)} = torch.ops.{name.replace('::', '.')}({', '.join(words)})"
     raise Untraceable(f"{node.target} is not an operation of torch")
-
-
-def _arguments(node: Node) -> list[str]:
-    """A node's positional arguments as source.
-
-    ``vmap`` traces a number beside a stacked tensor as a copy of that number: here it is a tensor,
-    with all its digits.
-    """
-    words = [_literal(argument) for argument in node.args]
-    if node.target is torch.ops.aten._to_copy.default and not isinstance(node.args[0], Node):
-        kind = ", dtype=torch.float64" if isinstance(node.args[0], float) else ""
-        words[0] = f"torch.tensor({words[0]}{kind})"
-    return words
 
 
 def _name(node: Node) -> str:

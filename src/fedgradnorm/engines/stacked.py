@@ -16,25 +16,15 @@ from torch.func import functional_call, vmap
 from torch.profiler import record_function
 
 from fedgradnorm.client import ClientState, guess_loss, load_head, loss_batches
-from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import batch_order, size, take
 from fedgradnorm.engines.looped import hold_features
 from fedgradnorm.engines.phases import ENCODER, HEAD, Batch, Phase, both
+from fedgradnorm.engines.programs import Tensors
 from fedgradnorm.engines.workspace import Workspace, encode
 from fedgradnorm.federation import Client
-from fedgradnorm.messages import LARGEST, Instruction, Report
+from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import load_flat, norm_over
 from fedgradnorm.training.steps import ENCODER_BATCHES, HEAD_BATCHES, order_numbers
-
-__all__ = [
-    "Member",
-    "Stack",
-    "Trained",
-    "outcomes",
-    "stack_of",
-    "stacked_order",
-    "stacked_update",
-]
 
 
 class Member(NamedTuple):
@@ -63,12 +53,9 @@ def stack_of(client: Client, workspace: Workspace, batch: Batch, width: int) -> 
     encoder, head = workspace.encoder, workspace.head(client)
     with torch.no_grad():
         features = encoder(batch[0])
-    on_head = Phase(both(nn.Identity(), head), client.task, (HEAD,), (features, batch[1]), width)
-    return Stack(
-        width,
-        on_head,
-        Phase(both(encoder, head), client.task, (ENCODER,), batch, width, shared=(ENCODER,)),
-    )
+    task, model = client.task, both(encoder, head)
+    on_head = Phase(both(nn.Identity(), head), task, (HEAD,), (features, batch[1]), width)
+    return Stack(width, on_head, Phase(model, task, (ENCODER,), batch, width, shared=(ENCODER,)))
 
 
 class Trained(NamedTuple):
@@ -134,37 +121,26 @@ def stacked_update(
         WrongProgram: these steps differ.
     """
     start, device, count = perf_counter(), workspace.device, len(members)
-    training, rows = members[0].instruction.training, _rows(members, stack.width)
-    load_flat(workspace.encoder, members[0].instruction.encoder)
-    heads = {
-        name: torch.stack([members[row].state.head[name] for row in rows]).to(device)
-        for name in members[0].state.head
-    }
-    initial_losses = _initial_losses(members, workspace, heads)
+    clients = _Round(members, workspace, stack, tried)
+    initial_losses = clients.initial_losses()
     inputs, targets = (
         torch.cat([member.data[part] for member in members]).to(device) for part in (0, 1)
     )
     of_heads, of_encoders = (places.to(device) for places in order)
     with record_function("head steps"):
-        features = _features(workspace.encoder.train(), inputs, of_heads)
-        batches = targets[of_heads]
+        features = _features(workspace.encoder, inputs, of_heads)
         if tried is not None:
             row, step = tried % count, tried % len(features)
             hold_features(workspace.encoder, inputs[of_heads[step, row]], features[step, row])
-            _hold_heads(members, workspace, stack.head, heads, features, batches, tried)
-        velocity = _train_heads(heads, stack.head, features, batches, members, rows)
-    exact = training.loss_estimate == "exact"
-    exact_losses = _mean_losses(members, workspace, heads) if exact else None
+        velocity = clients.train_heads(features, targets[of_heads])
+    exact_losses = clients.mean_losses() if clients.training.loss_estimate == "exact" else None
     head_seconds = (perf_counter() - start) / count
     with record_function("encoder steps"):
-        model = both(workspace.encoder, workspace.head(members[0].client))
-        phase, gathered = stack.encoder, (inputs[of_encoders], targets[of_encoders])
-        if tried is not None:
-            _hold_encoders(members, model, phase, heads, *gathered, tried)
-        gradients, losses = _train_encoders(model, training, heads, phase, *gathered)
+        gradients, losses = clients.train_encoders(inputs[of_encoders], targets[of_encoders])
     norms = norm_over(gradients, workspace.norm_layer).tolist()
     lengths = torch.linalg.vector_norm(gradients, dim=1).tolist()
     losses, seconds = exact_losses or losses, ((perf_counter() - start) / count, head_seconds)
+    heads = clients.heads
     return Trained(heads, velocity, gradients, norms, lengths, losses, initial_losses, *seconds)
 
 
@@ -187,12 +163,139 @@ def outcomes(members: Sequence[Member], trained: Trained) -> list[tuple[Report, 
             round=member.instruction.round,
             head_seconds=trained.head_seconds,
             loss_floor=member.client.task.loss_floor,
+            known_length=trained.lengths[index],
         )
-        if trained.lengths[index] <= LARGEST:  # else the report computes it, and finds out why
-            vars(report)["length"] = trained.lengths[index]  # the server needs it, in one thread
         state = ClientState(heads[index], report.initial_loss, {}, velocity[index], report.round)
         pairs.append((report, state))
     return pairs
+
+
+class _Round:
+    """A round of a stack's clients, whose heads are stacked."""
+
+    def __init__(
+        self, members: Sequence[Member], workspace: Workspace, stack: Stack, tried: int | None
+    ) -> None:
+        self.members, self.stack, self.tried = members, stack, tried
+        self.rows, self.device = _rows(members, stack.width), workspace.device
+        self.client, sent = members[0].client, members[0].instruction
+        self.training = sent.training
+        load_flat(workspace.encoder, sent.encoder)
+        self.encoder, self.head = workspace.encoder.train(), workspace.head(self.client).train()
+        names = members[0].state.head
+        self.heads = {name: self._stacked([m.state.head[name] for m in members]) for name in names}
+
+    def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensors[row] for row in self.rows]).to(self.device)
+
+    def train_heads(self, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The SGD steps with step size α, on the heads in place. Returns their momentum."""
+        phase, momentum, velocity = self.stack.head, self.training.head_momentum, {}
+        names = [name.removeprefix(HEAD) for name in phase.trained]
+        trained = [self.heads[name] for name in names]
+        fixed = [self.heads[name.removeprefix(HEAD)] for name in phase.fixed]
+        self._hold(phase, both(nn.Identity(), self.head), (trained, fixed), features, targets)
+        if momentum:
+            for name, has_gradient in zip(names, phase.program.has_gradient, strict=True):
+                if has_gradient:
+                    zero = torch.zeros_like(self.members[0].state.head[name])
+                    known = [member.state.head_velocity.get(name, zero) for member in self.members]
+                    velocity[name] = self._stacked(known)
+        phase.program.run(
+            trained,
+            fixed,
+            features.unbind(),
+            targets.unbind(),
+            [self.training.head_lr] * len(names),  # α
+            momentum=momentum,
+            velocity=[velocity.get(name) for name in names] if velocity else (),
+        )
+        return velocity
+
+    def train_encoders(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[float]]:
+        """The SGD steps with step size β.
+
+        Returns the mean gradients g_i, shape ``(width, P)``, and the batches' mean losses.
+        """
+        phase, model, width = self.stack.encoder, both(self.encoder, self.head), len(self.rows)
+        starts, own = phase.of(model)
+        trained = [part.expand(width, *part.shape) for part in starts]
+        stacked = {HEAD + name: value for name, value in self.heads.items()}
+        pairs = zip(phase.fixed, own, strict=True)
+        fixed = [stacked.get(name, tensor) for name, tensor in pairs]
+        self._hold(phase, model, (trained, fixed), inputs, targets)
+        sums = [part.new_zeros(part.shape) for part in trained]
+        losses = phase.program.run(
+            [part.clone() for part in trained],
+            fixed,
+            inputs.unbind(),
+            targets.unbind(),
+            [self.training.encoder_lr] * len(starts),  # β
+            starts=starts,
+            sums=sums,
+        )
+        gradients = torch.cat([total.view(width, -1) for total in sums], dim=1)
+        return gradients.div_(self.training.encoder_steps), losses.double().mean(dim=0).tolist()
+
+    def _hold(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        tensors: tuple[Tensors, Tensors],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> None:
+        """Compare a step of the client that is tried with autograd. Raises WrongProgram."""
+        if self.tried is not None:
+            row, step = self.tried % len(self.members), self.tried % len(inputs)
+            load_head(self.head, {name: value[row] for name, value in self.heads.items()})
+            batch, given = (inputs[step, row], targets[step, row]), (inputs[step], targets[step])
+            phase.hold_against_autograd(model, self.client.task, batch, (*tensors, *given), row)
+
+    def initial_losses(self) -> list[float]:
+        """F(0) of each client: known from its first round, or as `local_update` computes it."""
+        known = [member.state.initial_loss for member in self.members]
+        if None not in known:
+            return [loss for loss in known if loss is not None]
+        if self.training.initial_loss == "measured":
+            starting = self.mean_losses()
+        else:
+            starting = [
+                guess_loss(member.client, self.encoder, self.head, self.training)
+                for member in self.members
+            ]
+        return [new if loss is None else loss for new, loss in zip(starting, known, strict=True)]
+
+    @torch.no_grad()
+    def mean_losses(self) -> list[float]:
+        """The mean training losses as in `client.mean_loss`, all batches of all clients at once."""
+        orders = [loss_batches(member.client, self.training) for member in self.members]
+        pairs = zip(self.members, orders, strict=True)
+        examples = [take(member.data, order.reshape(-1)) for member, order in pairs]
+        inputs, targets = (
+            torch.cat(parts).to(self.device) for parts in zip(*examples, strict=True)
+        )
+        features = encode(self.encoder, inputs)
+        batch, counts = orders[0].shape[1], [len(order) for order in orders]
+
+        def loss(parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> Tensor:
+            outputs = functional_call(self.head, parameters, (features,))
+            return self.client.task.loss(outputs, targets).reshape(())
+
+        of_clients = vmap(vmap(loss, in_dims=(None, 0, 0)))
+        losses: list[float] = []
+        done = 0
+        for count, alike in groupby(range(len(self.members)), key=counts.__getitem__):
+            rows = list(alike)
+            end = done + count * len(rows)
+            parts = (
+                part.view(-1, batch, *part.shape[1:])[done:end].unflatten(0, (len(rows), count))
+                for part in (features, targets)
+            )
+            heads = {name: value[rows[0] : rows[-1] + 1] for name, value in self.heads.items()}
+            losses += of_clients(heads, *parts).double().mean(dim=1).tolist()
+            done = end
+        return losses
 
 
 @torch.no_grad()
@@ -205,170 +308,6 @@ def _features(encoder: nn.Module, inputs: Tensor, order: Tensor) -> Tensor:
         return encode(encoder, inputs)[order]
     features = encode(encoder, inputs[order.view(-1)])
     return features.view(*order.shape, *features.shape[1:])
-
-
-def _train_heads(
-    heads: dict[str, Tensor],
-    phase: Phase,
-    features: Tensor,
-    targets: Tensor,
-    members: Sequence[Member],
-    rows: Sequence[int],
-) -> dict[str, Tensor]:
-    """The SGD steps with step size α, on the stacked heads in place.
-
-    Returns:
-        The heads' momentum, stacked likewise.
-    """
-    training, velocity = members[0].instruction.training, dict[str, Tensor]()
-    names = [name.removeprefix(HEAD) for name in phase.trained]
-    if training.head_momentum:
-        for name, has_gradient in zip(names, phase.program.has_gradient, strict=True):
-            if has_gradient:
-                zero = torch.zeros_like(members[0].state.head[name])
-                velocity[name] = torch.stack(
-                    [members[row].state.head_velocity.get(name, zero) for row in rows]
-                ).to(features.device)
-    phase.program.run(
-        [heads[name] for name in names],
-        [heads[name.removeprefix(HEAD)] for name in phase.fixed],
-        features.unbind(),
-        targets.unbind(),
-        [training.head_lr] * len(names),  # α
-        momentum=training.head_momentum,
-        velocity=[velocity.get(name) for name in names] if velocity else (),
-    )
-    return velocity
-
-
-def _train_encoders(
-    model: nn.Module,
-    training: TrainConfig,
-    heads: Mapping[str, Tensor],
-    phase: Phase,
-    inputs: Tensor,
-    targets: Tensor,
-) -> tuple[Tensor, list[float]]:
-    """The SGD steps with step size β.
-
-    Returns:
-        The mean gradients g_i, shape ``(width, P)``, and the mean losses of the batches.
-    """
-    width, starts = inputs.shape[1], phase.of(model)[0]
-    sums = [
-        torch.zeros(width, *part.shape, dtype=part.dtype, device=part.device) for part in starts
-    ]
-    losses = phase.program.run(
-        [part.expand(width, *part.shape).clone() for part in starts],
-        _fixed(phase, model, heads),
-        inputs.unbind(),
-        targets.unbind(),
-        [training.encoder_lr] * len(starts),  # β
-        starts=starts,
-        sums=sums,
-    )
-    gradients = torch.cat([total.view(width, -1) for total in sums], dim=1)
-    return gradients.div_(training.encoder_steps), losses.double().mean(dim=0).tolist()
-
-
-def _fixed(phase: Phase, model: nn.Module, heads: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors that the encoder's steps only read: those of the heads stacked."""
-    stacked = {HEAD + name: value for name, value in heads.items()}
-    own = zip(phase.fixed, phase.of(model)[1], strict=True)
-    return [stacked.get(name, tensor) for name, tensor in own]
-
-
-def _hold_heads(
-    members: Sequence[Member],
-    workspace: Workspace,
-    phase: Phase,
-    heads: Mapping[str, Tensor],
-    features: Tensor,
-    targets: Tensor,
-    tried: int,
-) -> None:
-    """Compare a step on one client's head with autograd. Raises WrongProgram."""
-    row, step = tried % len(members), tried % len(features)
-    head = workspace.head(members[0].client).train()
-    load_head(head, {name: value[row] for name, value in heads.items()})
-    trained, fixed = (
-        [heads[name.removeprefix(HEAD)] for name in names] for names in (phase.trained, phase.fixed)
-    )
-    batch = features[step, row], targets[step, row]
-    model = both(nn.Identity(), head)
-    phase.hold_against_autograd(
-        model, members[0].client.task, batch, (trained, fixed, features[step], targets[step]), row
-    )
-
-
-def _hold_encoders(
-    members: Sequence[Member],
-    model: nn.Module,
-    phase: Phase,
-    heads: Mapping[str, Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    tried: int,
-) -> None:
-    """Compare a step on one client's encoder with autograd. Raises WrongProgram."""
-    row, step, width = tried % len(members), tried % len(inputs), inputs.shape[1]
-    load_head(model.get_submodule("head"), {name: value[row] for name, value in heads.items()})
-    trained = [part.expand(width, *part.shape) for part in phase.of(model)[0]]
-    given = trained, _fixed(phase, model, heads), inputs[step], targets[step]
-    batch = inputs[step, row], targets[step, row]
-    phase.hold_against_autograd(model, members[0].client.task, batch, given, row)
-
-
-def _initial_losses(
-    members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
-) -> list[float]:
-    """F(0) of each client: known from its first round, or as `client.initial_loss_of` gives it."""
-    known = [member.state.initial_loss for member in members]
-    if None not in known:
-        return [loss for loss in known if loss is not None]
-    if members[0].instruction.training.initial_loss == "measured":
-        starting = _mean_losses(members, workspace, heads)
-    else:
-        head = workspace.head(members[0].client)
-        starting = [
-            guess_loss(member.client, workspace.encoder, head, member.instruction.training)
-            for member in members
-        ]
-    return [new if loss is None else loss for new, loss in zip(starting, known, strict=True)]
-
-
-@torch.no_grad()
-def _mean_losses(
-    members: Sequence[Member], workspace: Workspace, heads: Mapping[str, Tensor]
-) -> list[float]:
-    """The mean training losses as in `client.mean_loss`, all batches of all clients at once."""
-    training, task = members[0].instruction.training, members[0].client.task
-    head, encoder = workspace.head(members[0].client).train(), workspace.encoder.train()
-    orders = [loss_batches(member.client, training) for member in members]
-    examples = [
-        take(member.data, order.reshape(-1)) for member, order in zip(members, orders, strict=True)
-    ]
-    features = encode(encoder, torch.cat([inputs for inputs, _ in examples]).to(workspace.device))
-    targets = torch.cat([expected for _, expected in examples]).to(workspace.device)
-    batch, counts = orders[0].shape[1], [len(order) for order in orders]
-
-    def loss(parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> Tensor:
-        return task.loss(functional_call(head, parameters, (features,)), targets).reshape(())
-
-    of_clients = vmap(vmap(loss, in_dims=(None, 0, 0)))
-    losses: list[float] = []
-    done = 0
-    for count, alike in groupby(range(len(members)), key=counts.__getitem__):
-        rows = list(alike)
-        end = done + count * len(rows)
-        parts = (
-            part.view(-1, batch, *part.shape[1:])[done:end].unflatten(0, (len(rows), count))
-            for part in (features, targets)
-        )
-        heads_of = {name: value[rows[0] : rows[-1] + 1] for name, value in heads.items()}
-        losses += of_clients(heads_of, *parts).double().mean(dim=1).tolist()
-        done = end
-    return losses
 
 
 def _apart(stacked: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -19,8 +19,6 @@ from fedgradnorm.parameters import load_flat
 from fedgradnorm.randomness import Generators
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["Tested", "Tests"]
-
 TESTED_TOGETHER = 200
 """Number of small clients whose test data pass through the encoder at once."""
 

@@ -13,8 +13,6 @@ import types
 import numpy as np
 import torch
 
-__all__ = ["NEVER_CHANGING", "NOT_CALLED", "NOT_TRUSTED", "READS_FREELY", "is_trusted"]
-
 TRUSTED = frozenset({"torch", "numpy", "fedgradnorm", *sys.stdlib_module_names})
 """Packages whose functions read nothing that changes except what they are given."""
 
@@ -24,7 +22,7 @@ NOT_TRUSTED = frozenset(
 )
 """Modules of these packages that read the clock, files, or the world."""
 
-READS_FREELY = frozenset(
+READS_ANY = frozenset(
     {"__import__", "compile", "eval", "exec", "input", "open", "read_bytes", "read_text"}
 )
 """Functions that may read anything."""

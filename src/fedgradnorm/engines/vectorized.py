@@ -6,26 +6,28 @@ from itertools import islice
 
 import torch
 from pydantic import ByteSize
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedgradnorm.client import ClientState, initial_state, local_update
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import tensors
 from fedgradnorm.engine import Engine
+from fedgradnorm.engines import placement
 from fedgradnorm.engines.failures import is_an_answer, is_strict, unexpected
-from fedgradnorm.engines.jobs import FEWEST_STACKED, Failed, Job, each, stack_widths
+from fedgradnorm.engines.jobs import (
+    FEWEST_STACKED,
+    Failed,
+    Job,
+    Outcome,
+    Result,
+    each,
+    stack_widths,
+)
 from fedgradnorm.engines.looped import WITHOUT_PROGRAMS, ProgramSteps, encoded_once
 from fedgradnorm.engines.phases import WrongProgram
-from fedgradnorm.engines.placement import at_home, device_named, free_memory, instructions_on
+from fedgradnorm.engines.placement import GradientStore
 from fedgradnorm.engines.shortcuts import Kind, Shortcuts
-from fedgradnorm.engines.stacked import (
-    Member,
-    Trained,
-    outcomes,
-    stacked_order,
-    stacked_update,
-)
-from fedgradnorm.engines.store import GradientStore
+from fedgradnorm.engines.stacked import Member, Trained, outcomes, stacked_order, stacked_update
 from fedgradnorm.engines.testing import Tested, Tests
 from fedgradnorm.engines.workspace import Workspace
 from fedgradnorm.errors import ClientError, described, require
@@ -34,9 +36,8 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.parameters import buffers_of
 from fedgradnorm.randomness import Generators, quick_generator
-from fedgradnorm.training.steps import PlainSteps, Steps, encoded
-
-__all__ = ["VectorizedEngine"]
+from fedgradnorm.training.round import Steps
+from fedgradnorm.training.steps import PlainSteps, encoded
 
 CACHE_BYTES = 8 * 2**20
 """The encoders of a stack take at most this together, so that they stay in the caches."""
@@ -87,19 +88,16 @@ class VectorizedEngine(Engine):
         memory_limit: ByteSize | None = None,
         device: str = "cpu",
     ) -> None:
-        expected = "a number from 1 to 1024"
-        require(threads is None or 1 <= threads <= 1024, "threads", expected, threads)
-        expected = "a number of bytes above 0"
+        in_range = threads is None or 1 <= threads <= 1024
+        require(in_range, "threads", "a number from 1 to 1024", threads)
         enough = memory_limit is None or memory_limit > 0
-        require(enough, "memory_limit", expected, memory_limit)
-        self.federation, self.seed, self.device = federation, seed, device_named(device)
+        require(enough, "memory_limit", "a number of bytes above 0", memory_limit)
+        self.federation, self.seed, self.device = federation, seed, placement.device_named(device)
         self.threads = 1 if self.device.type == "cuda" else threads or torch.get_num_threads()
-        self.memory_limit = memory_limit or free_memory(self.device) // 2
+        self.memory_limit = memory_limit or placement.free_memory(self.device) // 2
         buffers = buffers_of(federation.make_encoder(seed))
-        self._states = {
-            client.id: initial_state(federation, client, seed, buffers)
-            for client in federation.clients
-        }
+        clients = federation.clients
+        self._states = {own.id: initial_state(federation, own, seed, buffers) for own in clients}
         self.shortcuts = Shortcuts(federation, seed, self.device)
         self._tests = Tests(self.shortcuts)
 
@@ -116,13 +114,13 @@ class VectorizedEngine(Engine):
         """Let the instructed clients train."""
         if not instructions:
             return []
-        sent = instructions_on(self.device, instructions)
+        sent = placement.instructions_on(self.device, instructions)
         self.shortcuts.plan(sent[0].training)
         self.shortcuts.drop_changed()
         clients = [instruction.client for instruction in sent]
         store = GradientStore(clients, sent[0].encoder, self.memory_limit // 2)
         before = Generators.now(self.device)
-        done: dict[str, tuple[Report, ClientState]] = {}
+        done: dict[str, Outcome] = {}
         spoilt: dict[Kind, str] = {}
         for outcome in self._round(sent, store):
             if isinstance(outcome, Failed):
@@ -140,24 +138,17 @@ class VectorizedEngine(Engine):
 
     def _again(
         self, sent: Sequence[Instruction], spoilt: Mapping[Kind, str], store: GradientStore
-    ) -> dict[str, tuple[Report, ClientState]]:
+    ) -> dict[str, Outcome]:
         """Repeat the round for the kinds whose shortcuts failed, without shortcuts."""
         kind_of = self.shortcuts.kind_of
         self.shortcuts.put_back(spoilt)
-        wrong = [instruction for instruction in sent if kind_of[instruction.client] in spoilt]
-        jobs = [Job([instruction]) for instruction in wrong]
         self.shortcuts.drop(spoilt)
-        repeated = {
-            outcome[0].client: outcome
-            for outcome in self._trained(jobs, store, workers=1)
-            if not isinstance(outcome, Failed)
-        }
+        jobs = [Job([instruction]) for instruction in sent if kind_of[instruction.client] in spoilt]
+        repeated = list(self._trained(jobs, store, workers=1))
         self.shortcuts.say(spoilt)
-        return repeated
+        return {pair[0].client: pair for pair in repeated if not isinstance(pair, Failed)}
 
-    def _round(
-        self, sent: Sequence[Instruction], store: GradientStore
-    ) -> Iterator[tuple[Report, ClientState] | Failed]:
+    def _round(self, sent: Sequence[Instruction], store: GradientStore) -> Iterator[Result]:
         """The outcomes of the instructions, those of clients that train alone first."""
         jobs = self.jobs(sent)
         in_turn = [job for job in jobs if self._waits(job)]
@@ -165,8 +156,8 @@ class VectorizedEngine(Engine):
         yield from self._trained(in_turn, store, workers=1)
         # The last jobs are fewer than there are threads: their kernels may share the idle cores.
         last = len(at_once) - len(at_once) % self.threads
-        apart = self.kernels(at_once[last:]) > 1
-        for part in (at_once[:last], at_once[last:]) if apart else (at_once,):
+        parts = [at_once[:last], at_once[last:]]
+        for part in parts if self.kernels(parts[1]) > 1 else [at_once]:
             yield from self._trained(part, store, self.threads, self.kernels(part))
 
     def jobs(self, instructions: Sequence[Instruction]) -> list[Job]:
@@ -209,7 +200,7 @@ class VectorizedEngine(Engine):
         by_kind: dict[Kind, list[int]] = {}
         for place, job in enumerate(jobs):
             encode_once = self.shortcuts.plan_of[job.client].encode_once
-            if job.stack is not None or job.programs != WITHOUT_PROGRAMS or encode_once:
+            if job.stack or job.programs != WITHOUT_PROGRAMS or encode_once:
                 by_kind.setdefault(self.shortcuts.kind_of[job.client], []).append(place)
         sent = jobs[0].instructions[0]
         rng = quick_generator(sent.training.seed, sent.round, "", f"trials {sent.step}")
@@ -225,9 +216,8 @@ class VectorizedEngine(Engine):
         plan, phase = self.shortcuts.plan_of[job.client], job.programs.encoder
         if plan.way == "alone":
             return True
-        if job.stack is not None or plan.flops >= THREADED_FLOPS:
-            return False
-        return phase is None or phase.program.in_python
+        in_python = phase is None or phase.program.in_python
+        return in_python and job.stack is None and plan.flops < THREADED_FLOPS
 
     def kernels(self, jobs: Sequence[Job]) -> int:
         """Threads of a kernel: one, unless cores are idle and the kernels are large."""
@@ -236,16 +226,16 @@ class VectorizedEngine(Engine):
 
     def _trained(
         self, jobs: Sequence[Job], store: GradientStore, workers: int, kernels: int = 1
-    ) -> Iterator[tuple[Report, ClientState] | Failed]:
+    ) -> Iterator[Result]:
         """The outcomes of these jobs.
 
         The part of a stack's work that is mostly Python is done here, not in the threads, which
         would wait for each other.
         """
         members = [self._members(job) for job in jobs]
+        pairs = zip(members, jobs, strict=True)
         orders = [
-            stacked_order(group, job.stack.width) if job.stack is not None else None
-            for group, job in zip(members, jobs, strict=True)
+            stacked_order(group, job.stack.width) if job.stack else None for group, job in pairs
         ]
         results = each(self._train, workers, kernels, jobs, members, orders)
         for group, result in zip(members, results, strict=True):
@@ -253,14 +243,14 @@ class VectorizedEngine(Engine):
                 yield result
                 continue
             for outcome in outcomes(group, result) if isinstance(result, Trained) else [result]:
-                report, state = at_home(*outcome)
+                report, state = placement.at_home(*outcome)
                 yield store.keep(report), state
 
     def _train(
         self, job: Job, members: Sequence[Member], order: tuple[Tensor, Tensor] | None
-    ) -> Trained | tuple[Report, ClientState] | Failed:
+    ) -> Trained | Outcome | Failed:
         if self.shortcuts.plan_of[job.client].way == "alone":
-            return self._trained_alone(job)
+            return self._trained_single(job, self.shortcuts.own)
         try:
             with self.shortcuts.workspace() as workspace:
                 if job.stack is None or order is None:
@@ -271,54 +261,31 @@ class VectorizedEngine(Engine):
             cause = (error.__cause__ if isinstance(error, ClientError) else None) or error
             if isinstance(cause, WrongProgram):
                 return Failed(job, f"{cause}, perhaps since some rounds ago")
-            if is_an_answer(cause):
-                return Failed(job, described(cause))
-            if is_strict():
+            if is_strict() and not is_an_answer(cause):
                 raise
-            return Failed(job, unexpected(cause))
+            return Failed(job, described(cause) if is_an_answer(cause) else unexpected(cause))
 
     def _members(self, job: Job) -> list[Member]:
-        """The clients of a stack."""
-        if job.stack is None:
-            return []
-        pairs = [(self.shortcuts.client(sent.client), sent) for sent in job.instructions]
-        return [
-            Member(client, tensors(client.train_data), self._states[client.id], sent)
-            for client, sent in pairs
-        ]
+        """The clients of a stack. None for a job without one."""
+        members = []
+        for sent in job.instructions if job.stack else ():
+            client = self.shortcuts.client(sent.client)
+            data, state = tensors(client.train_data), self._states[client.id]
+            members.append(Member(client, data, state, sent))
+        return members
 
-    def _trained_single(self, job: Job, workspace: Workspace) -> tuple[Report, ClientState]:
-        """Train one client, with the shortcuts that it has."""
-        head = workspace.head(self.shortcuts.client(job.client))
-        once = self.shortcuts.plan_of[job.client].encode_once
-        plain = PlainSteps(partial(encoded_once, tried=job.tried) if once else encoded)
-        steps = ProgramSteps(job.programs, workspace.norm_layer, plain, job.tried)
-        return self._updated(job.instructions[0], workspace, head, steps, random_model=False)
-
-    def _trained_alone(self, job: Job) -> tuple[Report, ClientState]:
-        """Train one client as the reference does, while no other is trained."""
-        head, own = self.shortcuts.head_alone(self.shortcuts.client(job.client)), self.shortcuts.own
-        return self._updated(job.instructions[0], own, head, PlainSteps(), random_model=True)
-
-    def _updated(
-        self,
-        instruction: Instruction,
-        workspace: Workspace,
-        head: nn.Module,
-        steps: Steps,
-        *,
-        random_model: bool,
-    ) -> tuple[Report, ClientState]:
-        report, state = local_update(
-            self.shortcuts.client(instruction.client),
-            workspace.encoder,
-            head,
-            workspace.norm_layer,
-            self._states[instruction.client],
-            instruction,
-            steps=steps,
-            random_model=random_model,
-        )
+    def _trained_single(self, job: Job, workspace: Workspace) -> Outcome:
+        """Train one client: with its shortcuts, or as the reference does in the main models."""
+        client, plan = self.shortcuts.client(job.client), self.shortcuts.plan_of[job.client]
+        alone = plan.way == "alone"
+        steps: Steps = PlainSteps()
+        head = self.shortcuts.head_alone(client) if alone else workspace.head(client)
+        if not alone:
+            once = partial(encoded_once, tried=job.tried) if plan.encode_once else encoded
+            steps = ProgramSteps(job.programs, workspace.norm_layer, PlainSteps(once), job.tried)
+        models = workspace.encoder, head, workspace.norm_layer
+        given = self._states[client.id], job.instructions[0]
+        report, state = local_update(client, *models, *given, steps=steps, random_model=alone)
         _ = report.length  # computed in this thread: the server, which needs it, has only one
         return report, state
 

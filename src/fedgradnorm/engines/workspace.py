@@ -10,17 +10,6 @@ from fedgradnorm.modules import follow
 from fedgradnorm.parameters import norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
 
-__all__ = [
-    "Workspace",
-    "arrange",
-    "can_be_arranged",
-    "encode",
-    "holds_more_than_its_state",
-    "pool_first",
-    "same",
-    "views",
-]
-
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
 """The largest relative distance of equal results: far above rounding, far below a difference."""
 
@@ -69,17 +58,12 @@ class Workspace:
         follow(self.encoder, *self._heads.values())
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether parameters have hooks on their gradients."""
-    return any(parameter._backward_hooks for parameter in module.parameters())
-
-
 def holds_more_than_its_state(module: nn.Module) -> bool:
     """Whether a module has tensors that are not in its state dict, and may differ by client."""
-    tensors = any(
-        isinstance(value, Tensor) for part in module.modules() for value in vars(part).values()
-    )
-    return tensors or bool(dict(module.named_buffers()).keys() - module.state_dict().keys())
+    values = (value for part in module.modules() for value in vars(part).values())
+    if any(isinstance(value, Tensor) for value in values):
+        return True
+    return bool(dict(module.named_buffers()).keys() - module.state_dict().keys())
 
 
 def arrange(encoder: nn.Module) -> None:
@@ -97,12 +81,8 @@ def channels_last(weight: Tensor) -> Tensor:
     layouts: then the output would not be in the channels-last layout.
     """
     _, inputs, height, width = weight.shape
-    return torch.empty_strided(
-        weight.shape,
-        (inputs * height * width, 1, inputs * width, inputs),
-        dtype=weight.dtype,
-        device=weight.device,
-    ).copy_(weight)
+    strides = inputs * height * width, 1, inputs * width, inputs
+    return weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
 
 def can_be_arranged(
@@ -131,12 +111,8 @@ def _features_and_gradients(
         return None
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
-    gradients = torch.autograd.grad(
-        (features * direction).sum(),
-        [parameter for _, parameter in trainable(encoder)],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    total, parameters = (features * direction).sum(), [own for _, own in trainable(encoder)]
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
     return [features.detach(), encoder.eval()(inputs).detach(), *gradients]
 
 
@@ -147,7 +123,7 @@ def encode(encoder: nn.Module, inputs: Tensor) -> Tensor:
 
 def same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors differ by no more than rounding."""
-    first, second = (part.to_dense() if part.is_sparse else part for part in (first, second))
+    first, second = first.to_dense(), second.to_dense()
     if first.shape != second.shape:
         return False
     apart, length = torch.linalg.vector_norm(first - second), torch.linalg.vector_norm(first)
@@ -173,9 +149,6 @@ def pool_first(module: nn.Module) -> None:
         if type(sequence) is nn.Sequential:
             for place in range(len(sequence) - 1):
                 activation, pool = sequence[place], sequence[place + 1]
-                if (
-                    type(activation) is nn.ReLU
-                    and type(pool) is nn.MaxPool2d
-                    and not pool.return_indices
-                ):
+                pools = type(pool) is nn.MaxPool2d and not pool.return_indices
+                if pools and type(activation) is nn.ReLU:
                     sequence[place], sequence[place + 1] = pool, activation

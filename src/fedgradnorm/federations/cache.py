@@ -14,8 +14,6 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["cache_folder", "cached_arrays", "file_hash"]
-
 
 def cache_folder() -> Path:
     """``$FEDGRADNORM_CACHE``, or ``fedgradnorm`` in the user's cache folder."""

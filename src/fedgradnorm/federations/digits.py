@@ -18,8 +18,6 @@ from fedgradnorm.metrics import MEAN_ABSOLUTE_ERROR
 from fedgradnorm.models import linear_head, mlp
 from fedgradnorm.task import Task
 
-__all__ = ["TASKS", "make"]
-
 HAS_LOOP = torch.tensor([True, False, False, False, False, False, True, False, True, True])
 BRIGHTEST = 16
 
@@ -32,17 +30,11 @@ def _tenth_of_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.mse_loss(outputs, targets) / 10
 
 
+MASS_HEAD = partial(linear_head, out_features=1)
 TASKS = {
     "class": classification("class", 10),
-    "parity": classification("parity", 2),
-    "loop": classification("loop", 2),
-    "large": classification("large", 2),
-    "mass": Task(
-        "mass",
-        partial(linear_head, out_features=1),
-        _tenth_of_squared_error,
-        (MEAN_ABSOLUTE_ERROR,),
-    ),
+    **{name: classification(name, 2) for name in ("parity", "loop", "large")},
+    "mass": Task("mass", MASS_HEAD, _tenth_of_squared_error, (MEAN_ABSOLUTE_ERROR,)),
 }
 
 
@@ -89,9 +81,8 @@ def make(
     Raises:
         ConfigError: an unknown task, or a value out of range.
     """
-    require(
-        0.01 <= test_fraction <= 0.9, "test_fraction", "a number from 0.01 to 0.9", test_fraction
-    )
+    in_range = 0.01 <= test_fraction <= 0.9
+    require(in_range, "test_fraction", "a number from 0.01 to 0.9", test_fraction)
     images, targets = _pool()
     train, test = train_test_split(
         np.arange(len(images)), test_size=test_fraction, random_state=0, stratify=targets["class"]
@@ -99,15 +90,10 @@ def make(
     clients = client_ids_of(tasks, clients_per_task, TASKS)
     parts = partition(len(train), clients, sizes, alpha, seed)
     known = with_loss_scale(TASKS, loss_scale)
-    return Federation(
-        [
-            Client(
-                id,
-                known[task],
-                (images[train[parts[id]]], targets[task][train[parts[id]]]),
-                (images[test], targets[task][test]),
-            )
-            for id, task in clients.items()
-        ],
-        encoder=partial(mlp, input_shape=(64,), hidden=(64, 32), he_init=False),
-    )
+    members = []
+    for id, task in clients.items():
+        own = train[parts[id]]
+        data = (images[own], targets[task][own])
+        members.append(Client(id, known[task], data, (images[test], targets[task][test])))
+    encoder = partial(mlp, input_shape=(64,), hidden=(64, 32), he_init=False)
+    return Federation(members, encoder=encoder)

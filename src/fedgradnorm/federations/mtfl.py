@@ -1,7 +1,4 @@
-"""MTFL, the Multi-Task Facial Landmark set.
-
-It has five landmarks, gender, smile, glasses and head pose of 12,995 faces.
-"""
+"""MTFL: five landmarks, gender, smile, glasses and head pose of 12,995 faces."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +18,6 @@ from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import cnn
 from fedgradnorm.task import Metric, Task
-
-__all__ = ["FAILURE_RATE", "LANDMARK_ERROR", "LandmarkHead", "make", "tasks_for"]
 
 VARIABLE = "FEDGRADNORM_MTFL"
 FAILURE_THRESHOLD = 0.1
@@ -87,9 +82,8 @@ class LandmarkHead(nn.Module):
     def __init__(self, in_features: int, margin: float) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, NUM_COORDINATES)
-        self.register_buffer(
-            "mean_face", 0.5 + torch.tensor(MEAN_FACE).flatten() / (1 + 2 * margin)
-        )
+        face = 0.5 + torch.tensor(MEAN_FACE).flatten() / (1 + 2 * margin)
+        self.register_buffer("mean_face", face)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features, ``(batch, in_features)``, to landmarks, ``(batch, 10)``, in crop sides."""
@@ -104,14 +98,9 @@ def landmark_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def tasks_for(margin: float) -> dict[str, Task]:
     """The five tasks by name, for crops with this margin."""
-    landmarks = Task(
-        "landmarks",
-        partial(LandmarkHead, margin=margin),
-        landmark_loss,
-        (LANDMARK_ERROR, FAILURE_RATE),
-    )
+    head, metrics = partial(LandmarkHead, margin=margin), (LANDMARK_ERROR, FAILURE_RATE)
     return {
-        "landmarks": landmarks,
+        "landmarks": Task("landmarks", head, landmark_loss, metrics),
         **{name: classification(name, count) for name, count in NUM_CLASSES.items()},
     }
 
@@ -214,14 +203,9 @@ def make(
     deal = partial(partition, clients=clients, sizes=sizes, alpha=alpha, seed=seed)
     parts = cache(partial(_parts, path, crop, deal))
     shape = (3 if colour else 1, image_size, image_size)
-    encoder = partial(cnn, input_shape=shape, batch_norm=True)
-    return Federation(
-        [
-            Client(
-                id, known[task], partial(_data, parts, id, task), partial(_data, parts, "", task)
-            )
-            for id, task in clients.items()
-        ],
-        encoder=encoder,
-        example=torch.zeros(1, *shape),
-    )
+    encoder, data = partial(cnn, input_shape=shape, batch_norm=True), partial(_data, parts)
+    members = [
+        Client(id, known[task], partial(data, id, task), partial(data, "", task))
+        for id, task in clients.items()
+    ]
+    return Federation(members, encoder=encoder, example=torch.zeros(1, *shape))

@@ -10,8 +10,6 @@ import numpy as np
 from fedgradnorm.errors import DataError
 from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, inside, opened
 
-__all__ = ["NUM_CLASSES", "NUM_COORDINATES", "Face", "read_faces"]
-
 NUM_CLASSES = {"gender": 2, "smile": 2, "glasses": 2, "pose": 5}
 NUM_COORDINATES = 10
 LIMIT = 1_000_000
@@ -57,13 +55,11 @@ def read_faces(path: Path) -> dict[str, list[Face]]:
             try:
                 text = archive.read(name, str(path)).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: {name}: expected text, found other bytes: {error}"
-                ) from error
-            lines = enumerate(text.splitlines(), start=1)
+                message = f"{path}: {name}: expected text, found other bytes: {error}"
+                raise DataError(message) from error
             faces[split] = [
                 _face(line.split(), f"{path}: {name} line {number}")
-                for number, line in lines
+                for number, line in enumerate(text.splitlines(), start=1)
                 if line.strip()
             ]
             if not faces[split]:
@@ -86,12 +82,10 @@ def _face(fields: Sequence[str], where: str) -> Face:
             f"(all landmarks span {span:g} pixels)"
         )
     labels = []
-    for name, label in zip(NUM_CLASSES, numbers[NUM_COORDINATES:], strict=True):
-        most = NUM_CLASSES[name]
+    for (name, most), label in zip(NUM_CLASSES.items(), numbers[NUM_COORDINATES:], strict=True):
         if label not in range(1, most + 1):
-            raise DataError(
-                f"{where}: {name}: expected a whole number from 1 to {most}, found {label:g}"
-            )
+            reason = f"expected a whole number from 1 to {most}, found {label:g}"
+            raise DataError(f"{where}: {name}: {reason}")
         labels.append(int(label) - 1)
     return Face(inside(fields[0], f"{where}: path"), landmarks, tuple(labels), where)
 

@@ -1,37 +1,24 @@
-"""The files of MTFL, in its zip or in the unpacked folder.
-
-Nothing outside of them is read, and nothing too large.
-"""
+"""The files of MTFL, in its zip or its folder: none outside of it is read, and none too large."""
 
 import hashlib
 import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import Protocol, final
+from typing import Protocol
 
 from fedgradnorm.errors import DataError
 from fedgradnorm.federations.cache import file_hash
-
-__all__ = ["ANNOTATIONS", "DAMAGED", "Archive", "inside", "opened"]
 
 ANNOTATIONS = {"train": "training.txt", "test": "testing.txt"}
 MAX_BYTES = 100_000_000
 MAX_ANNOTATION_BYTES = 10_000_000
 DAMAGED = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    NotImplementedError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
+    *(OSError, EOFError, RuntimeError, ValueError, MemoryError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
 )
 """The errors of Python's readers on damaged files."""
 
@@ -56,16 +43,14 @@ class Archive(Protocol):
         ...
 
 
-@final
 class ZipArchive:
     """The files of a zip, read without unpacking it."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
         self._archive = archive
-        self._entries = {
-            inside(info.filename, f"{path}: entry"): info for info in archive.infolist()
-        }
+        entries = archive.infolist()
+        self._entries = {inside(info.filename, f"{path}: entry"): info for info in entries}
         self._root = _root_of(self._entries, path)
 
     def read(self, name: str, where: str) -> bytes:
@@ -84,7 +69,6 @@ class ZipArchive:
         return file_hash(self.path)
 
 
-@final
 class FolderArchive:
     """The files of the unpacked folder. A link out of the folder is refused."""
 
@@ -127,9 +111,8 @@ class FolderArchive:
             try:
                 stat = (self._root / name).stat()
             except OSError as error:
-                raise DataError(
-                    f"{where}: cannot read the file {name!r}: {error.strerror}"
-                ) from error
+                message = f"{where}: cannot read the file {name!r}: {error.strerror}"
+                raise DataError(message) from error
             digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
 
@@ -147,27 +130,19 @@ def inside(name: str, where: str) -> str:
         DataError: a path that is absolute, leads upwards, or is empty.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    if (
-        not parts
-        or ".." in parts
-        or "\0" in name
-        or name[:1] in ("/", "\\")
-        or PureWindowsPath(name).drive
-    ):
+    absolute = name[:1] in ("/", "\\") or PureWindowsPath(name).drive
+    if absolute or not parts or ".." in parts or "\0" in name:
         raise DataError(
             f"{where} {name[:80]!r}: expected a path inside the data set, relative and without '..'"
         )
     return "/".join(parts)
 
 
-def _root_of(names: Iterable[str], path: Path) -> str:
+def _root_of(names: Collection[str], path: Path) -> str:
     """The folder of the annotation files: ``""``, or the one top folder with its ``/``."""
+    folders = {"", *(f"{name.partition('/')[0]}/" for name in names)}
     roots_of = {
-        file: {
-            name.removesuffix(file)
-            for name in names
-            if name in (file, f"{name.partition('/')[0]}/{file}")
-        }
+        file: {folder for folder in folders if folder + file in names}
         for file in ANNOTATIONS.values()
     }
     for file, roots in roots_of.items():
@@ -202,13 +177,10 @@ def opened(path: Path) -> Iterator[Archive]:
                 archive = ZipArchive(path, stack.enter_context(zipfile.ZipFile(path)))
         except DataError:
             raise
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{path}: no such file or folder; expected MTFL.zip or its unpacked folder"
-            ) from error
         except DAMAGED as error:
-            raise DataError(
-                f"{path}: expected MTFL.zip or its unpacked folder, "
-                f"but it cannot be read as such: {error}"
-            ) from error
+            expected = "expected MTFL.zip or its unpacked folder"
+            if isinstance(error, FileNotFoundError):
+                raise DataError(f"{path}: no such file or folder; {expected}") from error
+            message = f"{path}: {expected}, but it cannot be read as such: {error}"
+            raise DataError(message) from error
         yield archive

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedgradnorm.errors import ConfigError, DataError
+from fedgradnorm.errors import ConfigError, DataError, require
 from fedgradnorm.federations.cache import cached_arrays
 from fedgradnorm.federations.mtfl_annotations import Face
 from fedgradnorm.federations.mtfl_archive import ANNOTATIONS, DAMAGED, Archive, opened
 from fedgradnorm.randomness import generator
-
-__all__ = ["Crop", "face_arrays", "face_square"]
 
 MAX_PIXELS = 25_000_000
 CACHE_VERSION = 3
@@ -49,11 +47,10 @@ class Crop:
     jitter: float
 
     def __post_init__(self) -> None:
-        if not 16 <= self.image_size <= 256:
-            raise ConfigError(f"image_size: expected 16 to 256 pixels, found {self.image_size}")
+        size = self.image_size
+        require(16 <= size <= 256, "image_size", "16 to 256 pixels", size)
         for name, value in (("margin", self.margin), ("jitter", self.jitter)):
-            if not 0 <= value <= 2:
-                raise ConfigError(f"{name}: expected a number from 0 to 2, found {value}")
+            require(0 <= value <= 2, name, "a number from 0 to 2", value)
         needed = ((0.5 + self.jitter) * 2 * (1 + self.jitter) - 1) / 2
         if self.margin < needed - 1e-9:
             raise ConfigError(
@@ -113,15 +110,13 @@ def _decoded(
     with warnings.catch_warnings():
         warnings.simplefilter("error", pillow.DecompressionBombWarning)
         for split in ANNOTATIONS:
-            pairs = [
-                _cropped(pillow, archive.read(face.image, face.where), face, crop)
-                for face in faces[split]
-            ]
-            arrays[f"{split}_images"] = np.stack([image for image, _ in pairs])
-            arrays[f"{split}_landmarks"] = np.stack([landmarks for _, landmarks in pairs])
-            arrays[f"{split}_labels"] = np.array(
-                [face.labels for face in faces[split]], dtype=np.uint8
-            )
+            contents = ((archive.read(face.image, face.where), face) for face in faces[split])
+            pairs = [_cropped(pillow, content, face, crop) for content, face in contents]
+            images, landmarks = zip(*pairs, strict=True)
+            labels = [face.labels for face in faces[split]]
+            arrays[f"{split}_images"] = np.stack(images)
+            arrays[f"{split}_landmarks"] = np.stack(landmarks)
+            arrays[f"{split}_labels"] = np.array(labels, dtype=np.uint8)
     return arrays
 
 
@@ -132,11 +127,8 @@ def _cropped(
     height, width = pixels.shape[:2]
     size = np.array([width, height])
     corner, side = face_square(face, crop)
-    if (
-        np.any(face.landmarks < -size / 2)
-        or np.any(face.landmarks > size * 3 / 2)
-        or side**2 > MAX_PIXELS
-    ):
+    outside = np.any(face.landmarks < -size / 2) or np.any(face.landmarks > size * 3 / 2)
+    if outside or side**2 > MAX_PIXELS:
         raise DataError(
             f"{face.where}: the landmarks lie far outside the image {face.image!r} "
             f"of {width} x {height} pixels"
@@ -148,12 +140,9 @@ def _cropped(
     )
     left, top = corner - start
     patch = pillow.fromarray(pixels[np.ix_(rows, columns)])
-    shrunk = patch.resize(
-        (crop.image_size, crop.image_size),
-        pillow.Resampling.BILINEAR,
-        box=(left, top, left + side, top + side),
-    )
-    image = np.asarray(shrunk).reshape(crop.image_size, crop.image_size, -1).transpose(2, 0, 1)
+    box, target = (left, top, left + side, top + side), (crop.image_size, crop.image_size)
+    shrunk = patch.resize(target, pillow.Resampling.BILINEAR, box=box)
+    image = np.asarray(shrunk).reshape(*target, -1).transpose(2, 0, 1)
     return image, ((face.landmarks - corner) / side).T.reshape(-1).astype(np.float32)
 
 
@@ -162,13 +151,7 @@ def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.
 
     Its size is checked before it is decoded.
     """
-    damaged = (
-        *DAMAGED,
-        SyntaxError,
-        LookupError,
-        pillow.DecompressionBombError,
-        pillow.DecompressionBombWarning,
-    )
+    bombs = (pillow.DecompressionBombError, pillow.DecompressionBombWarning)
     try:
         with pillow.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
             width, height = image.size
@@ -180,10 +163,9 @@ def _pixels(pillow: ModuleType, content: bytes, face: Face, colour: bool) -> np.
             return np.asarray(_in_eight_bits(pillow, image, face).convert("RGB" if colour else "L"))
     except DataError:
         raise
-    except damaged as error:
-        raise DataError(
-            f"{face.where}: {face.image!r} is no image that Pillow can read: {error}"
-        ) from error
+    except (*DAMAGED, SyntaxError, LookupError, *bombs) as error:
+        message = f"{face.where}: {face.image!r} is no image that Pillow can read: {error}"
+        raise DataError(message) from error
 
 
 def _in_eight_bits(pillow: ModuleType, image: Any, face: Face) -> Any:

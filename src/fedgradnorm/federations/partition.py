@@ -4,10 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.errors import ConfigError, nearest, require
 from fedgradnorm.randomness import generator
-
-__all__ = ["client_ids_of", "partition"]
 
 
 def client_ids_of(
@@ -36,8 +34,7 @@ def client_ids_of(
             f"tasks: a task is named twice in {list(tasks)}; "
             "for several clients use clients_per_task"
         )
-    if clients_per_task < 1:
-        raise ConfigError(f"clients_per_task: expected at least 1, found {clients_per_task}")
+    require(clients_per_task >= 1, "clients_per_task", "at least 1", clients_per_task)
     if clients_per_task == 1:
         return {task: task for task in tasks}
     return {f"{task}-{index}": task for task in tasks for index in range(clients_per_task)}
@@ -68,34 +65,29 @@ def partition(
         ConfigError: an unknown kind or name, a size of 0 or less, a size above 1 that is not
             whole, or sizes with a sum above the pool's.
     """
-    ids = sorted(clients)
-    if num_examples < len(ids):
-        raise ConfigError(
-            f"sizes: {num_examples} examples cannot give each of {len(ids)} clients one"
-        )
+    ids, count = sorted(clients), len(clients)
+    if num_examples < count:
+        raise ConfigError(f"sizes: {num_examples} examples cannot give each of {count} clients one")
     rng = generator(seed, 0, "", "partition")
     order = rng.permutation(num_examples)
     if isinstance(sizes, Mapping):
-        counts = _explicit(sizes, clients, ids, num_examples)
+        by_id = _explicit(sizes, clients, num_examples)
+        counts = [by_id[id] for id in ids]
     elif sizes == "equal":
-        counts = [len(part) for part in np.array_split(order, len(ids))]
+        counts = [len(part) for part in np.array_split(order, count)]
     elif sizes == "dirichlet":
-        counts = _dirichlet(alpha, len(ids), num_examples, rng)
+        counts = _dirichlet(alpha, count, num_examples, rng)
     else:
-        raise ConfigError(
-            f"sizes: expected 'equal', 'dirichlet' or a table of numbers, found '{sizes}'"
-        )
-    bounds = np.cumsum([0, *counts])
-    return {
-        id: order[start:end] for id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)
-    }
+        expected = "'equal', 'dirichlet' or a table of numbers"
+        raise ConfigError(f"sizes: expected {expected}, found '{sizes}'")
+    parts = np.split(order[: sum(counts)], np.cumsum(counts)[:-1])
+    return dict(zip(ids, parts, strict=True))
 
 
 def _dirichlet(
     alpha: float, num_clients: int, num_examples: int, rng: np.random.Generator
 ) -> list[int]:
-    if alpha <= 0:
-        raise ConfigError(f"alpha: expected a number above 0, found {alpha}")
+    require(alpha > 0, "alpha", "a number above 0", alpha)
     shares = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))[:-1]
     spare = num_examples - num_clients
     counts = np.diff(np.rint(shares * spare), prepend=0, append=spare)
@@ -103,27 +95,21 @@ def _dirichlet(
 
 
 def _explicit(
-    sizes: Mapping[str, int | float],
-    clients: Mapping[str, str],
-    ids: Sequence[str],
-    num_examples: int,
-) -> list[int]:
-    known, equal = set(clients) | set(clients.values()), num_examples // len(ids)
+    sizes: Mapping[str, int | float], clients: Mapping[str, str], num_examples: int
+) -> dict[str, int]:
+    known, equal = set(clients) | set(clients.values()), num_examples // len(clients)
     given = {}
     for name, count in sizes.items():
         if name not in known:
             raise ConfigError(f"sizes.{name}: no such client or task; {nearest(name, known)}")
-        if count <= 0:
-            raise ConfigError(f"sizes.{name}: expected at least 1 example, found {count}")
-        if count > 1 and count != int(count):
-            raise ConfigError(
-                f"sizes.{name}: expected a whole number of examples, or a share below 1, "
-                f"found {count}"
-            )
+        require(count > 0, f"sizes.{name}", "at least 1 example", count)
+        whole = "a whole number of examples, or a share below 1"
+        require(count < 1 or count == int(count), f"sizes.{name}", whole, count)
         given[name] = int(count) if count >= 1 else max(1, round(count * equal))
-    counts = [given.get(id, given.get(clients[id], equal)) for id in ids]
-    if sum(counts) > num_examples:
+    counts = {id: given.get(id, given.get(task, equal)) for id, task in clients.items()}
+    total = sum(counts.values())
+    if total > num_examples:
         raise ConfigError(
-            f"sizes: {sum(counts)} examples asked for, the training data have {num_examples}"
+            f"sizes: {total} examples asked for, the training data have {num_examples}"
         )
     return counts

@@ -1,7 +1,4 @@
-"""RadCom: modulation, signal and channel noise from radio snapshots.
-
-The snapshots are generated, or read from HDF5.
-"""
+"""RadCom: modulation, signal and noise of radio snapshots, generated or read from HDF5."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
@@ -14,28 +11,22 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from fedgradnorm.errors import ConfigError, DataError
+from fedgradnorm.errors import ConfigError, DataError, require
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.federations.cache import cached_arrays, file_hash
 from fedgradnorm.federations.partition import client_ids_of, partition
 from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 from fedgradnorm.federations.radcom_channel import snapshots as generate
-from fedgradnorm.federations.radcom_hdf5 import (
-    Snapshots,
-    existing_file,
-    read_arrays,
-    read_hdf5,
-    write_hdf5,
-)
+from fedgradnorm.federations.radcom_hdf5 import Snapshots as Snapshots
+from fedgradnorm.federations.radcom_hdf5 import existing_file, read_arrays
+from fedgradnorm.federations.radcom_hdf5 import read_hdf5 as read_hdf5
+from fedgradnorm.federations.radcom_hdf5 import write_hdf5 as write_hdf5
 from fedgradnorm.federations.tasks import classification, with_loss_scale
 from fedgradnorm.models import mlp
 from fedgradnorm.randomness import generator
 
-__all__ = ["TASKS", "Snapshots", "make", "read_hdf5", "write_hdf5"]
-
 SNR_STEP = 2  # dB
 GENERATED_SNAPSHOTS = 100
-
 
 TASKS = {
     "modulation": classification("modulation", len(MODULATIONS)),
@@ -115,29 +106,21 @@ def make(
         file, least = Path(path).expanduser(), _least_snapshots(test_fraction)
         pool = partial(_from_file, file, snr_min, snr_max, snapshots, threshold, least)
     parts = cache(partial(_parts, pool, deal, anomaly_threshold, test_fraction))
-    return Federation(
-        [
-            Client(
-                id, known[task], partial(_data, parts, id, task), partial(_data, parts, "", task)
-            )
-            for id, task in clients.items()
-        ],
-        encoder=partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False),
-        example=torch.zeros(1, NUM_VALUES),
-    )
+    encoder = partial(mlp, input_shape=(NUM_VALUES,), hidden=(256, 128, 64), he_init=False)
+    data = partial(_data, parts)
+    members = [
+        Client(id, known[task], partial(data, id, task), partial(data, "", task))
+        for id, task in clients.items()
+    ]
+    return Federation(members, encoder=encoder, example=torch.zeros(1, NUM_VALUES))
 
 
 def _check_range(test_fraction: float, snapshots: int | None, snr_min: int, snr_max: int) -> None:
-    if not 0 < test_fraction < 1:
-        raise ConfigError(
-            f"test_fraction: expected a number between 0 and 1, found {test_fraction}"
-        )
+    in_range = 0 < test_fraction < 1
+    require(in_range, "test_fraction", "a number between 0 and 1", test_fraction)
     least = _least_snapshots(test_fraction)
-    if snapshots is not None and snapshots < least:
-        raise ConfigError(
-            f"snapshots: expected at least {least} of each pair and SNR "
-            f"with test_fraction {test_fraction}, found {snapshots}"
-        )
+    expected = f"at least {least} of each pair and SNR with test_fraction {test_fraction}"
+    require(snapshots is None or snapshots >= least, "snapshots", expected, snapshots)
     if not -200 <= snr_min <= snr_max <= 200:
         raise ConfigError(
             "snr_min, snr_max: expected -200 <= snr_min <= snr_max <= 200, "
@@ -147,10 +130,8 @@ def _check_range(test_fraction: float, snapshots: int | None, snr_min: int, snr_
 
 def _check_threshold(threshold: float | None, lowest: int, highest: int) -> None:
     if threshold is not None and not lowest < threshold <= highest:
-        raise ConfigError(
-            f"anomaly_threshold: expected SNRs on both sides of it, found {threshold} "
-            f"for SNRs from {lowest} to {highest} dB"
-        )
+        found = f"found {threshold} for SNRs from {lowest} to {highest} dB"
+        raise ConfigError(f"anomaly_threshold: expected SNRs on both sides of it, {found}")
 
 
 def _least_snapshots(test_fraction: float) -> int:
@@ -188,16 +169,12 @@ def _from_file(
     )
     keep = (pool.snr >= snr_min) & (pool.snr <= snr_max)
     if not keep.any():
-        raise DataError(
-            f"{path}: no snapshot at {snr_min} to {snr_max} dB, "
-            f"found {pool.snr.min()} to {pool.snr.max()} dB"
-        )
+        found = f"found {pool.snr.min()} to {pool.snr.max()} dB"
+        raise DataError(f"{path}: no snapshot at {snr_min} to {snr_max} dB, {found}")
     fewest = int(counts[group[keep]].min())
     if fewest < least:
-        raise DataError(
-            f"{path}: {fewest} snapshots of a pair at an SNR, "
-            f"expected at least {least} for this test_fraction"
-        )
+        expected = f"expected at least {least} for this test_fraction"
+        raise DataError(f"{path}: {fewest} snapshots of a pair at an SNR, {expected}")
     if most is not None:
         keep &= np.arange(len(group)) - first[group] < most
     pool = _Pool(pool.data[keep], pool.pair[keep], pool.snr[keep])

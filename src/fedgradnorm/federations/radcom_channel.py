@@ -11,15 +11,12 @@ classification for multi-task and single task learning", Computer Networks 199 (
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy import signal as sp
 
 from fedgradnorm.errors import ConfigError, nearest
-
-__all__ = ["MODULATIONS", "NUM_VALUES", "PAIRS", "SIGNALS", "WAVEFORMS", "snapshots"]
 
 SAMPLE_RATE = 10e6  # Hz
 NUM_SAMPLES = 128
@@ -120,9 +117,8 @@ def _symbols(
     The filter passes up to half the symbol rate.
     """
     num_symbols = (_num_streams(count) * STREAM + SYMBOL_FILTER_TAPS) // symbol_length + 1
-    streams = _filtered(
-        rng.choice(levels, num_symbols), symbol_length, SYMBOL_FILTER_TAPS, 1 / symbol_length
-    )
+    symbols = rng.choice(levels, num_symbols)
+    streams = _filtered(symbols, symbol_length, SYMBOL_FILTER_TAPS, 1 / symbol_length)
     return _windows(streams, count, length, rng)
 
 
@@ -176,21 +172,19 @@ def _frequency_sweep(count: int, length: int, rng: np.random.Generator) -> np.nd
     return _phasor(cycles)
 
 
-WAVEFORMS: Mapping[tuple[str, str], Waveform] = MappingProxyType(
-    {
-        ("pulsed", "Airborne-detection"): partial(_pulses, widths=(5, 15), intervals=(30, 50)),
-        ("pulsed", "Airborne-range"): partial(_pulses, widths=(20, 40), intervals=(80, 120)),
-        ("pulsed", "Air-Ground-MTI"): partial(
-            _pulses, widths=(10, 20), intervals=(50, 70), stagger=0.3
-        ),
-        ("pulsed", "Ground mapping"): partial(_pulses, widths=(2, 6), intervals=(20, 30)),
-        ("fmcw", "Radar-Altimeter"): _frequency_sweep,
-        ("bpsk", "Satcom"): partial(_symbols, levels=(-1.0, 1.0), symbol_length=8),
-        ("amdsb", "AM radio"): partial(_amplitude_modulation, single_sideband=False),
-        ("amssb", "AM radio"): partial(_amplitude_modulation, single_sideband=True),
-        ("ask", "short-range"): partial(_symbols, levels=(0.0, 0.33, 0.66, 1.0), symbol_length=10),
-    }
-)
+WAVEFORMS: Mapping[tuple[str, str], Waveform] = {
+    ("pulsed", "Airborne-detection"): partial(_pulses, widths=(5, 15), intervals=(30, 50)),
+    ("pulsed", "Airborne-range"): partial(_pulses, widths=(20, 40), intervals=(80, 120)),
+    ("pulsed", "Air-Ground-MTI"): partial(
+        _pulses, widths=(10, 20), intervals=(50, 70), stagger=0.3
+    ),
+    ("pulsed", "Ground mapping"): partial(_pulses, widths=(2, 6), intervals=(20, 30)),
+    ("fmcw", "Radar-Altimeter"): _frequency_sweep,
+    ("bpsk", "Satcom"): partial(_symbols, levels=(-1.0, 1.0), symbol_length=8),
+    ("amdsb", "AM radio"): partial(_amplitude_modulation, single_sideband=False),
+    ("amssb", "AM radio"): partial(_amplitude_modulation, single_sideband=True),
+    ("ask", "short-range"): partial(_symbols, levels=(0.0, 0.33, 0.66, 1.0), symbol_length=10),
+}
 """By (modulation, signal) pair of RadComDynamic, a function ``(count, length, rng)``.
 
 It gives transmissions of shape ``(count, length)`` and mean power 1.

@@ -11,15 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgradnorm.errors import DataError, nearest
-from fedgradnorm.federations.radcom_channel import (
-    MODULATIONS,
-    NUM_VALUES,
-    PAIRS,
-    SIGNALS,
-    WAVEFORMS,
-)
-
-__all__ = ["Snapshots", "existing_file", "read_arrays", "read_hdf5", "write_hdf5"]
+from fedgradnorm.federations.radcom_channel import MODULATIONS, NUM_VALUES, PAIRS, SIGNALS
 
 KEY_FORM = "a key like \"('bpsk', 'Satcom', 10, 0)\": modulation, signal, SNR in dB, number"
 KEY = re.compile(
@@ -71,13 +63,8 @@ def read_hdf5(path: str | Path) -> Snapshots:
             The message names the file and the key.
     """
     arrays = read_arrays(existing_file(path))
-    names = [PAIRS[index] for index in arrays["pair"]]
-    return Snapshots(
-        arrays["data"],
-        [modulation for modulation, _ in names],
-        [signal for _, signal in names],
-        arrays["snr"],
-    )
+    modulations, signals = zip(*(PAIRS[index] for index in arrays["pair"]), strict=True)
+    return Snapshots(arrays["data"], list(modulations), list(signals), arrays["snr"])
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -94,26 +81,24 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, OverflowError) as error:
-        if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
-            raise DataError(
-                f"{path}: another program has the file open for writing, and has locked it: wait "
-                "until it has ended, or, if the file system has no locks, set "
-                "HDF5_USE_FILE_LOCKING=FALSE"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        raise DataError(
-            f"{path}: expected an HDF5 file in the format of RadComDynamic, "
+        reason = (
+            "expected an HDF5 file in the format of RadComDynamic, "
             f"found one that cannot be read: {error}"
-        ) from error
+        )
+        if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
+            reason = (
+                "another program has the file open for writing, and has locked it: wait until it "
+                "has ended, or, if the file system has no locks, set HDF5_USE_FILE_LOCKING=FALSE"
+            )
+        elif isinstance(error, PermissionError):
+            reason = f"cannot be read: {error.strerror}"
+        raise DataError(f"{path}: {reason}") from error
     if not values:
         raise DataError(f"{path}: expected a data set for each snapshot, found none")
     for key, other in pairwise(ordered):
         if keys[key] == keys[other]:
-            raise DataError(
-                f"{path}: the keys {key!r} and {other!r} are of one snapshot, "
-                "expected different ones"
-            )
+            keys_of_one = f"the keys {key!r} and {other!r} are of one snapshot"
+            raise DataError(f"{path}: {keys_of_one}, expected different ones")
     pair, snr, _ = zip(*(keys[key] for key in ordered), strict=True)
     return {"data": np.stack(values), "pair": np.array(pair), "snr": np.array(snr)}
 
@@ -147,8 +132,7 @@ def write_hdf5(
         raise DataError(f"{path}: there is such a file, expected a new name or overwrite=True")
     if not path.parent.is_dir():
         raise DataError(f"{path}: there is no folder '{path.parent}'")
-    _check_to_write(path, data, modulation, signal, snr)
-    keys = _keys(path, modulation, signal, snr)
+    keys = _checked_keys(path, data, modulation, signal, snr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         aside = Path(folder) / path.name
         with _h5py().File(aside, "w") as file:
@@ -157,13 +141,14 @@ def write_hdf5(
         aside.replace(path)
 
 
-def _check_to_write(
+def _checked_keys(
     path: Path,
     data: np.ndarray,
     modulation: Sequence[str],
     signal: Sequence[str],
     snr: Sequence[int] | np.ndarray,
-) -> None:
+) -> list[str]:
+    """The keys of snapshots to write, which are checked."""
     lengths = {len(data), len(modulation), len(signal), len(snr)}
     if np.shape(data)[1:] != (NUM_VALUES,) or len(lengths) != 1 or lengths == {0}:
         raise DataError(
@@ -174,11 +159,6 @@ def _check_to_write(
         raise DataError(f"{path}: expected finite float32 numbers to write")
     if not np.array_equal(snr, np.rint(snr)):
         raise DataError(f"{path}: expected SNRs in whole dB to write")
-
-
-def _keys(
-    path: Path, modulation: Sequence[str], signal: Sequence[str], snr: Sequence[int] | np.ndarray
-) -> list[str]:
     keys: list[str] = []
     numbers: Counter[tuple[str, str, int]] = Counter()
     for label in zip(map(str, modulation), map(str, signal), map(int, snr), strict=True):
@@ -205,16 +185,14 @@ def _parse_key(path: Path, key: str) -> tuple[int, int, int]:
     snr, number = int(parts["snr"]), int(parts["number"])
     for kind, name, known in (("modulation", modulation, MODULATIONS), ("signal", signal, SIGNALS)):
         if name not in known:
-            raise DataError(
-                f"{path}: key {key!r} has the unknown {kind} '{name}'; {nearest(name, known)}"
-            )
-    if (modulation, signal) not in WAVEFORMS:
+            hint = nearest(name, known)
+            raise DataError(f"{path}: key {key!r} has the unknown {kind} '{name}'; {hint}")
+    if (modulation, signal) not in PAIRS:
         known_pairs = ", ".join(" / ".join(pair) for pair in PAIRS)
         raise DataError(f"{path}: key {key!r}, expected a pair of RadComDynamic: {known_pairs}")
     if not -200 <= snr <= 200 or number < 0:
-        raise DataError(
-            f"{path}: key {key!r}, expected an SNR from -200 to 200 dB and a number from 0"
-        )
+        expected = "expected an SNR from -200 to 200 dB and a number from 0"
+        raise DataError(f"{path}: key {key!r}, {expected}")
     return PAIRS.index((modulation, signal)), snr, number
 
 
@@ -222,9 +200,8 @@ def _read_snapshot(h5py: Any, path: Path, file: Any, key: str) -> np.ndarray:
     # A soft or external link, or external storage, could make this read some other file.
     item = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
     if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
-        raise DataError(
-            f"{path}: key {key!r}, expected a plain data set of shape ({NUM_VALUES}, 1)"
-        )
+        expected = f"expected a plain data set of shape ({NUM_VALUES}, 1)"
+        raise DataError(f"{path}: key {key!r}, {expected}")
     if item.shape != (NUM_VALUES, 1) or item.dtype.kind != "f":
         raise DataError(
             f"{path}: key {key!r}, expected floats of shape ({NUM_VALUES}, 1), "

@@ -8,22 +8,16 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
-from fedgradnorm.errors import ConfigError, nearest
+from fedgradnorm.errors import ConfigError, nearest, require
 from fedgradnorm.metrics import ACCURACY, BALANCED_ACCURACY
 from fedgradnorm.models import linear_head
 from fedgradnorm.task import Task
 
-__all__ = ["classification", "with_loss_scale"]
-
 
 def classification(name: str, num_classes: int) -> Task:
     """A task with a linear head, cross-entropy, accuracy and balanced accuracy."""
-    return Task(
-        name,
-        partial(linear_head, out_features=num_classes),
-        functional.cross_entropy,
-        (ACCURACY, BALANCED_ACCURACY),
-    )
+    head = partial(linear_head, out_features=num_classes)
+    return Task(name, head, functional.cross_entropy, (ACCURACY, BALANCED_ACCURACY))
 
 
 def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) -> dict[str, Task]:
@@ -41,17 +35,13 @@ def with_loss_scale(tasks: Mapping[str, Task], loss_scale: Mapping[str, float]) 
     >>> round(scaled.loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)).item(), 1)
     69.3
     """
-    for name, factor in loss_scale.items():
-        if name not in tasks:
-            raise ConfigError(
-                f"loss_scale.{name}: there is no task '{name}'; {nearest(name, tasks)}"
-            )
-        if not (0 < factor < math.inf):
-            raise ConfigError(
-                f"loss_scale.{name}: expected a finite number above 0, found {factor}"
-            )
     scaled = dict(tasks)
     for name, factor in loss_scale.items():
+        if name not in tasks:
+            hint = nearest(name, tasks)
+            raise ConfigError(f"loss_scale.{name}: there is no task '{name}'; {hint}")
+        valid = 0 < factor < math.inf
+        require(valid, f"loss_scale.{name}", "a finite number above 0", factor)
         task = tasks[name]
         loss, floor = partial(_scaled, task.loss, factor), factor * task.loss_floor
         scaled[name] = replace(task, loss=loss, loss_floor=floor)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from fedgradnorm.flower.messages import Greeting, Refusal
 from fedgradnorm.flower.records import one_line
 
-__all__ = ["Attendance"]
-
 log = logging.getLogger(__name__)
 
 

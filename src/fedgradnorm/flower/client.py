@@ -3,7 +3,6 @@
 Each node runs one client, loads that client's data alone, and keeps its head in its own files.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+import fedgradnorm.flower.messages as messages
 from fedgradnorm.build import build_federation, resolve_config
 from fedgradnorm.client import evaluate_client, initial_state, load_model, local_update
 from fedgradnorm.config import TrainConfig, load_config, parse_override
@@ -26,40 +26,12 @@ from fedgradnorm.errors import (
 )
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
-from fedgradnorm.flower.messages import (
-    VERSIONS,
-    Control,
-    Greeting,
-    Refusal,
-    control_of,
-    greeting_reply,
-    read_instruction,
-    refusal_reply,
-    training_of,
-)
-from fedgradnorm.flower.records import one_line
 from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.states import LOST_STATE, Beginning, LostState, StateFiles, States, begin
 from fedgradnorm.identity import data_record, same_data
 from fedgradnorm.members import CLIENT_ID
 from fedgradnorm.parameters import buffers_of, norm_layer_slices
 from fedgradnorm.threads import kernel_threads
-
-__all__ = [
-    "SHARED",
-    "Node",
-    "aside",
-    "client_app",
-    "client_key",
-    "kept",
-    "lost_state",
-    "private_errors",
-    "state_dir",
-    "table_of",
-    "wrong_client",
-]
-
-log = logging.getLogger(__name__)
 
 SHARED, LOCAL = ("federation", "model"), ("federation",)
 """The tables of settings that server and clients share, and those in which a client may differ."""
@@ -102,26 +74,26 @@ class Node:
         Raises:
             FedGradNormError: a message that is not from FedGradNorm, or a state that is lost.
         """
-        control = control_of(message)
+        control = messages.control_of(message)
         if control.kind == "hello":
-            return greeting_reply(self._greeting(), message)
+            return messages.greeting_reply(self._greeting(), message)
         if control.client != self.client.id:
-            return wrong_client(message, control.client, self.client.id)
+            return messages.wrong_client(message, control.client, self.client.id)
         if control.kind == "train":
             return self._train(message, control)
         return self._evaluate(message, control)
 
-    def _greeting(self) -> Greeting:
-        return Greeting(
+    def _greeting(self) -> messages.Greeting:
+        return messages.Greeting(
             client=self.client.id,
             task=self.client.task.name,
             num_examples=_known_examples(self.client),
             tests=self.client.test is not None,
-            **VERSIONS,
+            **messages.VERSIONS,
         )
 
-    def _train(self, message: Message, control: Control) -> Message:
-        instruction = read_instruction(message, control, self.layout)
+    def _train(self, message: Message, control: messages.Control) -> Message:
+        instruction = messages.read_instruction(message, control, self.layout)
         states = self.states(control.experiment)
         self._check(instruction.buffers)
         begun = self._begun(states, control)
@@ -129,14 +101,14 @@ class Node:
             self.client, self.encoder, self.head, self.norm_layer, begun.state, instruction
         )
         data = data_record(self.client.id, self.client.train_data) if self.watch_data else None
-        told = aside(begun)
+        told = begun.aside
         before = states.data(begun.round) if data is not None and begun.round else None
         if data is not None and before is not None and not same_data(before, data):
             told |= {"data_since": begun.round, "data_before": before["examples"]}
-        states.save(after, kept(control, begun), data)
+        states.save(after, begun.kept(control.keep), data)
         return report_reply(report, self.layout.arrays(report.gradient), message, told)
 
-    def _evaluate(self, message: Message, control: Control) -> Message:
+    def _evaluate(self, message: Message, control: messages.Control) -> Message:
         if self.client.test_data is None:
             raise MessageError(f"client '{self.client.id}' has no test data")
         records = message.content
@@ -144,14 +116,14 @@ class Node:
         self._check(buffers)
         begun = self._begun(self.states(control.experiment), control)
         load_model(self.encoder, self.head, begun.state, vector, buffers)
-        training = training_of(control) if control.training else TrainConfig()
+        training = messages.training_of(control) if control.training else TrainConfig()
         evaluation = evaluate_client(
             self.client, self.encoder, self.head, self.seed, training.eval_batch_size
         )
         id, task = self.client.id, self.client.task.name
-        return evaluation_reply(id, task, control.round, evaluation, message, aside(begun))
+        return evaluation_reply(id, task, control.round, evaluation, message, begun.aside)
 
-    def _begun(self, states: States, control: Control) -> Beginning:
+    def _begun(self, states: States, control: messages.Control) -> Beginning:
         return begin(
             states, control.base, self.lost_state, lambda: self.initial, control.initial_loss
         )
@@ -162,23 +134,6 @@ class Node:
         if {name: value.shape for name, value in buffers.items()} != shapes:
             expected = f"expected {sorted(own)} as the encoder has them"
             raise MessageError(f"buffers: {expected}, found {sorted(buffers)}")
-
-
-def wrong_client(message: Message, asked: str, client: str) -> Message:
-    """The answer of a client's node to a message that is for another client."""
-    words = one_line(f"a message for client '{asked}' came to client '{client}'")
-    log.warning("%s", words)
-    return refusal_reply(Refusal(code="wrong-client", words=words, client=asked), message)
-
-
-def aside(begun: Beginning) -> dict[str, int]:
-    """What a reply says about the state that it began with, where the requested state is lost."""
-    return {"began": begun.round} if begun.lost else {}
-
-
-def kept(control: Control, begun: Beginning) -> set[int]:
-    """The rounds whose states stay: those that the server may go back to, and the one used here."""
-    return {*control.keep, begun.round} if begun.round else set(control.keep)
 
 
 def _known_examples(client: Client) -> int:
@@ -216,14 +171,12 @@ def client_app(config: str | Path) -> ClientApp:
             raise ConfigError(f"node config: {THREADS}: {expected}, found {threads!r}")
         lost = lost_state(context)
         with private_errors(), kernel_threads(threads) if threads is not None else nullcontext():
-            control = control_of(message)
-            words = [
-                *words_on(SHARED, control.settings, "message"),
-                *words_on(LOCAL, str(context.node_config.get(SETTINGS, "")), "node config"),
-            ]
+            control = messages.control_of(message)
+            words = words_on(SHARED, control.settings, "message")
+            words += words_on(LOCAL, str(context.node_config.get(SETTINGS, "")), "node config")
             settings = resolve_config(load_config(Path(config), words))
             if control.training:  # the server says how to train, and the seed too
-                settings = settings.model_copy(update={"train": training_of(control)})
+                settings = settings.model_copy(update={"train": messages.training_of(control)})
             federation = build_federation(settings)
             client = federation.client(client_key(context, federation.client_ids))
             folder, seed = state_dir(context), settings.train.seed
@@ -294,10 +247,9 @@ def state_dir(context: Context) -> Path:
     """
     folder = context.node_config.get(STATE_DIR, context.run_config.get(STATE_DIR))
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(
-            f"node config: expected a '{STATE_DIR}', the folder that keeps the client's head when "
-            "its process ends: --node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
-        )
+        expected = f"a '{STATE_DIR}', the folder that keeps the client's head when its process ends"
+        how = "--node-config 'state-dir=\"/var/lib/fedgradnorm\"'"
+        raise ConfigError(f"node config: expected {expected}: {how}")
     return Path(folder).expanduser()
 
 

@@ -19,18 +19,14 @@ from fedgradnorm.flower.layout import Layout, arrays_of
 from fedgradnorm.flower.limits import SHORTEST, Limits
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.messages import Control
-from fedgradnorm.flower.notes import Notes
+from fedgradnorm.flower.notes import INITIAL, Notes, Rests, Rounds
 from fedgradnorm.flower.records import ARRAYS, BUFFERS, CONFIG, CONTROL, one_line
 from fedgradnorm.flower.replies import Answers, sort_replies
 from fedgradnorm.flower.reports import read_evaluation, read_report, reply_of
-from fedgradnorm.flower.rests import Rests
 from fedgradnorm.flower.roster import Roster
-from fedgradnorm.flower.rounds import Rounds
 from fedgradnorm.flower.status import Failure
 from fedgradnorm.flower.watcher import Watcher
 from fedgradnorm.messages import Instruction, Report
-
-__all__ = ["GridEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +75,8 @@ class GridEngine(Engine):
         federated: bool = True,
         settings: str = "",
     ) -> None:
-        limits = limits or Limits()
-        self.grid, self.roster, self.layout, self.limits = grid, roster, layout, limits
+        self.grid, self.roster, self.layout = grid, roster, layout
+        self.limits = limits = limits or Limits()
         self.federated, self.settings = federated, settings
         self.experiment, self.config = "", dict[str, ConfigRecord]()
         self.messages: dict[str, Message] = {}
@@ -103,7 +99,7 @@ class GridEngine(Engine):
     @property
     def client_states(self) -> Mapping[str, ClientState]:
         """The round that each client's state belongs to, by key."""
-        return self.rounds.all_of(self.roster.client_ids)
+        return {**dict.fromkeys(self.roster.client_ids, INITIAL), **self.rounds.states}
 
     @property
     def failures(self) -> Mapping[str, str]:
@@ -142,21 +138,13 @@ class GridEngine(Engine):
             time.sleep(self.limits.poll)
 
     def _too_few(self, connected: str, least: int) -> str:
+        text = f"{connected} are connected after {self.limits.node_timeout:g} s, "
+        text += f"expected at least {least}; connected: {', '.join(self.clients) or 'none'}"
         refused = sorted(self.attendance.words.items())
-        parts = [
-            f"{connected} are connected after {self.limits.node_timeout:g} s, "
-            f"expected at least {least}",
-            f"connected: {', '.join(self.clients) or 'none'}",
-            *(f"node {node} stays out: {why}" for node, why in refused),
-        ]
-        return "; ".join(parts)
+        return "; ".join([text, *(f"node {node} stays out: {why}" for node, why in refused)])
 
     def execute(self, instructions: Sequence[Instruction]) -> list[Report]:
-        """Let the instructed clients train.
-
-        A client that is not connected, fails or is late has no report, and a reason in
-        ``failures``.
-        """
+        """Let the instructed clients train; one without a report has a reason in ``failures``."""
         self.wait()
         least = instructions[0].training.min_clients if instructions else 1
         if instructions and instructions[0].attempt:
@@ -164,7 +152,7 @@ class GridEngine(Engine):
             asked = {instruction.client for instruction in instructions}
             self.wait(min(least, len(instructions)), asked)
         messages = self.messages_for(instructions)
-        came = self._send(messages, enough=self.limits.enough(len(messages), least))
+        came = self._send(messages, self.limits.enough(len(messages), least))
         return self.reports(came.replies, came)
 
     def messages_for(self, instructions: Sequence[Instruction]) -> dict[str, Message]:
@@ -172,16 +160,14 @@ class GridEngine(Engine):
         self._failures, self._late, self.messages, self._sent = {}, set(), {}, {}
         if not instructions:
             return self.messages
-        for instruction in instructions:
-            self.rounds.remember(instruction)
         first = instructions[0]
-        self._round, self._attempt = first.round, first.attempt
+        self._round, self._attempt, self._sent = first.round, first.attempt, first.buffers
         if self.federated:
             self._training = first.training.model_dump_json()
-        self._sent = first.buffers
         arrays, resting = self.layout.arrays(first.encoder), self._resting(instructions)
         for instruction in instructions:
             id = instruction.client
+            self.rounds.remember(instruction)
             if id not in self.attendance.nodes:
                 why = self.attendance.why_absent(id) or "not connected"
                 self._failures[id] = Failure(why, "not-connected")
@@ -195,10 +181,7 @@ class GridEngine(Engine):
         return self.messages
 
     def _resting(self, instructions: Sequence[Instruction]) -> Mapping[str, int]:
-        """By client, the last round of its rest.
-
-        Nobody rests where the others are too few, or the round is repeated.
-        """
+        """The last round of each rest. None rest if the others are too few, or in a repetition."""
         resting = self.rests.resting(self._round)
         awake = self.attendance.nodes.keys() - resting.keys()
         asked = sum(instruction.client in awake for instruction in instructions)
@@ -207,12 +190,8 @@ class GridEngine(Engine):
         return resting
 
     def reports(self, replies: Iterable[Message], came: Exchange | None = None) -> list[Report]:
-        """The reports in the replies to the last ``messages_for``.
-
-        The other clients have a reason in ``failures``.
-        """
-        reports = []
-        answers = self._sort(self.messages, replies, came)
+        """The reports in the replies to the last `messages_for`; others are in ``failures``."""
+        reports, answers = [], self._sort(self.messages, replies, came)
         self._failures |= answers.failures
         if self._attempt == 0:
             self.rests.note(self.messages, self._failures, self._round, "rounds")
@@ -231,28 +210,26 @@ class GridEngine(Engine):
         return reports
 
     def _report(self, id: str, reply: Message) -> Report:
-        """The report of a client. Raises MessageError for one that does not fit its message."""
+        """Raises MessageError for a report that does not fit its message."""
         report = read_report(reply, self.layout, self._sent)
         answered = (report.client, report.task, report.round)
         if answered != (id, self.roster.client(id).task.name, self._round):
             words = "it answered as client '{}' with task '{}' for round {}"
             raise MessageError(words.format(*answered))
-        self._heed(id, reply, report.num_examples)
+        self.notes.heed(id, reply_of(reply), self.rounds, report.num_examples)
         return report
 
     def evaluate(
-        self,
-        encoder: Tensor,
-        buffers: Mapping[str, Tensor],
-        batch_size: int = EVALUATION_BATCH,  # noqa: ARG002  # the settings in the messages have it
+        self, encoder: Tensor, buffers: Mapping[str, Tensor], batch_size: int = EVALUATION_BATCH
     ) -> dict[str, Evaluation]:
         """Let every connected client test this encoder with its own head.
 
-        A client that fails has no evaluation.
+        A client that fails has no evaluation. The messages' settings have the batch size.
         """
+        del batch_size
         self._greet()
         messages = self.tests_for(encoder, buffers)
-        came = self._send(messages, enough=self.limits.enough(len(messages)))
+        came = self._send(messages, self.limits.enough(len(messages)))
         return self.evaluations(came.replies, came)
 
     def tests_for(self, encoder: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Message]:
@@ -273,8 +250,7 @@ class GridEngine(Engine):
         self, replies: Iterable[Message], came: Exchange | None = None
     ) -> dict[str, Evaluation]:
         """The evaluations in the replies to the last ``tests_for``."""
-        evaluations = {}
-        answers = self._sort(self.messages, replies, came)
+        evaluations, answers = {}, self._sort(self.messages, replies, came)
         for id, reply in answers.sound.items():
             try:
                 evaluations[id] = self._evaluation(id, reply)
@@ -286,23 +262,19 @@ class GridEngine(Engine):
         return evaluations
 
     def _evaluation(self, id: str, reply: Message) -> Evaluation:
-        """The evaluation of a client. Raises MessageError for one that does not fit its message."""
+        """Raises MessageError for an evaluation that does not fit its message."""
         client, evaluation = read_evaluation(reply)
         main = self.roster.client(id).task.main_metric
         if client != id:
             raise MessageError(f"it answered as client '{client}'")
         if main is not None and main.name not in evaluation.metrics:
-            names = sorted(evaluation.metrics)
-            raise MessageError(f"metrics: expected '{main.name}', found {names}")
-        self._heed(id, reply, None)
+            found = sorted(evaluation.metrics)
+            raise MessageError(f"metrics: expected '{main.name}', found {found}")
+        self.notes.heed(id, reply_of(reply), self.rounds, None)
         return evaluation
 
     def _took(self, id: str, report: Report) -> None:
         self.rounds.states[id] = ClientState({}, report.initial_loss, round=report.round)
-
-    def _heed(self, client: str, reply: Message, examples: int | None) -> None:
-        base, initial_loss = self.rounds.base(client), self.rounds.initial_loss(client)
-        self.notes.heed(client, reply_of(reply), base, initial_loss, examples)
 
     def _greet(self) -> None:
         """Ask new nodes who they are, and forget those that are gone."""
@@ -311,18 +283,11 @@ class GridEngine(Engine):
         new = self.attendance.to_ask(time.monotonic())
         if not new:
             return
-        content = RecordDict(
-            {
-                ARRAYS: arrays_of({}),
-                CONTROL: self._control("hello"),
-                CONFIG: self._config("train", 0),
-            }
-        )
-        timeout = min(self.limits.round_timeout, self.limits.greeting_timeout)
-        asked = {
-            str(node): self.create_message(content, "train", node, "hello", timeout) for node in new
-        }
-        came = self._send(asked, timeout)
+        control, config = self._control("hello"), self._config("train", 0)
+        content = RecordDict({ARRAYS: arrays_of({}), CONTROL: control, CONFIG: config})
+        wait = min(self.limits.round_timeout, self.limits.greeting_timeout)
+        asked = {str(id): self.create_message(content, "train", id, "hello", wait) for id in new}
+        came = exchange(self.grid, list(asked.values()), wait)
         answers = self._sort(asked, came.replies, came, "node")
         said = {node: answers.greeting(str(node)) for node in new}
         for greeting in self.attendance.hear(said, time.monotonic()):
@@ -336,14 +301,8 @@ class GridEngine(Engine):
             self.notes.compare_versions(greeting)
         self.watcher.present(self.attendance.nodes, self.attendance.words)
 
-    def _send(
-        self,
-        messages: Mapping[str, Message],
-        timeout: float | None = None,
-        enough: int | None = None,
-    ) -> Exchange:
-        timeout = timeout or self.limits.round_timeout
-        return exchange(self.grid, list(messages.values()), timeout, enough)
+    def _send(self, messages: Mapping[str, Message], enough: int | None) -> Exchange:
+        return exchange(self.grid, list(messages.values()), self.limits.round_timeout, enough)
 
     def _sort(
         self,
@@ -363,18 +322,11 @@ class GridEngine(Engine):
         return answers
 
     def _to_client(
-        self,
-        id: str,
-        kind: str,
-        arrays: Any,
-        buffers: Mapping[str, Tensor],
-        **fields: Any,
+        self, id: str, kind: str, arrays: Any, buffers: Mapping[str, Tensor], **fields: Any
     ) -> Message:
         """A message to a connected client for the current round."""
-        base, initial_loss = self.rounds.base(id), self.rounds.initial_loss(id)
-        control = self._control(
-            kind, client=id, round=self._round, base=base, initial_loss=initial_loss, **fields
-        )
+        fields |= {"base": self.rounds.base(id), "initial_loss": self.rounds.initial_loss(id)}
+        control = self._control(kind, client=id, round=self._round, **fields)
         config = self._config(kind, self._round)
         content = RecordDict({ARRAYS: arrays, CONTROL: control, CONFIG: config})
         if buffers:
@@ -382,14 +334,8 @@ class GridEngine(Engine):
         return self.create_message(content, kind, self.attendance.nodes[id], str(self._round))
 
     def _control(self, kind: str, **fields: Any) -> ConfigRecord:
-        control = Control(
-            kind=kind,
-            experiment=self.experiment,
-            training=self._training,
-            settings=self.settings,
-            **fields,
-        )
-        return control.record()
+        fields |= {"training": self._training, "settings": self.settings}
+        return Control(kind=kind, experiment=self.experiment, **fields).record()
 
     def _config(self, kind: str, round: int) -> ConfigRecord:
         return ConfigRecord({**self.config.get(kind, {}), "server-round": round})

@@ -21,8 +21,6 @@ from fedgradnorm.errors import StoppedError, described
 from fedgradnorm.flower.local_grid import LocalGrid
 from fedgradnorm.flower.records import REFUSAL
 
-__all__ = ["Exchange", "exchange", "node_ids"]
-
 log = logging.getLogger(__name__)
 
 POLL, POLLS = 0.5, 50.0
@@ -120,20 +118,15 @@ def node_ids(grid: Grid, timeout: float) -> set[int]:
         return _raised(answers.get(timeout=timeout + AGAIN))  # type: ignore[no-any-return]
     except Empty:
         why = f": {errors[-1]}" if errors else ""
-        raise StoppedError(
-            f"the SuperLink has not said within {timeout:g} s which nodes are connected{why}"
-        ) from None
+        missing = f"within {timeout:g} s which nodes are connected{why}"
+        raise StoppedError(f"the SuperLink has not said {missing}") from None
 
 
 _NOTHING: Any = object()
 
 
 class _Post:
-    """Messages on their way.
-
-    One thread sends them. For each message another thread fetches the reply; when the time is over,
-    nobody waits for it.
-    """
+    """Messages on their way: one thread sends them, and one for each message fetches the reply."""
 
     def __init__(self, grid: Grid, messages: Sequence[Message], timeout: float) -> None:
         self.grid, self.messages = grid, messages
@@ -148,11 +141,7 @@ class _Post:
         return time.monotonic() - self.start
 
     def next(self, wait: float) -> Any:
-        """The next reply.
-
-        None for a message that could not be sent; `_NOTHING` when ``wait`` seconds are over,
-        counted from the start.
-        """
+        """The next reply; None: a message was not sent; `_NOTHING`: ``wait`` seconds are over."""
         try:
             return _raised(self._came.get(timeout=max(0.0, self.start + wait - time.monotonic())))
         except Empty:

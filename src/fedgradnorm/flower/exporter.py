@@ -1,31 +1,22 @@
-"""Metrics of a deployment for Prometheus.
-
-They are read from its files at each scrape, so they outlive runs and the SuperLink.
-"""
+"""Metrics of a deployment for Prometheus, read from its files: they outlive its processes."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
-    from prometheus_client.core import (
-        CollectorRegistry,
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        Metric,
-    )
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.exposition import start_http_server
-    from prometheus_client.registry import Collector
+    from prometheus_client.registry import Collector, CollectorRegistry
 except ImportError as error:
-    raise ImportError(
-        'prometheus-client is not installed: pip install "fedgradnorm[metrics]"'
-    ) from error
+    missing = 'prometheus-client is not installed: pip install "fedgradnorm[metrics]"'
+    raise ImportError(missing) from error
 
 from fedgradnorm.errors import ConfigError, require
 from fedgradnorm.flower.overview import GONE, SHOWN_STATES, Overview, look
-from fedgradnorm.flower.status import ENDED, KINDS
-
-__all__ = ["DeploymentCollector", "registry_of", "serve"]
+from fedgradnorm.flower.status import ENDED, KINDS, RunStatus
+from fedgradnorm.runs.records import Row
 
 ABOUT = {
     "up": "Whether the deployment's files could be read: 1, or 0 if one is missing or damaged.",
@@ -53,10 +44,7 @@ ABOUT = {
 class DeploymentCollector(Collector):
     """Reads a deployment's files at each scrape, and gives their content as metrics.
 
-    Args:
-        folder: a deployment's folder, its ``server/``, or a run's folder.
-        run: for a deployment, the run's folder seen from ``server/``, or its name; None: the run
-            that was written last.
+    The arguments are those of `look`.
     """
 
     def __init__(self, folder: Path, run: str | None = None) -> None:
@@ -65,14 +53,13 @@ class DeploymentCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics."""
         overview = look(self.folder, self.run)
-        up = float(overview.status is not None and not overview.faults)
-        yield _single("up", up)
+        yield _single("up", float(overview.status is not None and not overview.faults))
         expiry = {(file,): seconds for file, seconds in overview.certificates.items()}
-        yield _labelled("certificate_expiry_timestamp_seconds", ("file",), expiry.items())
+        yield _labelled("certificate_expiry_timestamp_seconds", ("file",), expiry)
         if overview.status is not None:
-            yield from _of_run(overview)
-            yield from _of_clients(overview)
-            yield from _of_last_round(overview)
+            yield from _of_run(overview, overview.status)
+            yield from _of_clients(overview, overview.status)
+            yield from _of_last_round(overview.rows)
 
 
 def registry_of(folder: Path, run: str | None = None) -> CollectorRegistry:
@@ -96,9 +83,8 @@ def serve(folder: Path, run: str | None, host: str, port: int) -> Callable[[], N
     try:
         server, thread = start_http_server(port, host, registry_of(folder, run))
     except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}"
-        ) from error
+        where, why = f"--host {host} --port {port}", error.strerror or error
+        raise ConfigError(f"{where}: cannot be listened on: {why}") from error
 
     def stop() -> None:
         server.shutdown()
@@ -108,14 +94,11 @@ def serve(folder: Path, run: str | None, host: str, port: int) -> Callable[[], N
     return stop
 
 
-def _of_run(overview: Overview) -> Iterator[Metric]:
-    status = overview.status
-    if status is None:
-        return
+def _of_run(overview: Overview, status: RunStatus) -> Iterator[Metric]:
     name = "" if overview.folder is None else overview.folder.resolve().name
-    yield _labelled("run_info", ("run", "experiment"), [((name, status.experiment), 1)])
+    yield _labelled("run_info", ("run", "experiment"), {(name, status.experiment): 1})
     states = {(state,): float(state == overview.state) for state in SHOWN_STATES}
-    yield _labelled("run_state", ("state",), states.items())
+    yield _labelled("run_state", ("state",), states)
     yield _single("round", status.done)
     yield _single("rounds", status.num_rounds)
     yield _single("run_started_timestamp_seconds", status.started)
@@ -126,18 +109,15 @@ def _of_run(overview: Overview) -> Iterator[Metric]:
     yield _single("status_timestamp_seconds", status.written)
 
 
-def _of_clients(overview: Overview) -> Iterator[Metric]:
-    status = overview.status
-    if status is None:
-        return
+def _of_clients(overview: Overview, status: RunStatus) -> Iterator[Metric]:
     clients, over = status.clients.items(), overview.state in (*ENDED, GONE)
     connected = {(id,): float(client.connected and not over) for id, client in clients}
     yield _single("clients", len(clients))
     yield _single("clients_connected", sum(connected.values()))
     yield _single("nodes_refused", len(status.strangers))
-    yield _labelled("client_connected", ("client",), connected.items())
+    yield _labelled("client_connected", ("client",), connected)
     seen = {(id,): client.last_seen for id, client in clients}
-    yield _labelled("client_last_seen_timestamp_seconds", ("client",), seen.items())
+    yield _labelled("client_last_seen_timestamp_seconds", ("client",), seen)
     about = "How often a client had no report that counts, by kind of reason."
     drops = CounterMetricFamily("fedgradnorm_drops", about, labels=["client", "reason"])
     for id, client in clients:
@@ -146,26 +126,22 @@ def _of_clients(overview: Overview) -> Iterator[Metric]:
     yield drops
 
 
-def _of_last_round(overview: Overview) -> Iterator[Metric]:
-    rows, labels = overview.rows, ("client", "task")
-    clients = [(row["client"], row["task"]) for row in rows]
-    losses = [row["loss"] for row in rows]
-    rates = [row["inverse_training_rate"] for row in rows]
-    yield _labelled("loss", labels, zip(clients, losses, strict=True))
-    yield _labelled("inverse_training_rate", labels, zip(clients, rates, strict=True))
-    yield _labelled("weight", ("client",), [((row["client"],), row["weight"]) for row in rows])
+def _of_last_round(rows: Sequence[Row]) -> Iterator[Metric]:
+    labels, clients = ("client", "task"), {(row["client"], row["task"]): row for row in rows}
+    yield _labelled("loss", labels, {key: row["loss"] for key, row in clients.items()})
+    rates = {key: row["inverse_training_rate"] for key, row in clients.items()}
+    yield _labelled("inverse_training_rate", labels, rates)
+    yield _labelled("weight", ("client",), {(row["client"],): row["weight"] for row in rows})
 
 
 def _single(name: str, value: float) -> Metric:
     return GaugeMetricFamily(f"fedgradnorm_{name}", ABOUT[name], value)
 
 
-def _labelled(
-    name: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float | None]]
-) -> Metric:
-    """A metric with a value for each combination of labels; None is left out."""
+def _labelled(name: str, labels: tuple[str, ...], values: Mapping[Any, float | None]) -> Metric:
+    """A metric with values by the tuple of their labels; None is left out."""
     family = GaugeMetricFamily(f"fedgradnorm_{name}", ABOUT[name], labels=labels)
-    for key, value in values:
+    for key, value in values.items():
         if value is not None:
             family.add_metric(key, value)
     return family

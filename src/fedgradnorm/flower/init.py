@@ -4,10 +4,11 @@ import ipaddress
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import tomli_w
 
@@ -18,17 +19,12 @@ from fedgradnorm.errors import ConfigError, RunError, require
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.training import check_deployable, run_folder
 
-__all__ = ["write_deployment"]
-
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-FIRST_NODE_PORT = 9094
+FIRST_NODE_PORT, MODES = 9094, {".sh": 0o755, ".env": 0o600}
 LONGEST_NAME = 32
 """Maximum number of letters in the name of a Flower app."""
 CLIENT = "CLIENT"
 """In the templates' paths: a folder that is written once for every client."""
-
-MODES = {".sh": 0o755, ".env": 0o600}
-
 HEADER = """\
 # The federation, its training and its weighting: all settings, also the defaults
 # (docs/configuration.md of fedgradnorm). Server and nodes get this file with the app when a run
@@ -85,8 +81,7 @@ def write_deployment(
     """
     require(bool(hosts), "--host", "a name or an address", hosts)
     for host in hosts:
-        sound = NAME.fullmatch(host) is not None or _is_address(host)
-        require(sound, "--host", "a name or an address, without a port", host)
+        require(_is_host(host), "--host", "a name or an address, without a port", host)
     require(0 < port < 2**16, "--port", "a number from 1 to 65535", port)
     settings = _screening(resolve_config(load_config(config, overrides)))
     if any(settings.faults.model_dump().values()):
@@ -95,7 +90,8 @@ def write_deployment(
     run_folder(settings)
     check_deployable(settings, roster)
     clients, folder = roster.client_ids, folder.expanduser().resolve()
-    _write(folder, _contents(folder, settings, clients, hosts, port))
+    values = _values(folder, settings, clients, hosts, port)
+    _write(folder, _contents(settings, clients, values))
     return clients
 
 
@@ -122,10 +118,9 @@ def _write(folder: Path, contents: Iterator[tuple[Path, str]]) -> None:
 
 
 def _contents(
-    folder: Path, settings: RunConfig, clients: Sequence[str], hosts: Sequence[str], port: int
+    settings: RunConfig, clients: Sequence[str], values: Mapping[str, str]
 ) -> Iterator[tuple[Path, str]]:
     """Every file's path in the folder, and its text."""
-    values = _values(folder, settings, clients, hosts, port)
     with as_file(files("fedgradnorm.flower") / "templates") as templates:
         for template in sorted(templates.rglob("*")):
             if not template.is_file() or template.suffix == ".pyc":
@@ -178,12 +173,8 @@ def _screening(settings: RunConfig) -> RunConfig:
 
 def _toml(settings: RunConfig) -> str:
     """The settings without those of the engine, of faults, and those that a run writes."""
-    exclude: dict[str, bool | set[str]] = {
-        "engine": True,
-        "faults": True,
-        "versions": True,
-        "run": {"dir", "experiment"},
-    }
+    exclude: dict[str, Any] = dict.fromkeys(("engine", "faults", "versions"), True)
+    exclude["run"] = {"dir", "experiment"}
     text = tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True, exclude=exclude))
     return text.replace("\nmax_update_ratio = ", f"\n{WHAT_RATIO}max_update_ratio = ", 1)
 
@@ -194,10 +185,7 @@ def _escaped(text: str) -> str:
 
 
 def _bind(host: str) -> str:
-    """The address that a server listens on, by the name that nodes use.
-
-    It is every network, unless all nodes are on the server's own machine.
-    """
+    """What a server listens on: every network, unless all nodes are on its own machine."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -216,9 +204,9 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _is_address(host: str) -> bool:
+def _is_host(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return NAME.fullmatch(host) is not None
     return "%" not in host  # an IPv6 address with a zone is one of this machine alone

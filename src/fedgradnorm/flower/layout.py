@@ -12,14 +12,6 @@ from fedgradnorm.errors import FederationError, MessageError
 from fedgradnorm.flower.records import ARRAYS, BUFFERS, check_size, one_line
 from fedgradnorm.parameters import trainable
 
-__all__ = [
-    "Layout",
-    "arrays_of",
-    "buffers_in",
-    "encoder_of",
-    "tensors_of",
-]
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -32,9 +24,8 @@ class Layout:
     def of(cls, encoder: nn.Module) -> "Layout":
         """The layout of an encoder."""
         parameters = trainable(encoder)
-        return cls(
-            {name: tuple(parameter.shape) for name, parameter in parameters}, parameters[0][1].dtype
-        )
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+        return cls(shapes, parameters[0][1].dtype)
 
     def arrays(self, vector: Tensor) -> ArrayRecord:
         """A flat vector as arrays by name."""
@@ -93,9 +84,6 @@ def encoder_of(records: RecordDict) -> ArrayRecord:
 
 
 def buffers_in(records: RecordDict) -> dict[str, Tensor]:
-    """The encoder's buffers by name; empty where none are sent.
-
-    Raises MessageError if one is not of numbers.
-    """
+    """The encoder's buffers by name, maybe none. Raises MessageError if one is not of numbers."""
     buffers = records.array_records.get(BUFFERS)
     return {} if buffers is None else tensors_of(buffers)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from fedgradnorm.errors import require
 
-__all__ = ["SHORTEST", "Limits"]
-
 SHORTEST, LONGEST = 60.0, 1e8
 """Seconds: a SuperLink has at least the first to say who is connected; no limit is above the second
 (three years)."""

@@ -15,8 +15,6 @@ from fedgradnorm.flower.states import MemoryStates
 from fedgradnorm.messages import Report
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["FlowerLocalEngine"]
-
 
 class FlowerLocalEngine(GridEngine):
     """Flower messages in this process, without Ray: the same messages as between machines.

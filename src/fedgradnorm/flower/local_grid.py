@@ -9,8 +9,6 @@ from typing import Any
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-__all__ = ["LocalGrid"]
-
 SERVER_NODE = 1
 RAISED = 2  # Flower's code for a ClientApp that raised
 
@@ -31,9 +29,8 @@ class LocalGrid(Grid):
         self.nodes = dict(nodes)
         self.contexts = dict(contexts or {})
         for place, node in enumerate(self.nodes):
-            self.contexts.setdefault(
-                node, Context(1, node, {"partition-id": place}, RecordDict(), {})
-            )
+            context = Context(1, node, {"partition-id": place}, RecordDict(), {})
+            self.contexts.setdefault(node, context)
         self._run: Any = None
         self._numbers = itertools.count(1)
         self._replies: dict[str, Message] = {}
@@ -81,12 +78,10 @@ class LocalGrid(Grid):
         return [self._replies.pop(id) for id in message_ids if id in self._replies]
 
     def send_and_receive(
-        self,
-        messages: Iterable[Message],
-        *,
-        timeout: float | None = None,  # noqa: ARG002
+        self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """The replies to these messages."""
+        """The replies to these messages; they take no time to wait for."""
+        del timeout
         return self.pull_messages(self.push_messages(messages))
 
     def answer(self, message: Message) -> Message:

@@ -7,6 +7,7 @@ same names), ``buffers``, ``metrics`` and ``fedgradnorm``; or the record ``refus
 holds anything of a head or of the data.
 """
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -14,26 +15,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedgradnorm import __version__
-from fedgradnorm.config import TrainConfig, validated
+from fedgradnorm.config import TrainConfig
 from fedgradnorm.errors import ConfigError, MessageError
 from fedgradnorm.flower.layout import Layout, buffers_in, encoder_of
-from fedgradnorm.flower.records import CONTROL, REFUSAL, check_records, checked, read_json
+from fedgradnorm.flower.records import CONTROL, REFUSAL, check_records, checked, one_line, read_json
 from fedgradnorm.messages import LARGEST as BOUND
 from fedgradnorm.messages import Instruction
+from fedgradnorm.validation import validated
 
-__all__ = [
-    "VERSIONS",
-    "Control",
-    "Greeting",
-    "Refusal",
-    "control_of",
-    "greeting_of",
-    "greeting_reply",
-    "read_instruction",
-    "refusal_in",
-    "refusal_reply",
-    "training_of",
-]
+log = logging.getLogger(__name__)
 
 VERSION = r"^[A-Za-z0-9.+!_-]{1,50}$"
 VERSIONS: dict[str, Any] = {
@@ -162,6 +152,13 @@ def refusal_reply(refusal: Refusal, message: Message) -> Message:
     """A refusal as a reply."""
     record = ConfigRecord(refusal.model_dump(exclude_none=True))
     return Message(RecordDict({REFUSAL: record}), reply_to=message)
+
+
+def wrong_client(message: Message, asked: str, client: str) -> Message:
+    """The answer of a client's node to a message that is for another client."""
+    words = one_line(f"a message for client '{asked}' came to client '{client}'")
+    log.warning("%s", words)
+    return refusal_reply(Refusal(code="wrong-client", words=words, client=asked), message)
 
 
 def refusal_in(reply: Message) -> Refusal | None:

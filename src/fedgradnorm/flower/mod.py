@@ -3,27 +3,18 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
+import fedgradnorm.flower.messages as messages
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import ConfigError, MessageError, nearest
 from fedgradnorm.evaluation import Evaluation
-from fedgradnorm.flower.client import (
-    aside,
-    client_key,
-    kept,
-    lost_state,
-    private_errors,
-    state_dir,
-    wrong_client,
-)
+from fedgradnorm.flower.client import client_key, lost_state, private_errors, state_dir
 from fedgradnorm.flower.layout import Layout, arrays_of, encoder_of, tensors_of
-from fedgradnorm.flower.messages import VERSIONS, Control, Greeting, control_of, greeting_reply
 from fedgradnorm.flower.records import ARRAYS, CONFIG, METRICS
 from fedgradnorm.flower.reports import evaluation_reply, report_reply
 from fedgradnorm.flower.roster import module_of
@@ -31,8 +22,6 @@ from fedgradnorm.flower.states import Beginning, StateFiles, States, begin
 from fedgradnorm.messages import Report
 from fedgradnorm.parameters import matches, norm_layer_slices, norm_over
 from fedgradnorm.randomness import seeded
-
-__all__ = ["FedGradNormMod"]
 
 
 class FedGradNormMod:
@@ -98,16 +87,23 @@ class FedGradNormMod:
             return self._answer(message, context, app)
 
     def _answer(self, message: Message, context: Context, app: ClientAppCallable) -> Message:
-        control, client, lost = control_of(message), client_key(context), lost_state(context)
+        control, client, lost = (
+            messages.control_of(message),
+            client_key(context),
+            lost_state(context),
+        )
         task = self.task or str(context.node_config.get("task", client))
         if control.kind == "hello":
-            metric: dict[str, Any] = {
+            told = {
                 "metric": self.metric,
                 "higher_is_better": self.higher_is_better,
+                **messages.VERSIONS,
             }
-            return greeting_reply(Greeting(client=client, task=task, **metric, **VERSIONS), message)
+            return messages.greeting_reply(
+                messages.Greeting(client=client, task=task, **told), message
+            )
         if control.client != client:
-            return wrong_client(message, control.client, client)
+            return messages.wrong_client(message, control.client, client)
         start, states = perf_counter(), self.states(context, control.experiment, client)
         sent = tensors_of(encoder_of(message.content))
 
@@ -125,13 +121,13 @@ class FedGradNormMod:
         metrics = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if control.kind == "evaluate":
             evaluation = self._evaluation(metrics)
-            return evaluation_reply(client, task, control.round, evaluation, message, aside(begun))
+            return evaluation_reply(client, task, control.round, evaluation, message, begun.aside)
         came, layout = self._arrays(reply, whole), Layout.of(module_of(sent))
         report = self._report(control, task, begun, metrics, sent, came, start)
         own = {name: came[name] for name in came.keys() - sent.keys()}
         after = ClientState(own, report.initial_loss, round=control.round)
-        states.save(after, kept(control, begun))
-        return report_reply(report, layout.arrays(report.gradient), message, aside(begun))
+        states.save(after, begun.kept(control.keep))
+        return report_reply(report, layout.arrays(report.gradient), message, begun.aside)
 
     def _evaluation(self, metrics: Mapping[str, float]) -> Evaluation:
         if self.metric:
@@ -141,7 +137,7 @@ class FedGradNormMod:
 
     def _report(
         self,
-        control: Control,
+        control: messages.Control,
         task: str,
         begun: Beginning,
         metrics: Mapping[str, float],
@@ -149,17 +145,7 @@ class FedGradNormMod:
         came: Mapping[str, Tensor],
         start: float,
     ) -> Report:
-        """The report on a round.
-
-        Args:
-            control: what the message said.
-            task: the task's name.
-            begun: the state that the round began with.
-            metrics: the app's.
-            sent: the encoder that the server sent, by name.
-            came: the model after training, by name.
-            start: when the work began, by `perf_counter`.
-        """
+        """The report on a round: ``sent`` came from the server, ``came`` is the trained model."""
         loss, initial_loss = self._metric(metrics, self.loss, "loss"), begun.state.initial_loss
         encoder = module_of(dict(sent))
         names = Layout.of(encoder).shapes
@@ -188,12 +174,7 @@ class FedGradNormMod:
         return {name: value.detach().clone() for name, value in state if name not in sent}
 
     def _check_names(self, model: nn.Module, sent: Collection[str]) -> None:
-        """Check that the head's patterns and the names that the server sent fit the model.
-
-        Raises:
-            ConfigError: a pattern of the head names no parameter.
-            MessageError: a name that was sent is not one of the encoder's parameters.
-        """
+        """Raise an error if the head's patterns or the sent names do not fit the model."""
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for pattern in self.head:
             if not any(matches(name, [pattern]) for name in parameters):
@@ -215,10 +196,7 @@ class FedGradNormMod:
 
     @staticmethod
     def _check_tied(model: nn.Module, sent: Collection[str]) -> None:
-        """Raise MessageError for a parameter with two names of which one is sent.
-
-        The client's values would replace the server's.
-        """
+        """Raise MessageError if one of a tied parameter's names is sent: the other would win."""
         names: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             other = names.setdefault(id(parameter), name)

@@ -1,7 +1,4 @@
-"""The state of a deployment's run and certificates, read from its files alone.
-
-People read it, and the exporter of metrics.
-"""
+"""The state of a deployment's run and certificates, read from its files alone."""
 
 import os
 import tomllib
@@ -15,42 +12,20 @@ from cryptography import x509
 from rich.table import Table
 from rich.text import Text
 
+import fedgradnorm.flower.status as run_status
 from fedgradnorm.errors import FedGradNormError, RunError, printable
-from fedgradnorm.flower.status import (
-    ENDED,
-    STATES,
-    ClientStatus,
-    RunStatus,
-    beside,
-    read_status,
-    why_gone,
-)
+from fedgradnorm.flower.status import ENDED, STATES, ClientStatus, RunStatus, beside
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Row
-
-__all__ = [
-    "GONE",
-    "SHOWN_STATES",
-    "WARN_DAYS",
-    "Overview",
-    "clients_table",
-    "facts",
-    "look",
-    "remarks",
-    "state_line",
-    "warnings_on",
-]
 
 GONE = "gone"
 """The state of a run whose process has ended without noting it."""
 SHOWN_STATES = (*STATES, GONE)
 
-CERTIFICATES = ("server.crt", "ca.crt")
+CERTIFICATES, DAY = ("server.crt", "ca.crt"), 86400.0
 WARN_DAYS = 30
 """Days before a certificate expires when a warning is shown."""
-
-DAY = 86400.0
 SERVER_FILES = ("superlink.env", "superlink.sh", "server.crt")
 """A folder with any of these files is the folder of a deployment's server."""
 UNITS = ((2 * DAY, DAY, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"))
@@ -97,15 +72,14 @@ def look(folder: Path, run: str | None = None) -> Overview:
     server = _server_of(folder)
     try:
         place = _run_of(folder, server, run)
-        status = read_status(place)
-        gone = why_gone(status, place)
+        status = run_status.read_status(place)
+        gone = run_status.why_gone(status, place)
         if _holds(place, status):
             rows = Run(place).last_round()
             last = rows[0]["round"] if rows else 0
             if last < status.done:
-                expected = f"expected the lines of round {status.done}"
-                text = f"{place / 'metrics.jsonl'}: {expected}, the last are those of round {last}"
-                faults.append(text)
+                lines = f"the lines of round {status.done}, the last are those of round {last}"
+                faults.append(f"{place / 'metrics.jsonl'}: expected {lines}")
     except (FedGradNormError, OSError) as error:
         faults.append(str(error))
     certificates: dict[str, float] = {}
@@ -144,10 +118,8 @@ def _run_of(folder: Path, server: Path | None, run: str | None) -> Path:
             raise RunError(f"--run: {folder} is a run's folder itself: {expected}")
         return folder
     if server is None:
-        raise RunError(
-            f"{folder}: expected a deployment's folder, as `fedgradnorm flower init` writes it, "
-            "its server/, or a run's folder"
-        )
+        expected = "a deployment's folder, as `fedgradnorm flower init` writes it, its server/"
+        raise RunError(f"{folder}: expected {expected}, or a run's folder")
     server = folder / "server" if (folder / "server").is_dir() else folder
     if run is not None:
         named = [place for place in (server / run, server / "runs" / run) if _has_run(place)]
@@ -226,8 +198,7 @@ def remarks(overview: Overview, now: float) -> list[str]:
     """Remarks on clients, one a line: their last drops, their rests, and the notes on them."""
     lines = []
     for id, client in _clients(overview).items():
-        drop = client.last_drop
-        if drop is not None:
+        if (drop := client.last_drop) is not None:
             when = f"in round {drop.round}, {ago(drop.time, now)}"
             lines.append(f"{id}: dropped {when}: {drop.reason}")
         if client.resting_until is not None:

@@ -9,21 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from fedgradnorm.errors import MessageError, printable
 
-__all__ = [
-    "ARRAYS",
-    "BUFFERS",
-    "CONFIG",
-    "CONTROL",
-    "METRICS",
-    "REFUSAL",
-    "check_known",
-    "check_records",
-    "check_size",
-    "checked",
-    "one_line",
-    "read_json",
-]
-
 Checked = TypeVar("Checked", bound=BaseModel)
 ARRAYS, BUFFERS, CONFIG, METRICS, CONTROL = "arrays", "buffers", "config", "metrics", "fedgradnorm"
 REFUSAL = "refusal"

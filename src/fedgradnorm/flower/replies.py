@@ -12,8 +12,6 @@ from fedgradnorm.flower.messages import Greeting, Refusal, greeting_of, refusal_
 from fedgradnorm.flower.records import one_line
 from fedgradnorm.flower.status import Failure, Kind
 
-__all__ = ["CODES", "CODE_KINDS", "Answers", "sort_replies"]
-
 log = logging.getLogger(__name__)
 
 EXPIRED = 3
@@ -29,16 +27,8 @@ CODES = {
     8: "its app crashed or was killed",
 }
 """Flower's error codes in words."""
-CODE_KINDS: dict[int, Kind] = {
-    1: "error",
-    2: "error",
-    EXPIRED: "late",
-    4: "late",
-    5: "gone",
-    6: "error",
-    7: "error",
-    8: "crashed",
-}
+CODE_KINDS: dict[int, Kind] = {1: "error", 2: "error", EXPIRED: "late", 4: "late", 5: "gone"}
+CODE_KINDS |= {6: "error", 7: "error", 8: "crashed"}
 """The kind of failure by Flower's error code; every other code is of the kind ``other``."""
 
 

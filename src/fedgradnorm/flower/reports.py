@@ -9,37 +9,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+import fedgradnorm.flower.records as records
 from fedgradnorm.errors import MessageError
 from fedgradnorm.evaluation import Evaluation
 from fedgradnorm.flower.layout import Layout, arrays_of, buffers_in, encoder_of
-from fedgradnorm.flower.records import (
-    ARRAYS,
-    BUFFERS,
-    CONTROL,
-    METRICS,
-    check_known,
-    check_records,
-    check_size,
-    checked,
-    one_line,
-    read_json,
-)
+from fedgradnorm.flower.records import ARRAYS, BUFFERS, CONTROL, METRICS
 from fedgradnorm.messages import Report
-
-__all__ = [
-    "Reply",
-    "evaluation_reply",
-    "read_evaluation",
-    "read_report",
-    "reply_of",
-    "report_reply",
-]
 
 LONGEST, LARGEST = 1e9, 1e100
 """Maximum seconds of work, and maximum figure of a test: above them, sums could overflow."""
 EXAMPLES = "num-examples"
-NUMBERS = ("loss", "initial-loss", "grad-norm", EXAMPLES, "seconds", "head-seconds", "loss-floor")
-"""What the metrics of a report hold."""
+FIGURES = {
+    name: name.replace("_", "-")
+    for name in ("loss", "initial_loss", "grad_norm", "seconds", "head_seconds", "loss_floor")
+}
+"""What the metrics of a report hold beside the number of examples: by field, its name there."""
 ROUNDING = 1.01
 """The factor by which rounding in half precision may increase a norm."""
 
@@ -73,7 +57,7 @@ class Reply(BaseModel):
 
 def reply_of(reply: Message) -> Reply:
     """What a reply says beside its arrays and figures. Raises MessageError."""
-    return checked(Reply, reply, CONTROL)
+    return records.checked(Reply, reply, CONTROL)
 
 
 def report_reply(
@@ -87,15 +71,8 @@ def report_reply(
         message: the message that it answers.
         aside: more fields of a `Reply`, such as ``began``.
     """
-    metrics: dict[str, Any] = {
-        "loss": report.loss,
-        "initial-loss": report.initial_loss,
-        "grad-norm": report.grad_norm,
-        "num-examples": report.num_examples,
-        "seconds": report.seconds,
-        "head-seconds": report.head_seconds,
-        "loss-floor": report.loss_floor,
-    }
+    metrics: dict[str, Any] = {key: getattr(report, name) for name, key in FIGURES.items()}
+    metrics[EXAMPLES] = report.num_examples
     who: dict[str, Any] = {"client": report.client, "task": report.task, "round": report.round}
     control = ConfigRecord({**who, **(aside or {})})
     content = RecordDict({ARRAYS: arrays, METRICS: MetricRecord(metrics), CONTROL: control})
@@ -117,30 +94,25 @@ def read_report(reply: Message, layout: Layout, sent: Mapping[str, Tensor] | Non
         MessageError: a number is missing or does not fit the gradient, or the reply holds more
             than a report does.
     """
-    who, metrics = reply_of(reply), _metrics(reply, NUMBERS)
-    check_records(reply, (ARRAYS, BUFFERS, METRICS, CONTROL))
+    who, metrics = reply_of(reply), _metrics(reply, [*FIGURES.values(), EXAMPLES])
+    records.check_records(reply, (ARRAYS, BUFFERS, METRICS, CONTROL))
     if sent is not None:
         for name, buffer in reply.content.array_records.get(BUFFERS, ArrayRecord()).items():
             size = sent[name].nbytes if name in sent else 0
-            check_size(f"buffer {name!r:.100}", len(buffer.data), size)
-    numbers = {name: _number(metrics, name) for name in NUMBERS if name != EXAMPLES}
-    for name in ("seconds", "head-seconds"):
+            records.check_size(f"buffer {name!r:.100}", len(buffer.data), size)
+    numbers = {name: _number(metrics, key) for name, key in FIGURES.items()}
+    for name in ("seconds", "head_seconds"):
         if not 0 <= numbers[name] <= LONGEST:
             expected = f"expected seconds, from 0 to {LONGEST:g}"
-            raise MessageError(f"metrics.{name}: {expected}, found {numbers[name]}")
+            raise MessageError(f"metrics.{FIGURES[name]}: {expected}, found {numbers[name]}")
     report = Report(
         client=who.client,
         task=who.task,
         gradient=layout.vector(encoder_of(reply.content)),
-        loss=numbers["loss"],
-        initial_loss=numbers["initial-loss"],
-        grad_norm=numbers["grad-norm"],
         num_examples=_count(metrics),
         buffers=buffers_in(reply.content),
-        seconds=numbers["seconds"],
         round=who.round,
-        head_seconds=numbers["head-seconds"],
-        loss_floor=numbers["loss-floor"],
+        **numbers,
     )
     # The norm layer is a part of the gradient. A client must not move weights by a false norm.
     if report.grad_norm > report.length * ROUNDING:
@@ -162,38 +134,26 @@ def evaluation_reply(
     An error of a metric is sent with its type alone: its words may quote data.
     """
     failed = {name: why.partition(":")[0] for name, why in evaluation.failed.items()}
-    metrics_text = json.dumps(dict(evaluation.metrics))
-    control: dict[str, Any] = {
-        "client": client,
-        "task": task,
-        "round": round,
-        "metrics": metrics_text,
-        "failed": json.dumps(failed),
-    }
-    control |= aside or {}
-    metrics = MetricRecord({"loss": evaluation.loss, "num-examples": evaluation.num_examples})
+    control: dict[str, Any] = {"client": client, "task": task, "round": round, **(aside or {})}
+    control["metrics"] = json.dumps(dict(evaluation.metrics))
+    control["failed"] = json.dumps(failed)
+    metrics = MetricRecord({"loss": evaluation.loss, EXAMPLES: evaluation.num_examples})
     return Message(RecordDict({METRICS: metrics, CONTROL: ConfigRecord(control)}), reply_to=message)
 
 
 def read_evaluation(reply: Message) -> tuple[str, Evaluation]:
     """The client's key and its evaluation. Raises MessageError."""
     who, numbers = reply_of(reply), _metrics(reply, ("loss", EXAMPLES))
-    check_records(reply, (METRICS, CONTROL))
-    metrics = {
-        name: _figure(f"metrics.{name!r:.100}", value)
-        for name, value in read_json(who.metrics, "metrics").items()
-    }
+    records.check_records(reply, (METRICS, CONTROL))
+    sent = records.read_json(who.metrics, "metrics").items()
+    metrics = {name: _figure(f"metrics.{name!r:.100}", value) for name, value in sent}
     if not all(name.isprintable() and len(name) <= 200 for name in metrics):
         expected = "expected names of up to 200 printable characters"
         raise MessageError(f"metrics: {expected}, found {sorted(metrics)!r:.100}")
-    failed = {
-        name: one_line(why)
-        for name, why in read_json(who.failed, "failed").items()
-        if name in metrics
-    }
-    return who.client, Evaluation(
-        _figure("metrics.loss", _number(numbers, "loss")), metrics, _count(numbers), failed
-    )
+    reasons = records.read_json(who.failed, "failed").items()
+    failed = {name: records.one_line(why) for name, why in reasons if name in metrics}
+    loss = _figure("metrics.loss", _number(numbers, "loss"))
+    return who.client, Evaluation(loss, metrics, _count(numbers), failed)
 
 
 def _figure(name: str, value: Any) -> float:
@@ -209,7 +169,7 @@ def _metrics(reply: Message, known: Collection[str]) -> MetricRecord:
     metrics = reply.content.metric_records.get(METRICS)
     if metrics is None:
         raise MessageError(f"expected a record '{METRICS}', found {sorted(reply.content)}")
-    check_known("metrics", metrics.keys(), known)
+    records.check_known("metrics", metrics.keys(), known)
     return metrics
 
 

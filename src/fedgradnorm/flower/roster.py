@@ -13,8 +13,6 @@ from fedgradnorm.parameters import buffers_of, trainable
 from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task
 
-__all__ = ["Roster", "module_of", "roster_of"]
-
 
 class Roster(Members):
     """Clients on other machines. Only keys and tasks are checked: data and heads are not here.
@@ -47,12 +45,9 @@ class Roster(Members):
 
     def client(self, id: str) -> Client:
         """The client with this key. Raises FederationError where there is none."""
-        try:
-            return self._clients[id]
-        except KeyError:
-            raise FederationError(
-                f"there is no client '{id}'; {nearest(id, self._clients)}"
-            ) from None
+        if id not in self._clients:
+            raise FederationError(f"there is no client '{id}'; {nearest(id, self._clients)}")
+        return self._clients[id]
 
     def num_examples(self, id: str) -> int:
         """How many training examples a client has said that it has; 0 before."""
@@ -63,10 +58,7 @@ class Roster(Members):
         self._examples[id] = num_examples or self._examples.get(id, 0)
 
     def recall(self, members: MembersRecord) -> None:
-        """Restore the clients of a resumed run.
-
-        A client that does not come back keeps its lines and its metric.
-        """
+        """Restore the clients of a resumed run: those that stay away keep lines and metric."""
         for id, client in members["clients"].items():
             if self.open:
                 self._expect(id, client["task"], client["metric"], client["higher_is_better"])

@@ -17,8 +17,6 @@ from fedgradnorm.flower.limits import Limits
 from fedgradnorm.flower.roster import roster_of
 from fedgradnorm.flower.training import train_on_grid
 
-__all__ = ["server_app"]
-
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +35,7 @@ def server_app(config: str | Path) -> ServerApp:
     - ``node-timeout``, ``round-timeout``: seconds to wait for clients to connect, and for a round's
       replies.
     - ``min-replies``: a share of the clients, 1 by default. When this share has answered, the
-      others
-      get the same time again.
+      others get the same time again.
     - ``max-rest``: maximum number of rounds for which a client that is late again and again rests;
       16 by default, 0 for none.
     - ``start-round``: 1 begins anew. One more than the round of a checkpoint goes back to it. By

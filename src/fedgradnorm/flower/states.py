@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -23,17 +23,6 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
 from fedgradnorm.runs.records import DataRecord
 
-__all__ = [
-    "LOST_STATE",
-    "Beginning",
-    "LostState",
-    "LostStateError",
-    "MemoryStates",
-    "StateFiles",
-    "States",
-    "begin",
-]
-
 LostState = Literal["refuse", "newest", "fresh"]
 LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")
 """What a client does if its state is lost: raise an error, use its newest state or a fresh head."""
@@ -41,6 +30,8 @@ LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")
 PARTS, ENCODER = ("head", "encoder_buffers", "head_velocity"), "encoder"
 FILE = re.compile(r"round-(\d{8})\.safetensors")
 DATA = TypeAdapter(DataRecord)
+DAMAGED = (SafetensorError, KeyError, TypeError, ValueError, RecursionError)
+"""What reading a damaged file raises."""
 
 
 class LostStateError(RunError):
@@ -57,7 +48,6 @@ class States(Protocol):
             LostStateError: there is none.
             RunError: it cannot be reached.
         """
-        ...
 
     def save(
         self, state: ClientState, keep: Collection[int], data: DataRecord | None = None
@@ -69,15 +59,12 @@ class States(Protocol):
             keep: the rounds whose states stay; with 0 among them, all stay.
             data: the record of the data that it was trained on.
         """
-        ...
 
     def rounds(self) -> list[int]:
         """The rounds whose states are kept, ascending."""
-        ...
 
     def data(self, round: int) -> DataRecord | None:
         """The record of the data that a round's state was trained on; None where it is unknown."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +80,15 @@ class Beginning:
     state: ClientState
     round: int
     lost: bool = False
+
+    @property
+    def aside(self) -> dict[str, int]:
+        """What a reply says about it, where the requested state is lost."""
+        return {"began": self.round} if self.lost else {}
+
+    def kept(self, keep: Collection[int]) -> set[int]:
+        """The rounds whose states stay: those that the server may go back to, and this one."""
+        return {*keep, self.round} if self.round else set(keep)
 
 
 def begin(
@@ -199,22 +195,17 @@ class StateFiles:
             path.open("rb").close()  # raises the system's errors; below, a file is damaged
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             if numbers["client"] != self.client or numbers["round"] != round:
                 whose = f"client '{numbers['client']}' after round {numbers['round']}"
                 raise RunError(f"state {path}: it is that of {whose}")
             encoder = tensors.pop(ENCODER, None)
-            parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
+            parts: dict[str, Any] = {part: {} for part in PARTS}
             for name, tensor in tensors.items():
                 part, _, own = name.partition("/")
                 parts[part][own] = tensor
-            return ClientState(
-                initial_loss=numbers["initial_loss"],
-                round=round,
-                encoder=encoder,
-                **parts,  # type: ignore[arg-type]
-            )
+            loss = numbers["initial_loss"]
+            return ClientState(initial_loss=loss, round=round, encoder=encoder, **parts)
         except FileNotFoundError:
             names = sorted(entry.name for entry in self.folder.glob("round-*"))
             raise LostStateError(
@@ -224,14 +215,7 @@ class StateFiles:
             ) from None
         except OSError as error:
             raise RunError(f"state {path}: cannot be read: {error.strerror or error}") from error
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (*DAMAGED, AttributeError) as error:
             why = " ".join(repr(error).split())[:300]
             raise LostStateError(f"state {path}: cannot be read: {why}") from error
 
@@ -257,8 +241,7 @@ class StateFiles:
             for unused in [*old, *self.folder.glob(".*.writing")]:
                 unused.unlink(missing_ok=True)
         except OSError as error:
-            why = error.strerror or error
-            raise RunError(f"state {path}: cannot be written: {why}") from error
+            raise RunError(f"state {path}: cannot be written: {error.strerror or error}") from error
 
     def rounds(self) -> list[int]:
         """The rounds whose states are kept."""
@@ -270,7 +253,7 @@ class StateFiles:
         try:
             with safe_open(self._path(round), framework="pt") as file:
                 return DATA.validate_python(json.loads(file.metadata()["state"])["data"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        except (OSError, *DAMAGED):
             return None
 
     def _path(self, round: int) -> Path:

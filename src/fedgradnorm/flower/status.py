@@ -17,23 +17,6 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.lock import being_written
 
-__all__ = [
-    "ANSWERED",
-    "ENDED",
-    "KINDS",
-    "STATES",
-    "ClientStatus",
-    "Drop",
-    "Failure",
-    "Kind",
-    "RunStatus",
-    "State",
-    "beside",
-    "read_file",
-    "read_status",
-    "why_gone",
-]
-
 FORMAT: Literal[1] = 1
 
 State = Literal["waiting", "training", "testing", "completed", "stopped"]
@@ -153,15 +136,12 @@ def beside(folder: Path) -> Path:
 def read_status(folder: Path) -> RunStatus:
     """The status of the run that was last written to a folder.
 
-    Raises:
-        RunError: there is none, it is damaged, or it has another format.
+    Raises RunError if there is none, it is damaged, or it has another format.
     """
     paths = [path for path in (folder / STATUS, beside(folder)) if path.is_file()]
     if not paths:
-        raise RunError(
-            f"{folder / STATUS}: there is no such file: expected that of a run across machines, "
-            "as this version of fedgradnorm writes it"
-        )
+        expected = "that of a run across machines, as this version of fedgradnorm writes it"
+        raise RunError(f"{folder / STATUS}: there is no such file: expected {expected}")
     return max((read_file(path) for path in paths), key=lambda status: status.written)
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +26,6 @@ from fedgradnorm.config import (
     RunConfig,
     RunSettings,
     TrainConfig,
-    validated,
 )
 from fedgradnorm.errors import ConfigError, StoppedError, require
 from fedgradnorm.flower.engine import GridEngine
@@ -40,9 +39,8 @@ from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.screening import screen
 from fedgradnorm.server import ServerState, conclude, instruct
 from fedgradnorm.session import Session
+from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting
-
-__all__ = ["FedGradNorm"]
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +180,8 @@ class FedGradNorm(Strategy):
         """
         self.summary()
         engine = self._engine_for(grid, initial_arrays, timeout)
-        engine.config = {
-            "train": train_config or ConfigRecord(),
-            "evaluate": evaluate_config or ConfigRecord(),
-        }
+        configs = {"train": train_config, "evaluate": evaluate_config}
+        engine.config = {kind: config or ConfigRecord() for kind, config in configs.items()}
         result = Result(arrays=arrays_of(self._shared(initial_arrays)))
         fit = _Fit(engine, result, evaluate_fn, should_stop)
         try:
@@ -198,11 +194,7 @@ class FedGradNorm(Strategy):
         return result
 
     def configure_train(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        grid: Grid,
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The messages of a round, for a loop other than `start`.
 
@@ -223,9 +215,7 @@ class FedGradNorm(Strategy):
         return list(engine.messages_for(self._instructions).values())
 
     def aggregate_train(
-        self,
-        server_round: int,
-        replies: Iterable[Message],
+        self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next encoder, and the means of the clients' figures.
 
@@ -302,26 +292,15 @@ class FedGradNorm(Strategy):
         )
 
 
+@dataclass(eq=False)
 class _Fit(Callback):
-    """Fills the result of `FedGradNorm.start` after every round.
+    """Fills the result of `FedGradNorm.start` after every round, by the functions given to it."""
 
-    Args:
-        engine: the engine, whose layout turns the encoder into arrays.
-        result: what is filled.
-        evaluate_fn: Flower's function that tests the encoder at the server.
-        should_stop: the subclass's; asked after every round.
-    """
-
-    def __init__(
-        self,
-        engine: GridEngine,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-        should_stop: Callable[[Result], bool],
-    ) -> None:
-        self.engine, self.result = engine, result
-        self.evaluate_fn, self.should_stop = evaluate_fn, should_stop
-        self.stopped = False
+    engine: GridEngine
+    result: Result
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None
+    should_stop: Callable[[Result], bool]
+    stopped: bool = False
 
     def on_round(self, session: Session) -> None:
         """Note the encoder, the clients' means and the server's own test."""
@@ -330,13 +309,10 @@ class _Fit(Callback):
         tested = None if self.evaluate_fn is None else self.evaluate_fn(round, result.arrays)
         if tested is not None:
             result.evaluate_metrics_serverapp[round] = tested
-        for metrics, names in (
-            (result.train_metrics_clientapp, TRAINED),
-            (result.evaluate_metrics_clientapp, TESTED),
-        ):
-            means = _means(session.rows, names)
-            if means:
-                metrics[round] = means
+        if means := _means(session.rows, TRAINED):
+            result.train_metrics_clientapp[round] = means
+        if means := _means(session.rows, TESTED):
+            result.evaluate_metrics_clientapp[round] = means
         self.stopped = self.should_stop(result)
         if self.stopped:
             session.interrupt()

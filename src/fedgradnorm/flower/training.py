@@ -25,12 +25,9 @@ from fedgradnorm.runs.records import Row
 from fedgradnorm.session import Session
 from fedgradnorm.weighting.base import Weighting
 
-__all__ = ["check_deployable", "new_experiment", "run_folder", "train_on_grid"]
-
 log = logging.getLogger(__name__)
 
 ANEW = "start_round = 1 begins anew"
-
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another run in the folder to end, such as after its SuperLink was killed."""
 
@@ -85,15 +82,8 @@ def train_on_grid(
         if folder is None or begins:
             config = _of_new_run(config)
             with engine.watcher.watching(folder, config):
-                result = begin(
-                    config,
-                    roster,
-                    weighting,
-                    made,
-                    called,
-                    overwrite=folder is not None,
-                    locked=True,
-                )
+                parts, replaces = (roster, weighting, made, called), folder is not None
+                result = begin(config, *parts, overwrite=replaces, locked=True)
                 return _with_page(result, folder)
         opened = Run(folder)
         _check_unchanged(opened, config)
@@ -101,16 +91,8 @@ def train_on_grid(
             roster.recall(checkpoint.members)
         config = config.model_copy(update={"run": opened.config.run})
         with engine.watcher.watching(folder, config, done):
-            result = go_on(
-                opened,
-                roster,
-                weighting,
-                made,
-                called,
-                num_rounds=rounds,
-                locked=True,
-                back_to=done if back else None,
-            )
+            parts, back_to = (roster, weighting, made, called), done if back else None
+            result = go_on(opened, *parts, num_rounds=rounds, locked=True, back_to=back_to)
             return _with_page(result, folder)
 
 
@@ -149,10 +131,7 @@ def _making(engine: GridEngine, trains: bool, least: int | None) -> Callable[[Ru
 
 
 def _of_new_run(config: RunConfig) -> RunConfig:
-    """The settings of a run that begins: an experiment, and a checkpoint for every round.
-
-    Every round needs a checkpoint, for clients keep only their last states.
-    """
+    """The settings with an experiment, and checkpoints: clients keep only their last states."""
     update = {"experiment": new_experiment(), "checkpoint_every": 1}
     return config.model_copy(update={"run": config.run.model_copy(update=update)})
 
@@ -181,12 +160,12 @@ def check_deployable(config: RunConfig, roster: Roster) -> None:
 
 def round_line(rows: Sequence[Row], num_rounds: int) -> str:
     """A round as a line for a log."""
-    heard, dropped = list[str](), list[str]()
-    for row in rows:
-        if row["loss"] is not None:
-            heard.append(f"{row['client']} loss {row['loss']:.4g} p {row['weight']:.3f}")
-        if row["dropped"] is not None:
-            dropped.append(f"{row['client']}: {row['dropped']}")
+    heard = [
+        f"{row['client']} loss {row['loss']:.4g} p {row['weight']:.3f}"
+        for row in rows
+        if row["loss"] is not None
+    ]
+    dropped = [f"{row['client']}: {row['dropped']}" for row in rows if row["dropped"] is not None]
     parts = [f"round {rows[0]['round']}/{num_rounds}", *heard[:10]]
     if heard[10:]:
         parts.append(f"and {len(heard) - 10} more")
@@ -196,15 +175,9 @@ def round_line(rows: Sequence[Row], num_rounds: int) -> str:
 
 
 def _done(folder: Path, start_round: int | None) -> tuple[int, Checkpoint | None, bool]:
-    """Where a run in this folder starts.
+    """The number of rounds that are done, their checkpoint, and whether there are newer ones.
 
-    Returns:
-        The number of rounds that are done before, the checkpoint of that moment, and whether there
-        are newer checkpoints.
-
-    Raises:
-        ConfigError: ``start_round`` does not fit.
-        RunError: a run would be replaced unasked, or it is not one across machines.
+    Raises ConfigError or RunError as `train_on_grid` does.
     """
     done, checkpoint = 0, None
     if (folder / "config.toml").is_file():
@@ -241,10 +214,8 @@ def _checkpoint_before(folder: Path, start_round: int, done: int) -> Checkpoint:
     starts = [str(round) for round in (1, *(round + 1 for round in kept if round))]
     expected = " or ".join([", ".join(starts[:-1]), starts[-1]] if starts[1:] else starts)
     there = f", and there are checkpoints of round {', '.join(map(str, kept))}" if kept else ""
-    raise ConfigError(
-        f"start_round: expected {expected}, as {done} rounds are done in {folder}{there}, "
-        f"found {start_round}"
-    )
+    why = f"as {done} rounds are done in {folder}{there}"
+    raise ConfigError(f"start_round: expected {expected}, {why}, found {start_round}")
 
 
 def _check_unchanged(opened: Run, config: RunConfig) -> None:

@@ -6,28 +6,18 @@ import socket
 import time
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import fedgradnorm.flower.status as run_status
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import FedGradNormError, RunError, described
 from fedgradnorm.federation import Members
-from fedgradnorm.flower.status import (
-    ANSWERED,
-    ClientStatus,
-    Drop,
-    Failure,
-    Kind,
-    RunStatus,
-    State,
-    beside,
-    read_file,
-)
+from fedgradnorm.flower.status import ANSWERED, ClientStatus, Drop, Failure, Kind, RunStatus, State
 from fedgradnorm.runs.entries import STATUS
 from fedgradnorm.runs.records import Row
-
-__all__ = ["Watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +55,10 @@ class Watcher:
         """
         self._folder = folder
         self._status = _new(str(config.run.experiment), config.train.num_rounds)
-        before = None if folder is None else _read_soundly(folder / STATUS)
+        before = None
+        if folder is not None:
+            with suppress(RunError):
+                before = run_status.read_file(folder / STATUS)
         if before is not None and before.experiment == self._status.experiment:  # it is resumed
             away = {"connected": False, "node": None, "resting_until": None}
             clients = before.clients.items()
@@ -173,9 +166,9 @@ class Watcher:
         try:
             if _experiment_in(self._folder) == status.experiment:
                 write_atomically(self._folder / STATUS, content)
-                beside(self._folder).unlink(missing_ok=True)
+                run_status.beside(self._folder).unlink(missing_ok=True)
             else:
-                write_atomically(beside(self._folder), content)
+                write_atomically(run_status.beside(self._folder), content)
         except OSError as error:  # the run itself does not need this file
             why = f"{self._folder / STATUS}: cannot be written: {error.strerror or error}"
             if self._unwritten != why:
@@ -191,23 +184,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _new(experiment: str, num_rounds: int) -> RunStatus:
-    now = time.time()
-    return RunStatus(
-        experiment=experiment,
-        num_rounds=num_rounds,
-        started=now,
-        written=now,
-        due=now,
-        pid=os.getpid(),
-        host=socket.gethostname(),
-    )
-
-
-def _read_soundly(path: Path) -> RunStatus | None:
-    try:
-        return read_file(path)
-    except RunError:
-        return None
+    times = dict.fromkeys(("started", "written", "due"), time.time())
+    process: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+    return RunStatus(experiment=experiment, num_rounds=num_rounds, **times, **process)
 
 
 def _experiment_in(folder: Path) -> str | None:

@@ -1,14 +1,12 @@
 """The charts of a task as data, which the page draws."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
 from fedgradnorm.report.comparison import ComparisonRow
 from fedgradnorm.report.loading import Loaded
 from fedgradnorm.runs.records import Row
-
-__all__ = ["GREY", "MOST_LINES", "charts_of"]
 
 GREY = "#555b63"
 
@@ -39,13 +37,8 @@ def charts_of(group: Sequence[ComparisonRow], loaded: Sequence[Loaded]) -> list[
 
     def chart(title: str, unit: str, lines: list[dict[str, Any]], *, from_zero: bool = True) -> Any:
         drawn = [line for line in lines if any(value is not None for value in line["y"])]
-        return {
-            "title": title,
-            "unit": unit,
-            "rounds": rounds,
-            "from_zero": from_zero,
-            "lines": drawn,
-        }
+        settings = {"title": title, "unit": unit, "rounds": rounds, "from_zero": from_zero}
+        return settings | {"lines": drawn}
 
     values = sorted({scale * row.guess for row in group if row.guess is not None})
     guesses = [_guess(value, rounds) for value in values]
@@ -99,28 +92,30 @@ def _mean_line(
 ) -> dict[str, Any]:
     points = [
         (round, fmean(values) if values else None)
-        for round, values in _by_round(run.rows, task, value).items()
+        for round, values in _of_task(run, task, value).items()
         if values or not sparse
     ]
     return _line(run, kind, points, "target" if kind == "target" else "")
 
 
 def _band(run: Loaded, task: str, value: Value) -> dict[str, Any]:
-    by_round = {
-        round: values for round, values in _by_round(run.rows, task, value).items() if values
-    }
+    by_round = {round: values for round, values in _of_task(run, task, value).items() if values}
     low = _line(run, "band", [(round, min(values)) for round, values in by_round.items()])
     high = _line(run, "band", [(round, max(values)) for round, values in by_round.items()])
     return {**high, "low": low["y"]}
 
 
-def _by_round(rows: Sequence[Row], task: str, value: Value) -> Mapping[int, list[float]]:
+def _of_task(run: Loaded, task: str, value: Value) -> dict[int, list[float]]:
+    return values_by_round((row for row in run.rows if row["task"] == task), value)
+
+
+def values_by_round(rows: Iterable[Row], value: Value) -> dict[int, list[float]]:
+    """By round, a figure of each row that has it. A round without any has an empty list."""
     by_round: dict[int, list[float]] = {}
     for row in rows:
-        if row["task"] == task:
-            values = by_round.setdefault(row["round"], [])
-            if (number := value(row)) is not None:
-                values.append(number)
+        values = by_round.setdefault(row["round"], [])
+        if (number := value(row)) is not None:
+            values.append(number)
     return by_round
 
 

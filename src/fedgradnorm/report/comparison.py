@@ -13,21 +13,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, SMOOTHED
 
-__all__ = [
-    "ABSENT",
-    "ComparisonRow",
-    "cell_of",
-    "cells_of",
-    "comparison_rows",
-    "comparison_table",
-    "explanation",
-    "grouped",
-    "headers_of",
-    "heading_of",
-    "percentage",
-    "rows_of",
-]
-
 ABSENT = "–"
 
 
@@ -80,9 +65,8 @@ def comparison_rows(runs: Sequence[Run]) -> list[ComparisonRow]:
     """
     if not runs:
         raise RunError("expected at least one run to report on, found none")
-    return [
-        row for group in rows_of(labels_of(runs), [read(run)[1] for run in runs]) for row in group
-    ]
+    groups = rows_of(labels_of(runs), [read(run)[1] for run in runs])
+    return [row for group in groups for row in group]
 
 
 def rows_of(labels: Sequence[str], summaries: Sequence[Summary]) -> list[list[ComparisonRow]]:
@@ -103,13 +87,8 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     """
     groups = grouped(comparison_rows(runs))
     headers, single = headers_of(groups), len(runs) == 1
-    table = Table(
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=explanation(single),
-        caption_justify="left",
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    table.caption = explanation(single)
     table.add_column("task" if single else "task / run", overflow="fold", min_width=10)
     for header in headers:
         # A wider gap separates the figures of the loss from those of the metric.
@@ -136,18 +115,11 @@ def grouped(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
 def headers_of(groups: Sequence[Sequence[ComparisonRow]]) -> list[tuple[str, str]]:
     """The columns of figures: what each is about, and its title."""
     rows = [row for group in groups for row in group]
-    shares = {
-        key.removeprefix(LOSS_RATIO)
-        for row in rows
-        for key in row.rounds_to
-        if key.startswith(LOSS_RATIO)
-    }
+    targets = {target for row in rows for target in row.rounds_to if target.startswith(LOSS_RATIO)}
+    shares = sorted((target.removeprefix(LOSS_RATIO) for target in targets), key=float)
     aims = [("metric", "target")] if any(_aims(row) for row in rows) else []
     metric = [("metric", title) for title in ("guess", "first", "best (at)", "last")]
-    losses = [
-        ("loss", "last"),
-        *(("loss", f"≤{share}") for share in sorted(shares, key=float, reverse=True)),
-    ]
+    losses = [("loss", title) for title in ("last", *(f"≤{share}" for share in reversed(shares)))]
     return [*metric, *aims, *losses, ("", "weight")]
 
 
@@ -182,9 +154,8 @@ def cell_of(row: ComparisonRow, about: str, title: str) -> tuple[str, float | No
         value = row.loss_ratio if title == "last" else row.rounds_to.get(target)
         if value is None:
             return ABSENT, None
-        if isinstance(value, int):
-            text = f"{value:d}"
-        else:
+        text = str(value)
+        if isinstance(value, float):
             text = f"{value:.2f}" if value < 1000 else f"{value:.0e}"
         return text, -float(text)
     if title == "weight":

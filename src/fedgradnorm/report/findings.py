@@ -11,37 +11,21 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import Summary
 from fedgradnorm.runs.summary import LOSS_RATIO, silent_texts
 
-__all__ = [
-    "caveat",
-    "differing_settings",
-    "findings",
-    "listed",
-    "plural",
-    "settings_of",
-    "silent_lines",
-    "state_lines",
-]
-
 
 def findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded]) -> str:
     """The findings in a few sentences.
 
     They begin with the runs that have not finished, and with clients that seldom or never counted.
     """
-    lines = [
-        *state_lines(loaded),
-        *silent_lines([run.label for run in loaded], [run.summary for run in loaded]),
-    ]
+    lines = state_lines(loaded)
+    lines += silent_lines([run.label for run in loaded], [run.summary for run in loaded])
     return "".join(f"{line}. " for line in lines) + _findings(groups, loaded)
 
 
 def state_lines(loaded: Sequence[Loaded]) -> list[str]:
     """A line for each unfinished run: how far it is. With several runs, it begins with a name."""
-    return [
-        run.state if len(loaded) == 1 else f"{run.label}: {run.state}"
-        for run in loaded
-        if run.state
-    ]
+    unfinished = [run for run in loaded if run.state]
+    return [run.state if len(loaded) == 1 else f"{run.label}: {run.state}" for run in unfinished]
 
 
 def silent_lines(labels: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
@@ -62,15 +46,9 @@ def _findings(groups: Sequence[Sequence[ComparisonRow]], loaded: Sequence[Loaded
     shared = [group for group in groups if len(group) == len(loaded)]
     if not shared:
         return "These runs have no task in common."
-    last = [
-        {
-            row.run: score
-            for row in group
-            if (score := cell_of(row, "metric", "last")[1]) is not None
-        }
-        for group in shared
-    ]
-    tested = [scores for scores in last if scores]
+    last = [{row.run: cell_of(row, "metric", "last")[1] for row in group} for group in shared]
+    known = [{run: score for run, score in row.items() if score is not None} for row in last]
+    tested = [scores for scores in known if scores]
     return _fastest(shared) + (f" Best last test metric: {_places(tested)}." if tested else "")
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from fedgradnorm.errors import RunError
 
-__all__ = ["write_html"]
-
 
 def write_html(template: str, output: Path, **values: Any) -> Path:
     """Fill in a template and write the page. It is one file, which loads nothing.
@@ -26,17 +24,11 @@ def write_html(template: str, output: Path, **values: Any) -> Path:
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise RunError(
-            'the page needs plotly and Jinja2: pip install "fedgradnorm[report]"'
-        ) from error
-    loaders = [PackageLoader(f"fedgradnorm.{room}") for room in ("report", "compare")]
-    environment = Environment(
-        loader=ChoiceLoader(loaders),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        message = 'the page needs plotly and Jinja2: pip install "fedgradnorm[report]"'
+        raise RunError(message) from error
+    loader = ChoiceLoader([PackageLoader(f"fedgradnorm.{room}") for room in ("report", "compare")])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     page = environment.get_template(template).render(values, plotly=get_plotlyjs())
     try:

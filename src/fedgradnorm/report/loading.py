@@ -16,8 +16,6 @@ from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.summary import summarise
 
-__all__ = ["Loaded", "labels_of", "load", "read", "sound", "state_text"]
-
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
 
@@ -43,17 +41,15 @@ def load(runs: Sequence[Run]) -> list[Loaded]:
     Raises:
         RunError: a damaged run, or a run without a round.
     """
-    methods = [_method_of(run) for run in runs]
-    looks = looks_for(
-        [
-            label if methods.count(name) > 1 else name
-            for label, name in zip(labels_of(runs), methods, strict=True)
-        ],
-        colours_only=True,
-    )
+    labels, methods = labels_of(runs), [_method_of(run) for run in runs]
+    names = [
+        label if methods.count(method) > 1 else method
+        for label, method in zip(labels, methods, strict=True)
+    ]
+    looks = looks_for(names, colours_only=True)
     return [
         Loaded(label, look.colour, run, *read(run))
-        for label, look, run in zip(labels_of(runs), looks, runs, strict=True)
+        for label, look, run in zip(labels, looks, runs, strict=True)
     ]
 
 
@@ -121,10 +117,10 @@ def state_text(run: Run, done: int) -> str:
 def _clients_of(rows: Sequence[Row], members: MembersRecord | None) -> list[Client]:
     """The clients of the rows. Only the record of members says what their tasks measure."""
     tasks = {row["client"]: row["task"] for row in rows}
-    metrics: dict[str, tuple[str, bool, bool]] = {}
-    for client in () if members is None else members["clients"].values():
-        metric = client["metric"], client["higher_is_better"], client["percent"]
-        metrics[client["task"]] = metric
+    metrics = {
+        client["task"]: (client["metric"], client["higher_is_better"], client["percent"])
+        for client in (members["clients"].values() if members else ())
+    }
     return [absent_client(id, task, *metrics.get(task, ())) for id, task in tasks.items()]
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["COLOURS", "DASHES", "MARKERS", "Look", "looks_for"]
-
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The Okabe-Ito palette for colour-blind readers, without yellow, which is faint on white."""
 

@@ -10,18 +10,10 @@ from typing import Any
 
 import tomli_w
 
+import fedgradnorm.report.comparison as comparison
 from fedgradnorm.errors import RunError
 from fedgradnorm.report.charts import GREY, charts_of
-from fedgradnorm.report.comparison import (
-    ABSENT,
-    ComparisonRow,
-    cells_of,
-    explanation,
-    headers_of,
-    heading_of,
-    percentage,
-    rows_of,
-)
+from fedgradnorm.report.comparison import ABSENT, ComparisonRow, cells_of, percentage
 from fedgradnorm.report.findings import (
     caveat,
     differing_settings,
@@ -34,13 +26,8 @@ from fedgradnorm.report.html import write_html
 from fedgradnorm.report.loading import Loaded, load, sound
 from fedgradnorm.runs.reader import Run
 
-__all__ = ["write_page", "write_report"]
-
-GROUPS = {
-    "metric": "test metric",
-    "loss": "training loss: last share, and rounds to a share",
-    "": "",
-}
+LOSS_TITLE = "training loss: last share, and rounds to a share"
+GROUPS = {"metric": "test metric", "loss": LOSS_TITLE, "": ""}
 """The titles above the columns of the table, by what the columns are about."""
 
 
@@ -70,8 +57,8 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         raise RunError("expected at least one run to report on, found none")
     loaded = load(runs)
     labels = [run.label for run in loaded]
-    groups = rows_of(labels, [run.summary for run in loaded])
-    headers = headers_of(groups)
+    groups = comparison.rows_of(labels, [run.summary for run in loaded])
+    headers = comparison.headers_of(groups)
     numbers = count()
     tasks = [_task(group, headers, loaded, numbers) for group in groups]
     charts = [chart for task in tasks for chart in task["charts"]]
@@ -89,7 +76,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         tops=[(GROUPS[about], span) for about, span in Counter(a for a, _ in headers).items()],
         titles=[title for _, title in headers],
         tasks=tasks,
-        explanation=explanation(single=len(runs) == 1),
+        explanation=comparison.explanation(single=len(runs) == 1),
         differing=differing_settings(loaded),
         charts=charts,
     )
@@ -134,13 +121,14 @@ def _facts(run: Loaded) -> dict[str, str]:
 
 def _dropped(loaded: Sequence[Loaded]) -> list[str]:
     """Whose reports were dropped, how often, and why."""
-    return [
-        f"{run.label}: {plural(times, 'report')} of {client} dropped: {reason}"
-        for run in loaded
-        for (client, reason), times in Counter(
-            (row["client"], row["dropped"]) for row in run.rows if row["dropped"] is not None
-        ).items()
-    ]
+    texts = []
+    for run in loaded:
+        dropped = [row for row in run.rows if row["dropped"] is not None]
+        reasons = Counter((row["client"], row["dropped"]) for row in dropped)
+        for (client, reason), times in reasons.items():
+            reports = plural(times, "report")
+            texts.append(f"{run.label}: {reports} of {client} dropped: {reason}")
+    return texts
 
 
 def _notes(loaded: Sequence[Loaded]) -> list[str]:
@@ -166,9 +154,5 @@ def _task(
         for row, cells in zip(group, cells_of(group, headers), strict=True)
     ]
     charts = [chart | {"number": next(numbers)} for chart in charts_of(group, loaded)]
-    return {
-        "name": group[0].task,
-        "heading": heading_of(group[0]),
-        "rows": rows,
-        "charts": charts,
-    }
+    heading = comparison.heading_of(group[0])
+    return {"name": group[0].task, "heading": heading, "rows": rows, "charts": charts}

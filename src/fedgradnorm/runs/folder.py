@@ -54,8 +54,9 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
             return
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
     except (OSError, ValueError) as error:
-        reason = f"no such folder can be: {getattr(error, 'strerror', None) or error}"
-        raise RunError(f"run folder {str(folder)[:100]!r}: {reason}") from error
+        reason = getattr(error, "strerror", None) or error
+        text = f"run folder {str(folder)[:100]!r}: such a folder cannot exist"
+        raise RunError(f"{text}: {reason}") from error
     if names is not None and folder.samefile("."):
         raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if names is None or folder.is_symlink():
@@ -104,7 +105,7 @@ def set_rounds_aside(folder: Path, round: int) -> Path | None:
         for name in RESULTS:
             if (folder / name).is_file():
                 (folder / name).rename(aside / Path(name).name)
-        for path in later:  # the newest first, so that a resumed run finds no gap
+        for path in later:  # newest first: the newest one left is always the one to resume from
             path.rename(aside / CHECKPOINTS / path.name)
         sync_folder(aside)
         sync_folder(folder / CHECKPOINTS)

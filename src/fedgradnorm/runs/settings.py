@@ -6,9 +6,10 @@ from pathlib import Path
 import tomli_w
 
 from fedgradnorm.atomic import write_atomically
-from fedgradnorm.config import RunConfig, decoded, validated
+from fedgradnorm.config import RunConfig, decoded
 from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.runs.entries import how_to_resume, writing
+from fedgradnorm.validation import validated
 
 
 def as_toml(config: RunConfig) -> bytes:

@@ -12,8 +12,6 @@ from fedgradnorm.training.round import LocalRound, encoder_steps
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Joint", "Method", "method_of"]
-
 
 class Method(Options, ABC):
     """How a client trains: a frozen dataclass of its options, with the two halves of a round.

@@ -5,8 +5,6 @@ from typing import ClassVar
 
 from fedgradnorm.training.base import Joint
 
-__all__ = ["FedAvg"]
-
 
 @dataclass(frozen=True)
 class FedAvg(Joint):

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from fedgradnorm.training.base import Joint
 
-__all__ = ["FedPer"]
-
 
 @dataclass(frozen=True)
 class FedPer(Joint):

@@ -11,8 +11,6 @@ from fedgradnorm.training.round import LocalRound, encoder_steps, head_steps
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FedProx"]
-
 
 @dataclass(frozen=True)
 class FedProx(Method):

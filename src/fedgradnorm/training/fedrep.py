@@ -9,8 +9,6 @@ from fedgradnorm.training.round import LocalRound, encoder_steps, head_steps
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FedRep"]
-
 
 @dataclass(frozen=True)
 class FedRep(Method):

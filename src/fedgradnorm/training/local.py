@@ -5,8 +5,6 @@ from typing import ClassVar
 
 from fedgradnorm.training.base import Joint
 
-__all__ = ["Local"]
-
 
 @dataclass(frozen=True)
 class Local(Joint):

@@ -9,8 +9,6 @@ if TYPE_CHECKING:  # torch loads when a client trains, not when a method's optio
     from fedgradnorm.federation import Client
     from fedgradnorm.messages import Instruction
 
-__all__ = ["LocalRound", "Steps", "encoder_steps", "head_steps"]
-
 
 @dataclass(frozen=True)
 class LocalRound:

@@ -13,23 +13,7 @@ from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import concatenated, trainable
 from fedgradnorm.randomness import quick_generator
-from fedgradnorm.training.round import LocalRound, Steps
-
-__all__ = [
-    "ENCODER_BATCHES",
-    "GATHERED_BYTES",
-    "HEAD_BATCHES",
-    "Encoded",
-    "LocalRound",
-    "PlainSteps",
-    "Steps",
-    "batches_of",
-    "direction",
-    "encoded",
-    "encoder_order",
-    "order_numbers",
-    "order_of",
-]
+from fedgradnorm.training.round import LocalRound
 
 Encoded: TypeAlias = Callable[[Client, nn.Module, Instruction], Iterable[tuple[Tensor, Tensor]]]
 

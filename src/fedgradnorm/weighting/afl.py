@@ -1,20 +1,18 @@
 """Agnostic federated learning: the worst mixture of the clients."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import keeping, proportional
-from fedgradnorm.weighting.losses import LossKind, has_a_rate, losses_of
-
-__all__ = ["AFL", "on_simplex"]
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import proportional
+from fedgradnorm.weighting.losses import FromLosses, LossKind, losses_of
 
 
 @dataclass(frozen=True)
-class AFL(Weighting):
+class AFL(FromLosses):
     """The worst mixture of losses: λ ← Π(λ + weight_lr · F), p ∝ λ.
 
     Source: Mohri, Sivek, Suresh, ICML 2019, Algorithm 1.
@@ -28,16 +26,12 @@ class AFL(Weighting):
     The paper's clients share one loss. If tasks differ, the worst loss may just be the one in the
     largest unit: then compare F_i / F_i(0), with ``loss="relative"``; the gradients remain those of
     F_i. Losses are measured from the task's floor, and absolute ones may have any sign. With
-    relative ones a client without a training rate keeps its weight: one whose F_i(0) is not above
-    the floor, or whose F_i is below it.
+    relative ones a client without a training rate keeps its weight.
 
     Args:
         weight_lr: the step size of the ascent, above 0, at most 1e6.
         loss: ``"absolute"`` for F_i as reported, as in the paper, or ``"relative"`` for
             F_i / F_i(0).
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report
@@ -49,8 +43,6 @@ class AFL(Weighting):
     {'a': 0.5, 'b': 1.5}
     """
 
-    reads_gradients: ClassVar[bool] = False
-
     weight_lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     loss: LossKind = "absolute"
 
@@ -60,11 +52,12 @@ class AFL(Weighting):
         return self.loss == "relative"
 
     def update(self, state: WeightingState, reports: Reports) -> Update:
-        """One step of the ascent."""
-        can_be_weighed = has_a_rate if self.loss == "relative" else lambda _: True
-        return keeping(state, reports, can_be_weighed, self._update)
+        """One step of the ascent. Absolute losses need no training rate."""
+        method = self.weigh if self.loss == "absolute" else super().update
+        return method(state, reports)
 
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
+        """The ascent's mixture as weights."""
         before = np.array([state.weights.get(report.client, 1.0) for report in reports])
         ascent = self.weight_lr * losses_of(reports, self.loss)
         mixture = on_simplex(before / before.sum() + (ascent - ascent.max()))

@@ -10,8 +10,6 @@ from fedgradnorm.options import Options
 if TYPE_CHECKING:  # it loads torch, which checking a configuration does not need
     from fedgradnorm.messages import Report
 
-__all__ = ["Reports", "Update", "Weighting", "WeightingState", "Weights"]
-
 
 @dataclass(frozen=True)
 class WeightingState:
@@ -51,6 +49,7 @@ class Weighting(Options, ABC):
     """A method that weights the clients: a frozen dataclass of its options.
 
     ``init`` and ``update`` are pure: they take the state and return the next one, and keep nothing.
+    An option out of range raises ConfigError when the object is made.
 
     Attributes:
         reads_gradients: whether ``update`` reads the gradients in the reports. If False, only the

@@ -9,8 +9,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm
 
-__all__ = ["CAGrad", "conflict_averse"]
-
 NO_LENGTH = 1e-6
 """A g_w below this share of the longest gradient counts as 0: its direction is rounding."""
 
@@ -34,9 +32,6 @@ class CAGrad(FromUpdates):
     Args:
         c: from 0 to 100; the paper's 0.4 or 0.5.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

@@ -1,17 +1,11 @@
 """From a method's coefficients a_i, of the direction Σ a_i g_i, to weights p_i and a scale."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedgradnorm.weighting.base import Reports, Update, WeightingState, Weights
-
-if TYPE_CHECKING:
-    from fedgradnorm.messages import Report
-
-__all__ = ["combination", "keeping", "proportional", "start"]
 
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
@@ -88,38 +82,6 @@ def proportional(
     ({'a': 0.5, 'b': 1.5}, 1.0)
     """
     return combination(state, reports, _shares(np.asarray(shares, dtype=np.float64))[0], memory)
-
-
-def keeping(
-    state: WeightingState,
-    reports: Reports,
-    can_be_weighed: Callable[["Report"], bool],
-    update: Callable[[WeightingState, Reports], Update],
-) -> Update:
-    """Weights for the reports that a method can weigh; the other clients keep their weights.
-
-    >>> import torch
-    >>> from fedgradnorm.messages import Report
-    >>> def report(client, loss):
-    ...     return Report(client, "task", torch.zeros(1), loss, 1.0, 1.0, num_examples=9)
-    >>> def inverse(state, reports):
-    ...     return proportional(state, reports, [1 / report.loss for report in reports])
-    >>> reports = [report("a", 1.0), report("b", 0.0), report("c", 3.0)]
-    >>> keeping(start("abc"), reports, lambda report: report.loss > 0, inverse)[0].values
-    {'a': 1.5, 'b': 1.0, 'c': 0.5}
-    """
-    weighed = [report for report in reports if can_be_weighed(report)]
-    if len(weighed) == len(reports):
-        return update(state, reports)
-    old = {report.client: state.weights.get(report.client, 1.0) for report in reports}
-    if not weighed:
-        return Weights(old), replace(state, weights={**state.weights, **old})
-    weights, after = update(state, weighed)
-    new = {report.client: after.weights[report.client] for report in weighed}
-    return (
-        replace(weights, values={**old, **weights.values}),
-        replace(after, weights={**state.weights, **old, **new}),
-    )
 
 
 def _shares(coefficients: np.ndarray) -> tuple[np.ndarray, float]:

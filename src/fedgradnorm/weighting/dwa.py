@@ -2,23 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import scipy
 from pydantic import Field
 
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import keeping, proportional, start
-from fedgradnorm.weighting.losses import has_a_rate, losses_of
-
-__all__ = ["DWA"]
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import proportional, start
+from fedgradnorm.weighting.losses import FromLosses, losses_of
 
 LARGEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
-class DWA(Weighting):
+class DWA(FromLosses):
     """p_i ∝ exp(r_i / T), with r_i = F_i(k) / F_i(k') the ratio of the client's last two losses.
 
     Source: Liu, Johns, Davison, CVPR 2019.
@@ -31,9 +29,6 @@ class DWA(Weighting):
     Args:
         temperature: T from 1e-3 to 1e6; the larger, the more even the weights. The paper's is 2.
 
-    Raises:
-        ConfigError: a temperature out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, loss):
@@ -45,20 +40,14 @@ class DWA(Weighting):
     {'a': 1.462, 'b': 0.538}
     """
 
-    reads_gradients: ClassVar[bool] = False
-    needs_positive_losses: ClassVar[bool] = True
-
     temperature: Annotated[float, Field(ge=1e-3, le=1e6)] = 2.0
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for every client, and no loss yet."""
         return start(client_ids, losses={})
 
-    def update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
         """Weights by how the losses have changed since the client's last report."""
-        return keeping(state, reports, has_a_rate, self._update)
-
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
         losses = losses_of(reports, positive=True).tolist()
         now = {report.client: loss for report, loss in zip(reports, losses, strict=True)}
         before = {**now, **state.memory["losses"]}

@@ -5,8 +5,6 @@ from typing import ClassVar
 
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState, Weights
 
-__all__ = ["Equal"]
-
 
 @dataclass(frozen=True)
 class Equal(Weighting):

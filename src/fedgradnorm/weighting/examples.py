@@ -6,8 +6,6 @@ from typing import ClassVar
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
 from fedgradnorm.weighting.combination import proportional
 
-__all__ = ["Examples"]
-
 
 @dataclass(frozen=True)
 class Examples(Weighting):

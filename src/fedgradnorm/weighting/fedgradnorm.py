@@ -8,12 +8,11 @@ import numpy as np
 from pydantic import Field
 
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState, Weights
+from fedgradnorm.weighting.combination import start
 from fedgradnorm.weighting.losses import has_a_rate
 
 if TYPE_CHECKING:
     from fedgradnorm.messages import Report
-
-__all__ = ["FedGradNorm"]
 
 ROUNDING = 1e-12
 """Gaps below this share of the mean are rounding, and move nothing: their sign is noise."""
@@ -59,9 +58,6 @@ class FedGradNorm(Weighting):
             a task (their means), and gives these clients one weight. A client's task is known from
             its first report on.
 
-    Raises:
-        ConfigError: an option out of range.
-
     >>> import torch
     >>> from fedgradnorm.messages import Report
     >>> def report(client, grad_norm):
@@ -90,16 +86,14 @@ class FedGradNorm(Weighting):
 
     def init(self, client_ids: Sequence[str]) -> WeightingState:
         """Weight 1 for every client, and no group yet."""
-        return WeightingState(dict.fromkeys(client_ids, 1.0), {"groups": {}})
+        return start(client_ids, groups={})
 
     def update(self, state: WeightingState, reports: Reports) -> Update:
         """Move the participants' weights towards balance. The others keep theirs."""
         weighed = [report for report in reports if self._can_be_weighed(report)]
         weights = {**{report.client: 1.0 for report in reports}, **state.weights}
-        groups = {
-            **state.memory["groups"],
-            **{report.client: self._group(report) for report in reports},
-        }
+        groups = {**state.memory["groups"]}
+        groups |= {report.client: self._group(report) for report in reports}
         targets: dict[str, float] = {}
         if weighed:
             moved, targets = self._moved(weights, weighed, groups)
@@ -113,10 +107,7 @@ class FedGradNorm(Weighting):
     ) -> tuple[dict[str, float], dict[str, float]]:
         """The next weights of the clients in the reporting groups, and the reports' targets.
 
-        Args:
-            weights: of all clients.
-            reports: those that have a norm and a rate.
-            groups: the group of every client. All clients of a group move, reporting or not.
+        The reports have a norm and a rate. All clients of a group move, reporting or not.
         """
         reporting_groups = dict.fromkeys(self._group(report) for report in reports)
         number = {group: index for index, group in enumerate(reporting_groups)}
@@ -162,11 +153,8 @@ class FedGradNorm(Weighting):
     def _exact(
         self, p: np.ndarray, n: np.ndarray, relative_rates: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
-        """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum.
-
-        It is computed in logarithms, so that it cannot overflow.
-        """
-        with np.errstate(divide="ignore"):
+        """A damped step to the minimiser p* ∝ r^γ / n that keeps the sum."""
+        with np.errstate(divide="ignore"):  # in logarithms, so that nothing overflows
             powers = self.gamma * np.log(relative_rates) if self.gamma > 0 else 0.0
             logarithms = powers - np.log(n)
         minimiser = np.exp(logarithms - logarithms.max())

@@ -9,8 +9,6 @@ from pydantic import Field
 from fedgradnorm.weighting.cagrad import conflict_averse
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["FedHCA2"]
-
 
 @dataclass(frozen=True)
 class FedHCA2(FromUpdates):
@@ -35,9 +33,6 @@ class FedHCA2(FromUpdates):
         c: CAGrad's c, from 0 to 100; 0.4 in the authors' code.
         hyper_weight: h from 0 to 1; 0.1 is where the authors' code begins to learn it.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm_near
 
-__all__ = ["FedMGDAPlus"]
-
 
 @dataclass(frozen=True)
 class FedMGDAPlus(FromUpdates):
@@ -28,9 +26,6 @@ class FedMGDAPlus(FromUpdates):
         epsilon: from 0 to 1; 0.1 is common.
         base: λ⁰ is ``"equal"``, or the share of the ``"examples"``.
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

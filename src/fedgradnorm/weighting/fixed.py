@@ -10,8 +10,6 @@ from fedgradnorm.errors import ConfigError, nearest
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
 from fedgradnorm.weighting.combination import proportional, start
 
-__all__ = ["Fixed"]
-
 Chosen: TypeAlias = dict[str, Annotated[float, Field(gt=0)]] | None
 
 

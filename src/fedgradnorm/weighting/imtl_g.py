@@ -7,8 +7,6 @@ import numpy as np
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["IMTLG"]
-
 RANK = 1e-12
 
 
@@ -28,9 +26,6 @@ class IMTLG(FromUpdates):
 
     Args:
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
-
-    Raises:
-        ConfigError: another option.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

@@ -1,21 +1,55 @@
-"""The losses that a weighting compares: as reported, or as a share of the initial ones."""
+"""What the weightings share that compare losses: as reported, or as a share of the initial ones."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from fedgradnorm.weighting.base import Reports
+from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState, Weights
 
 if TYPE_CHECKING:
     from fedgradnorm.messages import Report
-
-__all__ = ["LossKind", "has_a_rate", "losses_of"]
 
 LossKind = Literal["absolute", "relative"]
 
 LEAST_SHARE = 1e-6
 """The minimum of a loss that a method divides by, as a share of the initial loss."""
+
+
+class FromLosses(Weighting):
+    """The base of weightings that follow from the losses, measured from the tasks' floors.
+
+    A client without a training rate keeps its weight: one whose F_i(0) is not above the floor, or
+    whose F_i is below it.
+    """
+
+    reads_gradients: ClassVar[bool] = False
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether training rates are needed; by default True."""
+        return True
+
+    @abstractmethod
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
+        """Like `update`, for reports that all have a training rate; at least one."""
+
+    def update(self, state: WeightingState, reports: Reports) -> Update:
+        """Weights by the losses of this round."""
+        weighed = [report for report in reports if has_a_rate(report)]
+        if len(weighed) == len(reports):
+            return self.weigh(state, reports)
+        old = {report.client: state.weights.get(report.client, 1.0) for report in reports}
+        if not weighed:
+            return Weights(old), replace(state, weights={**state.weights, **old})
+        weights, after = self.weigh(state, weighed)
+        new = {report.client: after.weights[report.client] for report in weighed}
+        return (
+            replace(weights, values={**old, **weights.values}),
+            replace(after, weights={**state.weights, **old, **new}),
+        )
 
 
 def losses_of(

@@ -6,8 +6,6 @@ import numpy as np
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, least_norm, without_zeros
 
-__all__ = ["MGDA"]
-
 
 @dataclass(frozen=True)
 class MGDA(FromUpdates):
@@ -24,9 +22,6 @@ class MGDA(FromUpdates):
 
     Args:
         group_by: ``"client"``, or ``"task"`` for a combination of the tasks' mean gradients.
-
-    Raises:
-        ConfigError: another option.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

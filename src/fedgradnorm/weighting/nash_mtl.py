@@ -10,8 +10,6 @@ from pydantic import Field
 
 from fedgradnorm.weighting.updates import FromUpdates, Updates, without_zeros
 
-__all__ = ["NashMTL", "bargain"]
-
 RIDGE = 1e-10
 MOST_STEPS = 200
 
@@ -37,9 +35,6 @@ class NashMTL(FromUpdates):
     Args:
         max_norm: the direction's maximum length, above 0.
         group_by: ``"client"``, or ``"task"`` for a bargain among the tasks' mean gradients.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

@@ -11,8 +11,6 @@ from fedgradnorm.weighting.base import WeightingState
 from fedgradnorm.weighting.combination import start
 from fedgradnorm.weighting.updates import FromUpdates, Updates
 
-__all__ = ["PCGrad"]
-
 
 @dataclass(frozen=True)
 class PCGrad(FromUpdates):
@@ -30,9 +28,6 @@ class PCGrad(FromUpdates):
     Args:
         seed: the seed of the orders, at least 0; it is independent of the run's seed.
         group_by: ``"client"``, or ``"task"`` for surgery on the tasks' mean gradients.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report
@@ -59,11 +54,8 @@ class PCGrad(FromUpdates):
         from fedgradnorm.randomness import generator  # loads torch
 
         round, count = updates.memory["round"], len(updates.gram)
-        orders = [
-            generator(self.seed, round, str(index), "pcgrad").permutation(count)
-            for index in range(count)
-        ]
-        return projected(updates.gram, orders)
+        draws = [generator(self.seed, round, str(index), "pcgrad") for index in range(count)]
+        return projected(updates.gram, [rng.permutation(count) for rng in draws])
 
 
 def projected(gram: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:

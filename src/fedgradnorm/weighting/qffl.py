@@ -1,21 +1,19 @@
 """q-fair federated learning: more weight for clients whose losses are large."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from fedgradnorm.errors import require
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import combination, keeping, proportional
-from fedgradnorm.weighting.losses import LossKind, has_a_rate, losses_of
-
-__all__ = ["QFFL"]
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import combination, proportional
+from fedgradnorm.weighting.losses import FromLosses, LossKind, losses_of
 
 
 @dataclass(frozen=True)
-class QFFL(Weighting):
+class QFFL(FromLosses):
     """p_i ∝ F_i^q: the gradient of Σ F_i^(q+1) / (q+1).
 
     Source: Li, Sanjabi, Beirami, Smith, ICLR 2020, arXiv 1905.10497.
@@ -27,9 +25,7 @@ class QFFL(Weighting):
 
     The paper's clients share one loss. If tasks differ, the largest loss may just be the one in the
     largest unit: then compare F_i / F_i(0), with ``loss="relative"``; the gradients remain those of
-    F_i. Losses are measured from the task's floor. A loss of 0, or below 10⁻⁶ of the initial one,
-    counts as that share. With q > 0 a client without a training rate keeps its weight: one whose
-    F_i(0) is not above the floor, or whose F_i is below it.
+    F_i. A loss of 0, or below 10⁻⁶ of the initial one, counts as that share.
 
     Args:
         q: from 0 to 100.
@@ -37,9 +33,6 @@ class QFFL(Weighting):
             F_i / F_i(0).
         lipschitz: L > 0, for absolute losses. The paper takes one over the tuned step size of
             q = 0. None: the weighted mean.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report
@@ -50,6 +43,8 @@ class QFFL(Weighting):
     >>> {client: round(weight, 9) for client, weight in weights.values.items()}  # 1 to 9
     {'a': 0.2, 'b': 1.8}
     """
+
+    reads_gradients: ClassVar[bool] = True
 
     q: Annotated[float, Field(ge=0, le=100)] = 1.0
     loss: LossKind = "absolute"
@@ -66,12 +61,13 @@ class QFFL(Weighting):
         return self.q > 0
 
     def update(self, state: WeightingState, reports: Reports) -> Update:
-        """Weights by the losses of this round."""
+        """Weights by the losses of this round; with q = 0 they need no training rate."""
         if self.q == 0:
             return proportional(state, reports, np.ones(len(reports)))
-        return keeping(state, reports, has_a_rate, self._update)
+        return super().update(state, reports)
 
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
+        """Weights by the powers of the losses."""
         losses = losses_of(reports, self.loss, positive=True)
         powers = (losses / losses.max()) ** self.q
         if self.lipschitz is None:

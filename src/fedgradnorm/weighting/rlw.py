@@ -10,8 +10,6 @@ from pydantic import Field
 from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
 from fedgradnorm.weighting.combination import proportional, start
 
-__all__ = ["RLW"]
-
 
 @dataclass(frozen=True)
 class RLW(Weighting):
@@ -25,9 +23,6 @@ class RLW(Weighting):
 
     Args:
         seed: the seed of the draws, at least 0; it is independent of the run's seed.
-
-    Raises:
-        ConfigError: a seed below 0.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report

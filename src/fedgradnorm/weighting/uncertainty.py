@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedgradnorm.weighting.base import Reports, Update, Weighting, WeightingState
-from fedgradnorm.weighting.combination import keeping, proportional, start
-from fedgradnorm.weighting.losses import has_a_rate, losses_of
-
-__all__ = ["Uncertainty"]
+from fedgradnorm.weighting.base import Reports, Update, WeightingState
+from fedgradnorm.weighting.combination import proportional, start
+from fedgradnorm.weighting.losses import FromLosses, losses_of
 
 LARGEST_STEP = 1.0
 
 
 @dataclass(frozen=True)
-class Uncertainty(Weighting):
+class Uncertainty(FromLosses):
     """p_i ∝ exp(-s_i), with s_i = log σ_i² a learned log variance of task i.
 
     Source: Kendall, Gal, Cipolla, CVPR 2018.
@@ -38,16 +36,11 @@ class Uncertainty(Weighting):
     `gls`, which is at that point from the first round on. IMTL-L (Liu et al., ICLR 2021) has the
     same fixed point.
 
-    Losses are measured from the task's floor; one of 0, or below 10⁻⁶ of the initial one, counts as
-    that share. A client without a training rate keeps its weight: one whose F_i(0) is not above the
-    floor, or whose F_i is below it.
+    A loss of 0, or below 10⁻⁶ of the initial one, counts as that share.
 
     Args:
         weight_lr: the step size, above 0, at most 1.
         weight_steps: steps per round, at least 1.
-
-    Raises:
-        ConfigError: an option out of range.
 
     >>> import torch
     >>> from fedgradnorm.messages import Report
@@ -59,9 +52,6 @@ class Uncertainty(Weighting):
     {'a': 1.5, 'b': 0.5}
     """
 
-    reads_gradients: ClassVar[bool] = False
-    needs_positive_losses: ClassVar[bool] = True
-
     weight_lr: Annotated[float, Field(gt=0, le=1)] = 0.1
     weight_steps: Annotated[int, Field(ge=1)] = 1
 
@@ -69,11 +59,8 @@ class Uncertainty(Weighting):
         """Weight 1 for every client, and s = 0."""
         return start(client_ids, log_variances={})
 
-    def update(self, state: WeightingState, reports: Reports) -> Update:
+    def weigh(self, state: WeightingState, reports: Reports) -> Update:
         """Steps on s with this round's losses, and the weights that follow."""
-        return keeping(state, reports, has_a_rate, self._update)
-
-    def _update(self, state: WeightingState, reports: Reports) -> Update:
         known, losses = state.memory["log_variances"], losses_of(reports, positive=True)
         s = np.array([known.get(report.client, 0.0) for report in reports])
         for _ in range(self.weight_steps):

@@ -14,15 +14,6 @@ from fedgradnorm.weighting.combination import combination
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FromUpdates",
-    "Updates",
-    "gram_matrix",
-    "least_norm",
-    "least_norm_near",
-    "without_zeros",
-]
-
 BLOCK = 2**22
 """How many numbers are converted to double precision at a time."""
 
@@ -202,19 +193,13 @@ def _evened(weights: np.ndarray, gram: np.ndarray, base: np.ndarray) -> np.ndarr
 
 
 def _is_least(weights: np.ndarray, gram: np.ndarray) -> bool:
-    """Whether weights have the least norm on the simplex.
-
-    They do if no ⟨g_i, d⟩ is below ⟨d, d⟩, with d = Σ w_j g_j.
-    """
+    """Whether weights have the least norm: no ⟨g_i, d⟩ is below ⟨d, d⟩, with d = Σ w_j g_j."""
     slopes = gram @ weights
     return bool(slopes.min() >= weights @ slopes - 1e-14 * np.abs(slopes).max())
 
 
 def _root(gram: np.ndarray) -> np.ndarray:
-    """R with RᵀR = G in units of the longest gradient, up to the ridge.
-
-    The root is taken of the cosines, and multiplied by the lengths afterwards.
-    """
+    """R with RᵀR = G in units of the longest gradient, up to the ridge, by way of the cosines."""
     lengths = np.sqrt(np.maximum(gram.diagonal(), 0.0))
     lengths /= lengths.max()
     known = np.where(lengths > 0, lengths, 1.0)

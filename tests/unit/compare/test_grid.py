@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from fedgradnorm.compare.study import compare, found_in
 from fedgradnorm.compare.tables import write_tables
 from fedgradnorm.runs.reader import Run
 from tests.helpers import timeless
+from tests.launcher import launcher, wait_until
 from tests.unit.compare.studies import TINY, loaded, written
 
 CELLS = 2 * 2 + 2 * 3
@@ -96,31 +94,12 @@ def _is(folder, method, point):
 
 
 def test_killed_and_begun_again_is_as_if_it_had_never_been_killed(whole, tmp_path, monkeypatch):
-    words = [
-        sys.executable,
-        "-m",
-        "fedgradnorm",
-        "compare",
-        str(written(tmp_path)),
-        "--jobs",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(
-        words,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        deadline = time.monotonic() + 120
-        while (
-            len(cells_in(tmp_path / "out")) < 3
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+    out = tmp_path / "out"
+    words = ("compare", written(tmp_path), "--jobs", 1, "--out", out)
+    process = launcher().start(tmp_path, *words)
+    wait_until(process, lambda: len(cells_in(out)) >= 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.end()
     done = cells_in(tmp_path / "out")
     assert 3 <= len(done) <= CELLS
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -55,7 +55,7 @@ def test_a_round_that_is_saved_again_with_other_content_counts_once(tmp_path, ke
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_two_files_of_one_earlier_round_count_once(tmp_path, keep):
-    """A process may have been killed after it wrote a round again, before it removed the first file."""
+    """A process may be killed after it wrote a round again, before it removed the first file."""
     save(tmp_path, 9, 1, 2, 3)
     twin = save_checkpoint(tmp_path / "other", checkpoint(3, 77.0), 1)
     twin.rename(tmp_path / twin.name)

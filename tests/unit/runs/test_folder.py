@@ -14,8 +14,6 @@ from fedgradnorm import (
     RunError,
     StoppedError,
     Weighting,
-    WeightingState,
-    Weights,
     train,
 )
 from fedgradnorm.api import run
@@ -23,9 +21,7 @@ from fedgradnorm.config import load_config
 from fedgradnorm.engine import Engine
 from fedgradnorm.errors import WeightingError
 from fedgradnorm.runs.reader import Run
-from tests.helpers import (
-    small_federation,
-)
+from tests.helpers import small_federation
 from tests.unit.runs.quick import run_digits
 
 QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
@@ -34,25 +30,20 @@ QUICK = {"num_rounds": 2, "head_steps": 1, "encoder_steps": 1, "batch_size": 8}
 WORDS = ["federation.name=digits", *(f"train.{key}={value}" for key, value in QUICK.items())]
 
 
-class Own(Weighting):
-    """A weighting whose answers, after a sound first round, are what a function makes of the clients' ids."""
+class Failing(Weighting):
+    """A weighting without a first state."""
 
-    def __init__(self, answer, first=lambda ids: WeightingState(dict.fromkeys(ids, 1.0))):
-        self.answer, self.init, self.rounds = answer, first, 0
+    def init(self, client_ids):
+        raise ZeroDivisionError
 
     def update(self, state, reports):
-        self.rounds += 1
-        ids = [one.client for one in reports]
-        return self.answer(ids) if self.rounds > 1 else (Weights(dict.fromkeys(ids, 1.0)), state)
+        raise ZeroDivisionError
 
 
 def test_a_run_folder_that_exists_is_left_alone_unless_told(tmp_path):
     run_digits(tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(
-        RunError,
-        match="run folder .*/run .*--overwrite",
-    ):
+    with pytest.raises(RunError, match="run folder .*/run .*--overwrite"):
         run_digits(tmp_path / "run")
     with pytest.raises(ConfigError):
         run_digits(tmp_path / "run", "weighting.gamma=-1", overwrite=True)
@@ -130,7 +121,7 @@ def failing(_):
         ({"on_round": lambda: 0}, ConfigError),
         ({"should_stop": lambda rows: True}, ConfigError),
         ({"on_round": failing}, KeyError),
-        ({"weighting": Own(None, lambda ids: 1 / 0)}, WeightingError),
+        ({"weighting": Failing()}, WeightingError),
         (
             {"min_clients": 3, "max_retries": 0, "engine": "tests.unit.runs.test_folder:Silent"},
             StoppedError,

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgradnorm import (
-    FederationError,
-    RunError,
-    evaluate_run,
-    load_model,
-    train,
-)
+from fedgradnorm import FederationError, RunError, evaluate_run, load_model, train
 from fedgradnorm.evaluation import evaluate
 from fedgradnorm.runs.reader import Run
 from tests.helpers import batch_norm_encoder, dropout_encoder, small_federation
@@ -86,5 +80,5 @@ def test_buffers_that_are_not_persistent_are_saved_too(tmp_path, buffers):
     for client in federation.clients:
         model = load_model(tmp_path / "run", client.id, federation)
         assert model.encoder.seen[0] > 0
-        found = evaluate(client.task, model.encoder, model.head, client.test_data).metrics
-        assert dict(found) == result.summary["clients"][client.id]["metrics"]
+        metrics = evaluate(client.task, model.encoder, model.head, client.test_data).metrics
+        assert dict(metrics) == result.summary["clients"][client.id]["metrics"]

@@ -2,14 +2,7 @@
 
 import pytest
 
-from fedgradnorm import (
-    ConfigError,
-    RunError,
-    evaluate_run,
-    load_model,
-    resume,
-    train,
-)
+from fedgradnorm import ConfigError, RunError, evaluate_run, load_model, resume, train
 from fedgradnorm.config import load_config
 from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation
@@ -19,20 +12,11 @@ from tests.unit.runs.quick import QUICK, run_digits
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda folder: (folder / "config.toml").write_text("[train"),
-            "config.toml: ",
-        ),
+        (lambda folder: (folder / "config.toml").write_text("[train"), "config.toml: "),
         (lambda folder: (folder / "summary.json").unlink(), "summary.json: "),
         (lambda folder: (folder / "summary.json").write_text("{"), "summary.json: "),
-        (
-            lambda folder: (folder / "summary.json").write_text("[]"),
-            "summary.json: the whole: ",
-        ),
-        (
-            lambda folder: (folder / "metrics.jsonl").write_text("{}\n{\n"),
-            "metrics.jsonl line 2: ",
-        ),
+        (lambda folder: (folder / "summary.json").write_text("[]"), "summary.json: the whole: "),
+        (lambda folder: (folder / "metrics.jsonl").write_text("{}\n{\n"), "metrics.jsonl line 2: "),
         (
             lambda folder: (folder / "models/encoder.safetensors").write_bytes(b"x" * 40),
             "encoder.safetensors",

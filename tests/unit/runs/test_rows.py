@@ -4,12 +4,7 @@ import json
 
 import pytest
 
-from fedgradnorm import (
-    Weighting,
-    WeightingState,
-    Weights,
-    train,
-)
+from fedgradnorm import Weighting, WeightingState, Weights, train
 from fedgradnorm.runs.reader import Run
 from tests.helpers import small_federation
 from tests.unit.runs.quick import QUICK, run_digits
@@ -54,6 +49,6 @@ def test_the_recorded_weight_is_the_one_that_was_applied():
             return WeightingState({})
 
         def update(self, state, reports):
-            return Weights({one.client: 0.5 for one in reports}), state
+            return Weights({report.client: 0.5 for report in reports}), state
 
     assert {row["weight"] for row in train(small_federation(), Half(), **QUICK).rows} == {0.5}

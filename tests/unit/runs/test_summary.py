@@ -5,17 +5,12 @@ import json
 
 import pytest
 
-from fedgradnorm import (
-    FedGradNormWarning,
-    train,
-)
+from fedgradnorm import FedGradNormWarning, train
 from fedgradnorm.api import run
 from fedgradnorm.config import load_config
 from fedgradnorm.runs.reader import Run
 from fedgradnorm.runs.summary import rounds_to, silent_texts
-from tests.helpers import (
-    small_federation,
-)
+from tests.helpers import small_federation
 from tests.unit.runs.quick import QUICK, run_digits
 
 
@@ -63,10 +58,7 @@ def test_a_single_lucky_round_reaches_no_target():
 
 
 def test_a_client_that_was_never_asked_is_named_and_left_out_of_its_tasks_figures():
-    with pytest.warns(
-        FedGradNormWarning,
-        match="'b', 'c'",
-    ):
+    with pytest.warns(FedGradNormWarning, match="'b', 'c'"):
         result = train(small_federation(), participants=[["a"]], engine="reference", **QUICK)
     (task,) = result.summary["tasks"].values()
     client = result.summary["clients"]["a"]
@@ -117,10 +109,7 @@ def test_a_last_metric_is_that_of_the_last_round_or_none(tmp_path):
         "train.encoder_lr=5000",
         "train.head_lr=5000",
     ]
-    with pytest.warns(
-        FedGradNormWarning,
-        match="client 'mass' .* 12 of 12 .*gradient: ",
-    ):
+    with pytest.warns(FedGradNormWarning, match="client 'mass' .* 12 of 12 .*gradient: "):
         result = run(
             load_config(None, [*words, "train.min_clients=0", "run.dir=" + str(tmp_path / "run")])
         )

@@ -73,15 +73,13 @@ def sign_server(ca_key: Path, own: Path, certificate: x509.Certificate) -> None:
 
 def make_node_key(folder: Path) -> None:
     """Make a node's public key, and its private key where that is missing."""
-    path, openssh = folder / "client.key", serialization.PrivateFormat.OpenSSH
+    path = folder / "client.key"
     if not path.exists():
-        plain = serialization.NoEncryption()
-        write_private(path, new_key().private_bytes(PEM, openssh, plain))
+        form = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        write_private(path, new_key().private_bytes(PEM, *form))
     key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    line = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    write(folder / "client.key.pub", line + b"\n")
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    write(folder / "client.key.pub", key.public_key().public_bytes(*openssh) + b"\n")
 
 
 def expect(condition: bool, otherwise: str) -> None:
@@ -114,13 +112,11 @@ def ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     """The CA's own certificate."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedGradNorm deployment CA")])
     usage = usages(key_cert_sign=True, crl_sign=True)
-    return (
-        draft(name, name, key.public_key(), CA_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA384())
-    )
+    own = draft(name, name, key.public_key(), CA_DAYS)
+    own = own.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    own = own.add_extension(usage, critical=True)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    return own.add_extension(identifier, critical=False).sign(key, hashes.SHA384())
 
 
 def server_certificate(
@@ -130,25 +126,18 @@ def server_certificate(
     ca_key: ec.EllipticCurvePrivateKey,
 ) -> x509.Certificate:
     """A certificate for a server with these names and addresses."""
-    return (
-        draft(
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]),
-            ca.subject,
-            public,
-            SERVER_DAYS,
-        )
-        .add_extension(
-            x509.SubjectAlternativeName([general_name(name) for name in names]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usages(digital_signature=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
-        )
-        .sign(ca_key, hashes.SHA384())
-    )
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    builder = draft(subject, ca.subject, public, SERVER_DAYS)
+    for extension, critical in (
+        (x509.SubjectAlternativeName([general_name(name) for name in names]), False),
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (usages(digital_signature=True), True),
+        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (x509.SubjectKeyIdentifier.from_public_key(public), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), False),
+    ):
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(ca_key, hashes.SHA384())
 
 
 def draft(

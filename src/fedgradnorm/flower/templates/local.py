@@ -2,9 +2,7 @@
 
     python local.py
 
-Their logs are in logs/.
-
-In another terminal: server/run.sh
+Their logs are in logs/. In another terminal: server/run.sh
 """
 
 import contextlib
@@ -24,6 +22,7 @@ import psutil
 
 FOLDER = Path(__file__).resolve().parent
 LOGS = FOLDER / "logs"
+Process = subprocess.Popen[bytes]
 PATIENCE = 10.0
 """Seconds to wait for a process to end by itself."""
 READY = 180.0
@@ -43,17 +42,14 @@ def main() -> None:
     point_to_certificate()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit())
-    server: dict[str, subprocess.Popen[bytes]] = {}
+    server: dict[str, Process] = {}
     try:
         server["superlink"] = start("superlink", "server/superlink.sh")
         register(server["superlink"])
         server["front"] = start("front", "server/front.sh")
         wait_for_front(server["front"])
-        nodes = {
-            folder.name: start_node(folder.name)
-            for folder in sorted((FOLDER / "nodes").iterdir())
-            if folder.is_dir()
-        }
+        folders = sorted(path for path in (FOLDER / "nodes").iterdir() if path.is_dir())
+        nodes = {folder.name: start_node(folder.name) for folder in folders}
         print("ready: server/run.sh starts the run; Ctrl-C here stops all", flush=True)
         watch(server, nodes)
     finally:
@@ -68,16 +64,11 @@ def point_to_certificate() -> None:
     config.write_text(re.sub(r"(?m)^root-certificates = .*$", lambda _: line, config.read_text()))
 
 
-def start(name: str, script: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
+def start(name: str, script: str, *, fresh: bool = True) -> Process:
     """Start a script in a new session, so that Ctrl-C reaches this process alone."""
     with log_file(name, fresh=fresh) as log:
-        return subprocess.Popen(
-            [FOLDER / script],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        command, none = [FOLDER / script], subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=none, stdout=log, stderr=log, start_new_session=True)
 
 
 def log_file(name: str, *, fresh: bool = True) -> BinaryIO:
@@ -88,18 +79,17 @@ def log_file(name: str, *, fresh: bool = True) -> BinaryIO:
     return path.open("wb" if fresh else "ab")
 
 
-def start_node(client: str, *, fresh: bool = True) -> subprocess.Popen[bytes]:
+def start_node(client: str, *, fresh: bool = True) -> Process:
     """Start the node of a client."""
     return start(f"node-{client}", f"nodes/{client}/supernode.sh", fresh=fresh)
 
 
-def register(superlink: subprocess.Popen[bytes]) -> None:
+def register(superlink: Process) -> None:
     """Wait until the SuperLink answers, and register the nodes that are not registered yet."""
     end = time.monotonic() + READY
     with log_file("register") as log:
-        while subprocess.run(
-            [FOLDER / "server/flwr.sh", "supernode", "list"], stdout=log, stderr=log, check=False
-        ).returncode:
+        command = [str(FOLDER / "server/flwr.sh"), "supernode", "list"]
+        while subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
             if superlink.poll() is not None:
                 sys.exit(f"the SuperLink has ended:\n{tail('superlink')}")
             if time.monotonic() >= end:
@@ -108,7 +98,7 @@ def register(superlink: subprocess.Popen[bytes]) -> None:
         subprocess.run([FOLDER / "server/register.sh"], stdout=log, stderr=log, check=False)
 
 
-def wait_for_front(front: subprocess.Popen[bytes]) -> None:
+def wait_for_front(front: Process) -> None:
     """Wait until the front takes connections."""
     words = shlex.split((FOLDER / "server/superlink.env").read_text(), comments=True)
     settings = dict(word.split("=", 1) for word in words if "=" in word)
@@ -129,9 +119,7 @@ def wait_for_front(front: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
-def watch(
-    server: dict[str, subprocess.Popen[bytes]], nodes: dict[str, subprocess.Popen[bytes]]
-) -> None:
+def watch(server: dict[str, Process], nodes: dict[str, Process]) -> None:
     """Restart the front and nodes that have ended.
 
     The SuperLink refuses a restarted node until it has missed the old one; then the node ends.
@@ -158,7 +146,7 @@ def tail(name: str) -> str:
     return "\n".join((LOGS / f"{name}.log").read_text(errors="replace").splitlines()[-20:])
 
 
-def stop(server: list[subprocess.Popen[bytes]]) -> None:
+def stop(server: list[Process]) -> None:
     """End all processes that were started, and their descendants.
 
     Nodes end first, then the front, then the SuperLink, so that nodes can still sign off.

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SERVER = Path(__file__).resolve().parent
-FINISHED = "finished"
-COMPLETED = "finished:completed"
-LAST = SERVER / "last-run.json"
+FLWR, LAST = str(SERVER / "flwr.sh"), SERVER / "last-run.json"
+FINISHED, COMPLETED = "finished", "finished:completed"
 LOOK, LAST_LINES, PATIENCE = 60.0, 10.0, 300.0
 """Seconds: between checks whether a run has ended while its log is shown; for the rest of its log
 after that; for Flower's commands to answer."""
@@ -33,26 +32,17 @@ LOST = "No heartbeat received from the task"
 def main() -> None:
     """Start or find the run, show it, and end with its outcome."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    parser = argparse.ArgumentParser(
-        prog="run.sh",
-        description="Start the run, or show the one that is going on.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-c",
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="WORDS",
-        help="settings of this run alone",
-    )
-    words = parser.parse_args().run_config
+    about = "Start the run, or show the one that is going on."
+    parser = argparse.ArgumentParser(prog="run.sh", description=about, allow_abbrev=False)
+    what = "settings of this run alone"
+    parser.add_argument("-c", "--run-config", action="append", metavar="WORDS", help=what)
+    words = parser.parse_args().run_config or []
     try:
         run = going_on()
         if run and words:
             why = f"run {run} is going on, and takes no other settings"
             expected = "expected no words, to show it; or end it first"
-            end(2, f"--run-config: {why}: {expected}: {SERVER / 'flwr.sh'} stop {run}")
+            end(2, f"--run-config: {why}: {expected}: {FLWR} stop {run}")
         if run:
             say(f"run {run} is going on: its log from the beginning")
             status, details = show(run)
@@ -81,8 +71,7 @@ def runs(*words: str) -> list[dict[str, Any]]:
     answer = ask("ls", *words)
     if not answer.get("success"):
         end(1, f"the SuperLink does not answer: {reason(answer)}")
-    found: list[dict[str, Any]] = answer["runs"]
-    return found
+    return list(answer["runs"])
 
 
 def start(words: list[str]) -> str:
@@ -91,7 +80,7 @@ def start(words: list[str]) -> str:
     answer = ask("run", str(SERVER.parent / "app"), *options)
     if not answer.get("success"):
         end(1, f"the run was not started: {reason(answer)}")
-    run: str = answer["run-id"]
+    run = str(answer["run-id"])
     LAST.write_text(json.dumps({"run-id": run, "run-config": words}) + "\n")
     say(f"run {run} is started")
     return run
@@ -112,10 +101,8 @@ def show(run: str) -> tuple[str, str]:
     A stream that breaks before the run ends is started again.
     """
     while True:
-        process = subprocess.Popen(
-            [SERVER / "flwr.sh", "log", run, "--stream"],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        command, env = [FLWR, "log", run, "--stream"], {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, env=env)
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -129,9 +116,9 @@ def show(run: str) -> tuple[str, str]:
             end(130, f"run {run} goes on; server/run.sh shows it again")
         finally:
             process.terminate()
-        (found,) = runs("--run-id", run)
-        if found["status"].startswith(FINISHED):
-            return found["status"], found["status-details"]
+        (record,) = runs("--run-id", run)
+        if record["status"].startswith(FINISHED):
+            return record["status"], record["status-details"]
         say(f"run {run} is going on, but its log has ended: it is shown again")
         time.sleep(1)
 
@@ -151,13 +138,8 @@ def finish(run: str, status: str, details: str) -> NoReturn:
 def ask(*words: str) -> dict[str, Any]:
     """The JSON answer of a Flower command; empty if it has none. Its messages go to stderr."""
     try:
-        done = subprocess.run(
-            [SERVER / "flwr.sh", *words, "--format", "json"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=PATIENCE,
-        )
+        command, pipe = [FLWR, *words, "--format", "json"], subprocess.PIPE
+        done = subprocess.run(command, stdout=pipe, text=True, check=False, timeout=PATIENCE)
         answer = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return {}
