@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically"]
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file in the same folder, sync it to the disk, and rename it.

@@ -18,8 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedgradnorm.errors import warn
 
-__all__ = ["Pairing", "dispatch_mode", "sample_size", "watched"]
-
 SAMPLE_SIZES = (62, 58, 46, 38, 34, 26, 22, 14, 10, 6, 4, 3, 2)
 """Numbers of examples to try, even ones first: some losses take examples in pairs."""
 

@@ -1,7 +1,7 @@
 """The client's half of the algorithm: pure functions of a client, its state and an instruction."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 from time import perf_counter
@@ -13,37 +13,17 @@ from torch.profiler import record_function
 
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.data import distinct, draws_few, size, take
-from fedgradnorm.errors import ClientError, FederationError, FedGradNormError, described
+from fedgradnorm.errors import ClientError, FederationError, raised_as
 from fedgradnorm.evaluation import Evaluation, evaluate
 from fedgradnorm.federation import Client, Federation
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.messages import Instruction, Report
 from fedgradnorm.modules import follow, held_tensors
-from fedgradnorm.parameters import (
-    buffers_of,
-    flatten,
-    load_buffers,
-    load_flat,
-    norm_over,
-    trainable,
-)
+from fedgradnorm.parameters import buffers_of, flatten, load_buffers, load_flat, norm_over
 from fedgradnorm.randomness import Generators, generator, seeded
 from fedgradnorm.training import LocalRound, method_of
 from fedgradnorm.training.round import Steps
 from fedgradnorm.training.steps import PlainSteps
-
-__all__ = [
-    "ClientState",
-    "evaluate_client",
-    "guess_loss",
-    "initial_state",
-    "load_model",
-    "local_update",
-    "loss_batches",
-    "mean_loss",
-    "naming",
-]
-
 
 FEWEST_BATCHES = 64
 """A loss with random numbers, as with dropout, is the mean over at least this many batches."""
@@ -112,7 +92,9 @@ def local_update(
     start = perf_counter()
     with naming(client.id, f"training in round {instruction.round}"):
         load_model(encoder, head, state, instruction.encoder, instruction.buffers)
-        velocity = _velocity(head, state)
+        known = state.head_velocity
+        heads = [pair for pair in head.named_parameters() if pair[0] in known]
+        velocity = {name: known[name].to(own.device) for name, own in heads}
         local = LocalRound(client, encoder, head, velocity, instruction, steps or PlainSteps())
         report = _train(local, state.initial_loss, norm_layer, random_model, start)
     return report, ClientState(
@@ -123,12 +105,6 @@ def local_update(
         round=instruction.round,
         encoder=flatten(encoder) if method_of(instruction.training).own_encoder else None,
     )
-
-
-def _velocity(head: nn.Module, state: ClientState) -> dict[str, Tensor]:
-    """The head optimiser's momentum, where the head is."""
-    known = state.head_velocity
-    return {name: known[name].to(own.device) for name, own in trainable(head) if name in known}
 
 
 def _train(
@@ -189,11 +165,7 @@ def load_model(
     vector: Tensor,
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """Load a client's model in place: its head, and the shared or its own encoder and buffers.
-
-    Raises:
-        FederationError: the state belongs to another head.
-    """
+    """Load a client's model in place: its head, and the shared or its own encoder and buffers."""
     follow(encoder, head)
     load_flat(encoder, vector if state.encoder is None else state.encoder)
     load_buffers(encoder, {**state.encoder_buffers, **buffers}.items())
@@ -202,11 +174,7 @@ def load_model(
 
 @torch.no_grad()
 def load_head(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a head's tensors into it, in place.
-
-    Raises:
-        FederationError: they belong to another head.
-    """
+    """Copy a head's tensors into it, in place. Raises FederationError if they are another's."""
     needed = {name for name, _ in (*head.named_parameters(), *head.named_buffers())}
     for name, own in held_tensors(head).items():
         given = tensors.get(name)
@@ -218,19 +186,9 @@ def load_head(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise FederationError(f"head: expected {expected}, found {found}")
 
 
-@contextmanager
-def naming(client: str, what: str) -> Iterator[None]:
-    """Let an error of the user's own code name the client and what it was doing.
-
-    Raises:
-        ClientError: the user's own code raised an error.
-    """
-    try:
-        yield
-    except FedGradNormError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise ClientError(f"client '{client}': {what}: {described(error)}") from error
+def naming(client: str, what: str) -> AbstractContextManager[None]:
+    """Raise an error of the user's own code as a ClientError that names the client and its work."""
+    return raised_as(ClientError, f"client '{client}': {what}:")
 
 
 @torch.no_grad()
@@ -303,10 +261,8 @@ def loss_batches(client: Client, training: TrainConfig) -> np.ndarray:
     batch = min(training.batch_size, examples)
     count = max(min(training.loss_examples, examples) // batch, 1) * batch
     rng = generator(training.seed, 0, client.id, "loss examples")
-    if draws_few(examples, count):
-        order = distinct(rng, examples, count)
-    else:
-        order = rng.permutation(examples)[:count]
+    few = draws_few(examples, count)
+    order = distinct(rng, examples, count) if few else rng.permutation(examples)[:count]
     return order.reshape(-1, batch)
 
 

@@ -9,22 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = [
-    "Data",
-    "Dataset",
-    "batch_order",
-    "distinct",
-    "draws_few",
-    "in_batches",
-    "misfit",
-    "num_passes",
-    "size",
-    "take",
-    "tensors",
-]
-
 LARGE_BYTES = 8 * 2**20
 """The most bytes of inputs at once where nothing is trained: features of images are far larger."""
+
+NUMBERS = 2**22
+"""The most numbers that are looked at at once, of inputs or of outputs."""
 
 FIRST = 16
 """The number of examples in the first batch of a dataset, before their size is known."""
@@ -75,7 +64,7 @@ def misfit(data: object) -> str | None:
         hint = "give its .dataset: the batches are drawn by train.batch_size"
     else:
         hint = HINTS.get(type(data).__name__, "")
-    found = f"expected (inputs, targets) or a map-style dataset, found {_kind(data)}"
+    found = f"expected (inputs, targets) or a map-style dataset, found {type_name(data)}"
     return f"{found}; {hint}" if hint else found
 
 
@@ -86,7 +75,7 @@ def _misfit_of_pair(data: Sequence[object]) -> str | None:
     for name, part in zip(("inputs", "targets"), data, strict=True):
         if not isinstance(part, Tensor):
             how = "torch.from_numpy(array)" if isinstance(part, np.ndarray) else "torch.tensor(...)"
-            return f"{name}: expected a tensor, found {_kind(part)}: {how} makes one"
+            return f"{name}: expected a tensor, found {type_name(part)}: {how} makes one"
         if part.layout != torch.strided or part.is_nested:
             how = f"found layout {part.layout}: .to_dense() makes one"
             return f"{name}: expected a dense tensor, {how}"
@@ -98,12 +87,13 @@ def _misfit_of_pair(data: Sequence[object]) -> str | None:
 def _misfit_of_item(item: object, index: int) -> str | None:
     if isinstance(item, tuple | list) and len(item) == 2:
         return None
-    found = f"{len(item)} parts" if isinstance(item, tuple | list) else _kind(item)
+    found = f"{len(item)} parts" if isinstance(item, tuple | list) else type_name(item)
     hint = WEIGHTS.format("") if found == "3 parts" else ""
     return f"example {index}: expected a pair (input, target), found {found}{hint}"
 
 
-def _kind(value: object) -> str:
+def type_name(value: object) -> str:
+    """The name of a value's type, for an error."""
     return "None" if value is None else type(value).__name__
 
 
@@ -143,7 +133,7 @@ def _pair(item: Any, index: int) -> tuple[Tensor, Tensor]:
         try:
             parts.append(torch.as_tensor(part))
         except (TypeError, ValueError, RuntimeError) as error:
-            expected = f"expected a tensor, an array or a number, found {_kind(part)}"
+            expected = f"expected a tensor, an array or a number, found {type_name(part)}"
             raise TypeError(f"example {index}: {name}: {expected}") from error
     return parts[0], parts[1]
 
@@ -225,3 +215,46 @@ def batch_order(numbers: np.ndarray, batch_size: int, num_batches: int) -> np.nd
     passes, examples = numbers.argsort(axis=-1, kind="stable"), min(batch_size, numbers.shape[-1])
     drawn = passes.reshape(*numbers.shape[:-2], -1)[..., : num_batches * examples]
     return drawn.reshape(*numbers.shape[:-2], num_batches, examples)
+
+
+def bad_examples(data: Data, kind: str) -> Iterator[tuple[int, str]]:
+    """The first input and the first target that are not finite, if the data are tensors.
+
+    Yields:
+        The number of the example, and the beginning of a message about it.
+    """
+    if not isinstance(data, tuple):
+        return
+    for name, tensor in zip(("input", "target"), data, strict=True):
+        row = _first_bad_row(tensor)
+        if row is not None:
+            values = tensor[row].flatten()
+            value = values[~torch.isfinite(values)][0].item()
+            yield row, f"example {row} of its {kind} data: the {name} holds {value}, and the"
+
+
+def _first_bad_row(tensor: Tensor) -> int | None:
+    """The first example with a number that is not finite, or None."""
+    if not tensor.is_floating_point():
+        return None
+    rows = max(1, NUMBERS * len(tensor) // max(tensor.numel(), 1))
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
+        part = part.reshape(len(part), -1)
+        # a finite sum needs no mask: its numbers are finite
+        if not torch.isfinite(part.sum(dtype=torch.float64)):
+            bad = (~torch.isfinite(part)).any(dim=1).nonzero()
+            if len(bad):
+                return start + int(bad[0])
+    return None
+
+
+def batch_with(data: Data, row: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """A batch that begins with this example."""
+    others = [index for index in range(min(batch_size, size(data))) if index != row]
+    return take(data, np.array([row, *others][:batch_size]))
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether all numbers of a dense or sparse gradient are finite."""
+    return bool(torch.isfinite(gradient.to_dense() if gradient.is_sparse else gradient).all())

@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ def described(error: BaseException) -> str:
     """The type of an error of a user's code and the start of its message, as one line."""
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+@contextmanager
+def raised_as(kind: type[FedGradNormError], text: str) -> Iterator[None]:
+    """Raise errors of the user's own code as this kind of error: the text, and what was raised."""
+    try:
+        yield
+    except FedGradNormError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise kind(f"{text} {described(error)}") from error
 
 
 def printable(text: str) -> str:

@@ -12,15 +12,6 @@ from fedgradnorm.errors import described
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.task import Metric, Task
 
-__all__ = [
-    "EVALUATION_BATCH",
-    "Evaluation",
-    "NotFinite",
-    "constant_guess",
-    "evaluate",
-    "evaluation_of",
-]
-
 SMALL, MOVED = 1e-5, 1e-3
 """If a constant answer moves by the first, its metrics move by no more than the second."""
 
@@ -82,12 +73,7 @@ def constant_guess(
 ) -> dict[str, float]:
     """The metrics of the best constant answer to the test data, as `constant_answer` gives it.
 
-    Args:
-        task: the task.
-        test: the test data.
-        shape: of one output of its model, without the batch.
-        dtype: of the outputs.
-        batch_size: the number of examples at a time.
+    ``shape`` and ``dtype`` are those of one output of the task's model, without the batch.
 
     Returns:
         By name, the metrics that have a finite value, and keep it when the answer moves a little.
@@ -110,11 +96,9 @@ def constant_guess(
     values = near = _scored(task, test, constant, batch_size, with_loss=False).metrics
     if answer.is_floating_point():
         near = _scored(task, test, moved, batch_size, with_loss=False).metrics
-    return {
-        name: value
-        for name, value in values.items()
-        if math.isfinite(value) and abs(near[name] - value) <= MOVED * (1 + abs(value))
-    }
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    limits = {name: MOVED * (1 + abs(value)) for name, value in finite.items()}
+    return {name: finite[name] for name in finite if abs(near[name] - finite[name]) <= limits[name]}
 
 
 @torch.no_grad()
@@ -160,8 +144,7 @@ class _Kept:
     """Batches that become one tensor, without being in memory twice."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.filled = count, 0
-        self.whole = torch.empty(0)
+        self.count, self.filled, self.whole = count, 0, torch.empty(0)
 
     def add(self, part: Tensor) -> None:
         if self.filled == 0:
@@ -175,14 +158,8 @@ def _metrics_of(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics by name, and by name why some of them have no value.
 
-    A metric may change its arguments in place. So each gets copies. Copies of large tensors are not
-    made; there, the metrics after one that changes its arguments are not taken.
-
-    Args:
-        metrics: the metrics to take.
-        outputs: of all examples, or of a batch.
-        targets: of the same examples.
-        shared: whether other code uses the same tensors.
+    A metric may change its arguments in place, so each gets copies. Large tensors are copied once
+    at most, if other code shares them; the metrics after one that changes them are not taken.
     """
     values = dict.fromkeys((metric.name for metric in metrics), math.nan)
     failed, spoilt_by = dict[str, str](), ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgradnorm import federation_checks as checks
 from fedgradnorm.data import size, take
-from fedgradnorm.errors import FederationError, described, nearest, warn
+from fedgradnorm.errors import FederationError, described, nearest, raised_as, warn
 from fedgradnorm.members import Client, Members, absent, absent_client
 from fedgradnorm.modules import Source, is_lazy, kind_of, makeup_of, materialise
 from fedgradnorm.parameters import norm_layer_slices
@@ -85,11 +85,10 @@ class Federation(Members):
 
     def client(self, id: str) -> Client:
         """The client with this id. Raises FederationError if there is none."""
-        try:
-            return self._by_id[id]
-        except KeyError:
+        if id not in self._by_id:
             hint = nearest(id, self.client_ids)
-            raise FederationError(f"there is no client '{id}'; {hint}") from None
+            raise FederationError(f"there is no client '{id}'; {hint}")
+        return self._by_id[id]
 
     @cached_property
     def _by_id(self) -> dict[str, Client]:
@@ -111,10 +110,7 @@ class Federation(Members):
         return {}
 
     def heads_of(self, client: Client) -> Source:
-        """The factory of a client's head as a `Source` of copies.
-
-        Its key is a seed and the client's id.
-        """
+        """The factory of a client's head as a `Source`. Its key is a seed and the client's id."""
         # computed before the generators are seeded: computing it may draw from them
         features = self.num_features
 
@@ -219,7 +215,10 @@ class Federation(Members):
         checks.check_measures(self.clients, {id: trial.failed for id, trial in trials.items()})
         for source in (self.encoders, *self._heads.values()):
             if source.varying is not None:
-                _warn_of_varying(source)
+                text = "two calls of its factory under one seed give other values of"
+                used = "those of the first call are used, and another process will have others"
+                hint = "draw all numbers from the generators of torch, NumPy or random"
+                warn(f"{source.what}: {text} '{source.varying}'; {used}: {hint}")
 
     def example_of(self, client: Client) -> Tensor:
         """One input of a client as a batch of one, shape ``(1, ...)``.
@@ -234,22 +233,11 @@ class Federation(Members):
         except FederationError:
             raise
         except Exception as error:  # the user's own code may raise anything
-            text = f"client '{client.id}': training data: {described(error)}"
-            raise FederationError(text) from error
-
-
-def _warn_of_varying(source: Source) -> None:
-    """Warn that a factory's modules are not determined by the seeded generators."""
-    warn(
-        f"{source.what}: two calls of its factory under one seed give other values of "
-        f"'{source.varying}'; those of the first call are used, and another process will have "
-        "others: draw all numbers from the generators of torch, NumPy or random"
-    )
+            reason = f"training data: {described(error)}"
+            raise FederationError(f"client '{client.id}': {reason}") from error
 
 
 def _materialise(module: nn.Module, example: Tensor, what: str) -> None:
-    try:
+    text = "its lazy parameters cannot be given their shapes by an example"
+    with raised_as(FederationError, f"{what}: {text}:"):
         materialise(module, example)
-    except Exception as error:  # the user's own code may raise anything
-        text = "its lazy parameters cannot be given their shapes by an example"
-        raise FederationError(f"{what}: {text}: {described(error)}") from error

@@ -5,15 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedgradnorm import modules
 from fedgradnorm.errors import FederationError, described, warn
 from fedgradnorm.members import Client
-from fedgradnorm.modules import (
-    Source,
-    have_memory_in_common,
-    overlaps_itself,
-    reads_tensors_of,
-    shared_memory,
-)
+from fedgradnorm.modules import Source
 from fedgradnorm.parameters import names_in, norm_layer_slices, trainable
 from fedgradnorm.task import Task
 
@@ -56,13 +51,11 @@ def check_factory(encoder: object) -> None:
 
 def check_example(example: object) -> None:
     """Refuse anything but None or one input as a batch of one."""
-    if example is None:
+    if example is None or (isinstance(example, Tensor) and example.shape[:1] == (1,)):
         return
+    found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
     expected = "expected one input as a batch of one, of shape (1, ...)"
-    if not isinstance(example, Tensor):
-        raise FederationError(f"example: {expected}, found {type(example).__name__}")
-    if example.ndim == 0 or len(example) != 1:
-        raise FederationError(f"example: {expected}, found {tuple(example.shape)}")
+    raise FederationError(f"example: {expected}, found {found}")
 
 
 def check_tasks(clients: Sequence[Client]) -> None:
@@ -70,11 +63,9 @@ def check_tasks(clients: Sequence[Client]) -> None:
     tasks: dict[str, Task] = {}
     for client in clients:
         first = tasks.setdefault(client.task.name, client.task)
-        names, others = (
-            [(metric.name, metric.higher_is_better) for metric in task.metrics]
-            for task in (first, client.task)
-        )
-        if names != others:
+        pair = first.metrics, client.task.metrics
+        kinds = [[(metric.name, metric.higher_is_better) for metric in metrics] for metrics in pair]
+        if kinds[0] != kinds[1]:
             text = f"two tasks with different metrics have the name '{client.task.name}'"
             raise FederationError(f"client '{client.id}': {text}")
 
@@ -93,20 +84,15 @@ def check_types(encoder: nn.Module) -> None:
 
 
 def check_memory(module: nn.Module, what: str) -> None:
-    """Refuse tensors that share memory, unless they are one parameter, and hooks that never run.
-
-    Args:
-        module: the module.
-        what: names it in errors.
-    """
+    """Refuse tensors that share memory, unless they are one parameter, and hooks that never run."""
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and overlaps_itself(parameter):
+        if parameter.requires_grad and modules.overlaps_itself(parameter):
             text = f"several numbers of '{name}' lie in the same memory"
             raise FederationError(f"{what}: {text}: expected a parameter of its own, .clone()")
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             text = f"'{name}' has a hook after its gradient is accumulated, which never runs here"
             raise FederationError(f"{what}: {text}: take it off")
-    if (names := shared_memory(module)) is not None:
+    if (names := modules.shared_memory(module)) is not None:
         text = f"'{names[0]}' and '{names[1]}' share memory, and would be trained as two"
         hint = "use one parameter in both places, or compute one from the other in forward()"
         raise FederationError(f"{what}: {text}: {hint}")
@@ -116,7 +102,7 @@ def check_copied(source: Source, key: object, example: Tensor) -> None:
     """Refuse a factory that gives one module again and again, if its copies read that module."""
     original, copy = source.original(key), source.make(key).eval()
     with torch.no_grad():
-        if reads_tensors_of(original, lambda: copy(example)):
+        if modules.reads_tensors_of(original, lambda: copy(example)):
             text = "its factory gives the same module again and again"
             why = "a copy of it still reads the original, by a hook or a stored function"
             hint = "let every call make a new one"
@@ -133,9 +119,8 @@ def check_ties(what: str, encoder: nn.Module, head: nn.Module, features: Tensor)
         features: the encoder's output for a batch of one.
     """
     with torch.no_grad():
-        if have_memory_in_common(encoder, head) or reads_tensors_of(
-            encoder, lambda: head.eval()(features)
-        ):
+        tied = modules.have_memory_in_common(encoder, head)
+        if tied or modules.reads_tensors_of(encoder, lambda: head.eval()(features)):
             text = "it has or reads a tensor of the encoder, of which every client trains copies"
             expected = "expected a head with tensors of its own, which gets the encoder's output"
             raise FederationError(f"{what}: {text}: {expected}")
@@ -182,16 +167,11 @@ def output_of(client: Client, head: nn.Module, features: Tensor) -> Tensor:
 
 
 def check_reached(
-    encoder: nn.Module,
-    norm_layer: str | Sequence[str] | None,
-    reached: Mapping[str, Sequence[str]],
+    encoder: nn.Module, norm_layer: str | Sequence[str] | None, reached: Mapping[str, Sequence[str]]
 ) -> None:
     """Refuse a norm layer that no gradient reaches, and warn if one client's does not.
 
-    Args:
-        encoder: the encoder.
-        norm_layer: what the federation names as its norm layer.
-        reached: by client, the names of the parameters that its loss has a gradient for.
+    ``reached`` has, by client, the names of the parameters that its loss has a gradient for.
     """
     layer = names_in(encoder, norm_layer_slices(encoder, norm_layer))
     without = [id for id, names in reached.items() if not set(layer) & set(names)]
@@ -210,9 +190,7 @@ def check_reached(
 def check_measures(clients: Sequence[Client], failed: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse a metric that fails for all clients of its task, and warn of others that fail.
 
-    Args:
-        clients: all clients.
-        failed: by client and metric, why the metric cannot be computed on its test data.
+    ``failed`` has, by client and metric, why the metric cannot be computed on its test data.
     """
     tasks = {client.id: client.task.name for client in clients}
     tested = [client.id for client in clients if client.test is not None]

@@ -11,8 +11,6 @@ from torch.nn import functional
 from fedgradnorm.errors import FederationError
 from fedgradnorm.task import Task
 
-__all__ = ["answer_kind", "constant_answer"]
-
 SURE = 10.0
 """The score of a class that is certain."""
 
@@ -35,11 +33,7 @@ def answer_kind(
     - ``"values"``: outputs have the shape of the targets, and the loss has its minimum where the
       two are equal. Logits are not values.
 
-    Args:
-        task: the task, whose loss is called.
-        shape: of one output, without the batch.
-        dtype: of the outputs.
-        targets: some targets, at least one, the examples along dimension 0.
+    ``shape`` and ``dtype`` are those of one output, without the batch. One target is enough.
     """
     targets = targets[:TRIED]
     try:
@@ -147,7 +141,6 @@ def constant_answer(
 def _own_answer(
     task: Task, shape: tuple[int, ...], dtype: torch.dtype, batches: Iterable[Tensor]
 ) -> Tensor:
-    """The task's own `Task.guess`. Raises FederationError if it is not one output."""
     given = task.guess(torch.cat(list(batches))) if callable(task.guess) else task.guess
     if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype == torch.bool):
         raise FederationError(f"expected numbers, found {given}")

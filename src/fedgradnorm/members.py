@@ -11,13 +11,11 @@ from torch import nn
 from typing_extensions import TypeIs  # the standard library has it from Python 3.13 on
 
 from fedgradnorm.data import Data, misfit, size
-from fedgradnorm.errors import FederationError, FedGradNormError, described
+from fedgradnorm.errors import FederationError, raised_as
 from fedgradnorm.modules import Source
 from fedgradnorm.parameters import trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.task import Metric, Task
-
-__all__ = ["CLIENT_ID", "Client", "Members", "absent", "absent_client"]
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -58,33 +56,20 @@ class Client:
 
     @cached_property
     def train_data(self) -> Data:
-        """The training data, loaded on first use.
-
-        Raises:
-            FederationError: they cannot be loaded, or are empty.
-        """
+        """The training data. Raises FederationError if they cannot be loaded, or are empty."""
         return self._loaded(self.train, "training")
 
     @cached_property
     def test_data(self) -> Data | None:
-        """The test data, loaded on first use; None if there are none.
-
-        Raises:
-            FederationError: they cannot be loaded, or are empty.
-        """
+        """The test data, or None. Raises FederationError if they cannot be loaded, or are empty."""
         return None if self.test is None else self._loaded(self.test, "test")
 
     def _loaded(self, source: Data | Callable[[], Data], kind: str) -> Data:
         if not _is_loader(source):
             return source
-        try:
-            with seeded(0, 0, self.id, f"{kind} data"):
-                data = source()
-        except FedGradNormError:
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            text = f"the function that loads its {kind} data raised {described(error)}"
-            raise FederationError(f"client '{self.id}': {text}") from error
+        text = f"client '{self.id}': the function that loads its {kind} data raised"
+        with raised_as(FederationError, text), seeded(0, 0, self.id, f"{kind} data"):
+            data = source()
         self._check(data, kind)
         return data
 
@@ -113,15 +98,7 @@ def absent(*_: object) -> Any:
 def absent_client(
     id: str, task: str, metric: str = "", higher_is_better: bool = True, percent: bool = False
 ) -> Client:
-    """A client on another machine, of which only names are known.
-
-    Args:
-        id: its id.
-        task: the name of its task.
-        metric: the name of the task's main metric; "" for none.
-        higher_is_better: the metric's direction.
-        percent: whether the metric is shown in percent.
-    """
+    """A client on another machine, of which only names are known: ``metric`` is "" for none."""
     metrics = (Metric(metric, absent, higher_is_better, percent),) if metric else ()
     return Client(id, Task(task, absent, absent, metrics), absent)
 
@@ -141,7 +118,7 @@ class Members(ABC):
 
     @property
     def client_ids(self) -> list[str]:
-        """The ids of the clients, in their order."""
+        """The clients' ids in order."""
         return [client.id for client in self.clients]
 
     @abstractmethod

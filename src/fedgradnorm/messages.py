@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fedgradnorm.config import TrainConfig
 
-__all__ = ["LARGEST", "Instruction", "Report", "has_rate", "no_rate"]
-
 SCALAR_BYTES = 8
 
 LARGEST = 1e100

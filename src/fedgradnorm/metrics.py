@@ -5,8 +5,6 @@ from torch import Tensor
 
 from fedgradnorm.task import Metric
 
-__all__ = ["ACCURACY", "BALANCED_ACCURACY", "MEAN_ABSOLUTE_ERROR"]
-
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """The share of correct classes. Outputs have shape ``(n, classes)``, targets ``(n,)``."""

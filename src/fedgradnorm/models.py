@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import ConfigError
 
-__all__ = ["ConvEncoder", "cnn", "linear_head", "mlp"]
-
-
 MOST_UNITS = 100_000
 
 
@@ -96,13 +93,12 @@ def cnn(
     """
     shape, blocks = tuple(input_shape), len(channels)
     if len(shape) != 3:
-        expected = "inputs of shape (channels, height, width)"
-        raise ConfigError(f"name: cnn takes {expected}, found {shape}")
-    if not channels or not 1 <= min(*channels, features) <= max(*channels, features) <= MOST_UNITS:
-        found = f"{list(channels)} and {features}"
         raise ConfigError(
-            f"channels, features: expected sizes from 1 to {MOST_UNITS}, found {found}"
+            f"name: cnn takes inputs of shape (channels, height, width), found {shape}"
         )
+    if not channels or not 1 <= min(*channels, features) <= max(*channels, features) <= MOST_UNITS:
+        found = f"expected sizes from 1 to {MOST_UNITS}, found {list(channels)} and {features}"
+        raise ConfigError(f"channels, features: {found}")
     if min(shape[1:]) < (size := 2**blocks):
         needed = f"{blocks} blocks need images of {size} x {size} or more"
         raise ConfigError(f"channels: {needed}, found {shape[1:]}")

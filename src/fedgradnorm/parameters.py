@@ -9,19 +9,6 @@ from torch import Tensor, nn
 
 from fedgradnorm.errors import FederationError, nearest
 
-__all__ = [
-    "buffers_of",
-    "concatenated",
-    "flatten",
-    "load_buffers",
-    "load_flat",
-    "matches",
-    "names_in",
-    "norm_layer_slices",
-    "norm_over",
-    "trainable",
-]
-
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters with their names, in the order of the flat vector."""
@@ -64,10 +51,7 @@ def default_norm_layer(module: nn.Module) -> str:
     """The name of the last layer with a weight matrix: the last shared layer, as in GradNorm.
 
     "Last" is in the order in which the encoder registers its layers. Layers without a matrix, such
-    as BatchNorm, are skipped.
-
-    Raises:
-        FederationError: there is no such layer.
+    as BatchNorm, are skipped. Raises FederationError if there is no such layer.
     """
     names = [name for name, parameter in trainable(module) if parameter.ndim >= 2]
     if not names:

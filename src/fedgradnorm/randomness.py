@@ -16,8 +16,6 @@ import numpy.typing as npt
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
-__all__ = ["Generators", "derive_seed", "generator", "quick_generator", "seeded"]
-
 CPU = torch.device("cpu")
 GLOBAL_GENERATOR = threading.RLock()
 

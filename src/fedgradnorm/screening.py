@@ -11,8 +11,6 @@ import torch
 from fedgradnorm.messages import LARGEST, Instruction, Report
 from fedgradnorm.threads import kernel_threads
 
-__all__ = ["LAST_NORMS", "by_reason", "screen"]
-
 LAST_NORMS, FEWEST_NORMS = 10, 3
 """How many gradient lengths of a client are remembered, and how many show what is usual for it."""
 
@@ -84,10 +82,7 @@ def _too_long(
 
 
 def _median_without(ascending: Sequence[float], number: float) -> float:
-    """The lower median of numbers without one of them.
-
-    It is the number itself if there is no other, or if it is 0.
-    """
+    """The lower median of numbers without one of them, which it is if that is 0 or the only one."""
     middle = (len(ascending) - 2) // 2
     if number == 0 or middle < 0:
         return number

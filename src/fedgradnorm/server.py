@@ -23,17 +23,6 @@ from fedgradnorm.training import method_of
 from fedgradnorm.weighing import aggregated, first_state, weigh
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
 
-__all__ = [
-    "RoundRecord",
-    "ServerState",
-    "advance",
-    "conclude",
-    "initial_state",
-    "instruct",
-    "run_round",
-    "screen",
-]
-
 
 @dataclass(frozen=True)
 class ServerState:
@@ -187,20 +176,14 @@ def joined(record: RoundRecord, steps: int, last: RoundRecord) -> RoundRecord:
 
     Gradients, losses, norms and targets are means over the steps, weights are those of the last
     step, seconds and retries are sums. A client that was dropped at any step counts as dropped.
-
-    Args:
-        record: the record of the first steps.
-        steps: how many steps these are.
-        last: the record of the step after them.
+    ``steps`` is the number of steps before the last one.
     """
     share = 1 / (steps + 1)
     earlier = {report.client: report for report in record.reports}
     dropped = {**record.dropped, **last.dropped}
-    reports = [
-        _mean_report(earlier[report.client], report, share)
-        for report in last.reports
-        if report.client not in dropped and report.client in earlier
-    ]
+    clients = earlier.keys() - dropped.keys()
+    both = [report for report in last.reports if report.client in clients]
+    reports = [_mean_report(earlier[report.client], report, share) for report in both]
     weights = last.weights or record.weights
     if last.weights is not None and record.weights is not None:
         targets = dict(last.weights.targets)
@@ -233,16 +216,7 @@ def instruct(
     *,
     only_summed: bool = False,
 ) -> list[Instruction]:
-    """One instruction for each participant of the next round, sorted by client id.
-
-    Args:
-        state: the server's state.
-        federation: the clients.
-        training: how to train.
-        attempt: how often the round was repeated before.
-        step: which encoder step of the round, in lockstep; None: all.
-        only_summed: see `Instruction`.
-    """
+    """One `Instruction` for each participant of the next round, sorted by client id."""
     round, encoder, buffers = state.round + 1, state.encoder, state.buffers
     return [
         Instruction(round, client, encoder, buffers, training, attempt, step, only_summed)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.broadcasting import Pairing, sample_size, watched
-from fedgradnorm.finite import NUMBERS
+from fedgradnorm.data import NUMBERS
 from fedgradnorm.parameters import trainable
 from fedgradnorm.randomness import seeded
 from fedgradnorm.task import Task
-
-__all__ = ["SAMPLE", "Unsound", "check_loss", "check_pairs", "one_number", "shapes"]
 
 SAMPLE = 64
 """The number of examples that a loss is tried with."""
@@ -71,10 +69,8 @@ def check_loss(task: Task, head: nn.Module, features: Tensor, targets: Tensor) -
         return note  # the loss may not accept these outputs, or there is nothing left to learn
     twice = _tried(task.loss, torch.cat([outputs, outputs]), torch.cat([targets, targets]))
     if twice is not None and _alike(twice[1], torch.cat([slopes, slopes])):
-        raise Unsound(
-            "the loss of a batch given twice is twice the loss: expected the mean over a batch, "
-            'such as reduction="mean"'
-        )
+        expected = 'expected the mean over a batch, such as reduction="mean"'
+        raise Unsound(f"the loss of a batch given twice is twice the loss: {expected}")
     number = max(2, DRAWN // outputs[0].numel())
     drawn = enumerate(_drawn(outputs[:number], targets[:number]))
     tries = [_tried(task.loss, *pair, draw) for draw, pair in drawn]
@@ -127,10 +123,8 @@ def _check_examples(all_slopes: list[Tensor]) -> None:
     reads = [slopes.reshape(len(slopes), -1).ne(0).any(dim=1) for slopes in all_slopes]
     count, size = int(reads[0].sum()), len(reads[0])
     if count <= size / 4 and all(torch.equal(read, reads[0]) for read in reads):
-        raise Unsound(
-            f"the loss of a batch of {size} examples depends on {count} of them: expected the mean "
-            "over all examples of a batch"
-        )
+        text = f"the loss of a batch of {size} examples depends on {count} of them"
+        raise Unsound(f"{text}: expected the mean over all examples of a batch")
 
 
 def _check_entries(
@@ -183,13 +177,10 @@ def _is_untrained(
 def check_pairs(
     function: Callable[[Tensor, Tensor], object], outputs: Tensor, targets: Tensor, what: str
 ) -> str | None:
-    """Check that a function does not broadcast targets against outputs.
+    """Raise Unsound if a function broadcasts targets against outputs.
 
     Returns:
         A doubt about a function that cannot be watched, such as one of NumPy, or None.
-
-    Raises:
-        Unsound: the function broadcasts.
     """
     most = min(SAMPLE, NUMBERS // max(outputs[0].numel(), targets[0].numel(), 1))
     number = sample_size((outputs.shape, targets.shape), most)
@@ -237,7 +228,6 @@ def _ignores_pairs(of: Callable[[Tensor, Tensor], float], outputs: Tensor, targe
     change = of(outputs, first.expand_as(targets)) - of(outputs, other.expand_as(targets))
     if abs(change) <= 100 * EQUAL * abs(value):
         return False  # it hardly depends on the targets
+    limit = EQUAL * max(abs(value), EQUAL)
     orders = [torch.roll(targets, shift, dims=0) for shift in range(1, ORDERS + 1)]
-    return all(
-        abs(of(outputs, order) - value) <= EQUAL * max(abs(value), EQUAL) for order in orders
-    )
+    return all(abs(of(outputs, order) - value) <= limit for order in orders)

@@ -9,8 +9,6 @@ from typing_extensions import TypeIs  # in the standard library from Python 3.13
 
 from fedgradnorm.errors import FederationError
 
-__all__ = ["Metric", "Task"]
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -40,10 +38,8 @@ class Metric:
         if not isinstance(self.name, str) or not self.name:
             raise FederationError(f"metric: expected a name, found {self.name!r}")
         if not callable(self.function):
-            raise FederationError(
-                f"metric '{self.name}': expected a function (outputs, targets) -> float, "
-                f"found {self.function!r:.100}"
-            )
+            expected = "expected a function (outputs, targets) -> float"
+            raise FederationError(f"metric '{self.name}': {expected}, found {self.function!r:.100}")
         for flag in ("higher_is_better", "percent", "batched"):
             value = getattr(self, flag)
             if not isinstance(value, bool):

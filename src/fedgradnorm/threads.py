@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["kernel_threads"]
-
 
 @contextmanager
 def kernel_threads(count: int) -> Iterator[None]:

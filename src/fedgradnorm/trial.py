@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgradnorm.data import Data, size, take
+from fedgradnorm.data import NUMBERS, Data, bad_examples, batch_with, is_finite, size, take
 from fedgradnorm.errors import FederationError, FedGradNormError, described, warn
 from fedgradnorm.evaluation import NotFinite, evaluate
-from fedgradnorm.finite import NUMBERS, bad_examples, batch_with, is_finite
 from fedgradnorm.guess import constant_answer
 from fedgradnorm.messages import has_rate, no_rate
 from fedgradnorm.modules import kind_of, reads_tensors_of
@@ -28,8 +27,6 @@ from fedgradnorm.task import Task
 
 if TYPE_CHECKING:
     from fedgradnorm.federation import Client
-
-__all__ = ["Trial", "check_client"]
 
 
 @dataclass
@@ -143,10 +140,8 @@ class _Pass:
         if key not in self.checked:
             self._check_reads(outputs.detach(), targets)
         if not loss.requires_grad and outputs.requires_grad:
-            raise Unsound(
-                "the loss does not depend on the outputs: "
-                f"it is {loss.item():.4g} without a gradient"
-            )
+            text = f"it is {loss.item():.4g} without a gradient"
+            raise Unsound(f"the loss does not depend on the outputs: {text}")
         if not loss.requires_grad:
             raise ValueError("the outputs do not depend on a parameter that is trained")
         gradients = self._gradients(loss)
@@ -195,29 +190,21 @@ class _Pass:
 
         with torch.no_grad():
             if any(reads_tensors_of(original, loss) for original in self.originals):
-                raise Unsound(
-                    "the loss reads a tensor of the encoder or a head, of which training uses "
-                    "copies: expected it to use its arguments alone"
-                )
+                text = "the loss reads a tensor of the encoder or a head, of which training uses"
+                raise Unsound(f"{text} copies: expected it to use its arguments alone")
 
     def _check_finite_rows(self) -> None:
-        """Raise Unsound for a training example that is not finite.
-
-        It is accepted if a batch with it has a finite loss and gradient, as with masked gaps.
-        """
+        """Refuse examples that are not finite, unless the loss and gradient with them are."""
         data = self.client.train_data
         for row, found in bad_examples(data, "training"):
             inputs, targets = batch_with(data, row, self.batch_size)
             loss = one_number(self.task.loss(self.head(self.encoder(inputs)), targets))
             if not torch.isfinite(loss):
                 raise Unsound(f"{found} loss of a batch with it is {loss.item()}")
-            parameters = [
-                parameter
-                for module in (self.encoder, self.head)
-                for _, parameter in trainable(module)
-            ]
             if not loss.requires_grad:
                 continue
+            trained = [*trainable(self.encoder), *trainable(self.head)]
+            parameters = [parameter for _, parameter in trained]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             if not all(gradient is None or is_finite(gradient) for gradient in gradients):
                 raise Unsound(f"{found} gradient of a batch with it is not finite")
@@ -234,14 +221,10 @@ class _Pass:
         return notes
 
     def _moved(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Features that differ from example to example, and the targets.
-
-        The head's parameters are moved a little, because a head may begin with zeros. Both modules
-        are left in evaluation mode.
-        """
+        """Features that differ from example to example, and the targets, in evaluation mode."""
         self.head.eval()
         with torch.no_grad():
-            for _, parameter in trainable(self.head):
+            for _, parameter in trainable(self.head):  # a head may begin with zeros
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             features = self.encoder.eval()(inputs)
             if features.is_floating_point():
@@ -265,29 +248,23 @@ class _Pass:
         task, data = self.task, self.client.train_data
         inputs, targets = take(data, np.arange(min(self.eval_batch_size, size(data))))
         output = self.answers(inputs[:1])
-        shape = tuple(output.shape[1:])
         try:
-            answer = constant_answer(task, shape, output.dtype, [targets], even=True)
+            kind = tuple(output.shape[1:]), output.dtype
+            answer = constant_answer(task, *kind, [targets], even=True)
         except Exception as error:  # the user's own function may raise anything
             reason = str(error) if isinstance(error, FederationError) else described(error)
             raise Unsound(f"its task's guess: {reason}") from error
         if not initial_guess:
             return
         if answer is None:
-            raise Unsound(
-                f"initial_loss = 'guess': what a constant answer is to task '{task.name}' is not "
-                "known: give Task(..., guess=...)"
-            )
+            text = f"what a constant answer is to task '{task.name}' is not known"
+            raise Unsound(f"initial_loss = 'guess': {text}: give Task(..., guess=...)")
         loss = one_number(task.loss(answer.repeat(len(targets), *[1] * answer.ndim), targets))
         if positive_losses:
             _check_positive(loss.item(), task)
 
     def take_metrics(self, data: Data) -> None:
-        """Note why metrics cannot be taken of test data.
-
-        Raises:
-            Unsound: a metric broadcasts targets against outputs.
-        """
+        """Note why metrics cannot be taken of test data. Raises Unsound if one broadcasts."""
         with torch.no_grad():
             output = self.answers(take(data, np.zeros(1, dtype=np.int64))[0])
             inputs, targets = take(data, _spread(size(data), output.numel()))
@@ -327,9 +304,8 @@ def _batch_norm_named(num_examples: int, batch_size: int) -> Iterator[None]:
         is_batch_norm = "more than 1 value per channel" in str(error)
         if not is_batch_norm or min(num_examples, batch_size) > 1:
             raise
-        found = f"train.batch_size is {batch_size}"
-        if num_examples == 1:
-            found = "it has one training example"
+        is_alone = num_examples == 1
+        found = "it has one training example" if is_alone else f"train.batch_size is {batch_size}"
         raise Unsound(f"{found}, and BatchNorm needs at least 2 in a batch: {error}") from error
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from fedgradnorm import registry
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.errors import FedGradNormError, WeightingError, described
+from fedgradnorm.data import type_name
+from fedgradnorm.errors import WeightingError, raised_as
 from fedgradnorm.messages import Report
 from fedgradnorm.weighting.base import Weighting, WeightingState, Weights
-
-__all__ = ["aggregated", "first_state", "weigh"]
 
 
 def first_state(weighting: Weighting, client_ids: Sequence[str]) -> WeightingState:
@@ -23,12 +22,8 @@ def first_state(weighting: Weighting, client_ids: Sequence[str]) -> WeightingSta
         WeightingError: the weighting raised an error, or gave something else than a state.
     """
     what = f"{_named(weighting, 'weighting')}: init()"
-    try:
+    with raised_as(WeightingError, f"{what} raised"):
         state = weighting.init(sorted(client_ids))
-    except FedGradNormError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise WeightingError(f"{what} raised {described(error)}") from error
     return _plain_state(state, what)
 
 
@@ -41,20 +36,15 @@ def weigh(
         WeightingError: the weighting raised an error, or gave something else than these two.
     """
     what = f"{_named(weighting, 'weighting')}: update()"
-    try:
+    with raised_as(WeightingError, f"{what} raised"):
         pair = weighting.update(state, reports)
-    except FedGradNormError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise WeightingError(f"{what} raised {described(error)}") from error
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Weights)):
         expected = "expected a pair (Weights, WeightingState)"
-        raise WeightingError(f"{what}: {expected}, found {_kind(pair)}")
+        raise WeightingError(f"{what}: {expected}, found {type_name(pair)}")
     weights, clients = pair[0], [report.client for report in reports]
     values = _finite_numbers(weights.values, clients, f"{what}: weights.values")
-    if not sum(values.values()) > 0:
-        found = f"{sum(values.values()):g}"
-        raise WeightingError(f"{what}: weights.values: expected a sum above 0, found {found}")
+    if not (total := sum(values.values())) > 0:
+        raise WeightingError(f"{what}: weights.values: expected a sum above 0, found {total:g}")
     targets = _finite_numbers(weights.targets, (), f"{what}: weights.targets")
     scale = _finite_numbers({"scale": weights.scale}, (), f"{what}: weights")["scale"]
     plain = Weights({client: values[client] for client in clients}, targets, scale)
@@ -64,10 +54,10 @@ def weigh(
 def _plain_state(state: object, what: str) -> WeightingState:
     """A weighting's state in plain numbers, as a checkpoint can hold it."""
     if not isinstance(state, WeightingState):
-        raise WeightingError(f"{what}: expected a WeightingState, found {_kind(state)}")
+        raise WeightingError(f"{what}: expected a WeightingState, found {type_name(state)}")
     weights = _finite_numbers(state.weights, (), f"{what}: state.weights")
     if not isinstance(state.memory, Mapping):
-        found = _kind(state.memory)
+        found = type_name(state.memory)
         raise WeightingError(f"{what}: state.memory: expected a dictionary, found {found}")
     return WeightingState(weights, _plain(state.memory, f"{what}: state.memory"))
 
@@ -75,7 +65,9 @@ def _plain_state(state: object, what: str) -> WeightingState:
 def _finite_numbers(numbers: object, clients: Iterable[str], what: str) -> dict[str, float]:
     """Numbers by client as floats. Refuses a missing number, and one that is not finite."""
     if not isinstance(numbers, Mapping):
-        raise WeightingError(f"{what}: expected a dictionary by client id, found {_kind(numbers)}")
+        raise WeightingError(
+            f"{what}: expected a dictionary by client id, found {type_name(numbers)}"
+        )
     if missing := [client for client in clients if client not in numbers]:
         expected = "expected a number for every client"
         raise WeightingError(f"{what}: {expected}, found none for '{missing[0]}'")
@@ -119,7 +111,7 @@ def _plain(value: Any, what: str) -> Any:
         return kind(_plain(held, what) for held in value)
     hint = "; .tolist() makes numbers of it" if is_array else ""
     expected = "expected what JSON has: texts, finite numbers, lists and dictionaries"
-    raise WeightingError(f"{what}: {expected}, found {_kind(value)}{hint}")
+    raise WeightingError(f"{what}: {expected}, found {type_name(value)}{hint}")
 
 
 def aggregated(
@@ -132,15 +124,11 @@ def aggregated(
             encoder's type and shape.
     """
     what = _named(aggregate, "aggregation")
-    try:
+    with raised_as(WeightingError, f"{what} raised"):
         direction = aggregate(reports, weights)
-    except FedGradNormError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise WeightingError(f"{what} raised {described(error)}") from error
     expected = f"{what}: expected a tensor of {encoder.dtype} and shape {tuple(encoder.shape)}"
     if not isinstance(direction, Tensor):
-        raise WeightingError(f"{expected}, found {_kind(direction)}")
+        raise WeightingError(f"{expected}, found {type_name(direction)}")
     if direction.shape != encoder.shape or direction.dtype != encoder.dtype:
         raise WeightingError(f"{expected}, found {direction.dtype} and {tuple(direction.shape)}")
     return direction
@@ -149,7 +137,3 @@ def aggregated(
 def _named(part: object, kind: str) -> str:
     """How messages name a part: by its kind and its name in the settings."""
     return f"{kind} '{registry.name_of(kind, type(part))}'"
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__

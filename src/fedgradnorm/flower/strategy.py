@@ -36,7 +36,8 @@ from fedgradnorm.flower.training import new_experiment, train_on_grid
 from fedgradnorm.messages import Instruction
 from fedgradnorm.parameters import matches
 from fedgradnorm.runs.rows import rows_of
-from fedgradnorm.server import ServerState, conclude, instruct, screen
+from fedgradnorm.screening import screen
+from fedgradnorm.server import ServerState, conclude, instruct
 from fedgradnorm.session import Session
 from fedgradnorm.validation import validated
 from fedgradnorm.weighting.base import Weighting

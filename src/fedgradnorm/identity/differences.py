@@ -11,10 +11,8 @@ def of_encoder(before: MembersRecord, now: MembersRecord) -> str | None:
     """How the encoder's parameters or modules differ, or None."""
     for old, new in zip_longest(before["encoder"], now["encoder"]):
         if old != new:
-            return (
-                "the encoder has other parameters, or in another order, than when the run began: "
-                f"{new}, was {old}"
-            )
+            text = "the encoder has other parameters, or in another order, than when the run began"
+            return f"{text}: {new}, was {old}"
     why = _other_modules(before["modules"], now["modules"])
     return None if why is None else f"the encoder {why}"
 
@@ -24,10 +22,8 @@ def of_fixed_tensors(before: MembersRecord, now: MembersRecord) -> str | None:
     for name in before["fixed"].keys() | now["fixed"].keys():
         old, new = before["fixed"].get(name), now["fixed"].get(name)
         if old is None or new is None or not is_close(old, new):
-            return (
-                f"the encoder's '{name}', which is not trained, has other values than when the run "
-                "began"
-            )
+            what = f"the encoder's '{name}', which is not trained"
+            return f"{what}, has other values than when the run began"
     return None
 
 
@@ -51,8 +47,7 @@ def of_clients(before: MembersRecord, now: MembersRecord) -> str | None:
     if odd := before["clients"].keys() ^ now["clients"].keys():
         return f"it belongs to other clients: '{min(odd)}' is in one of the two alone"
     for id, old in before["clients"].items():
-        why = _other_client(old, now["clients"][id])
-        if why is not None:
+        if (why := _other_client(old, now["clients"][id])) is not None:
             return f"client '{id}' {why}"
     return None
 
@@ -90,16 +85,13 @@ def of_data(before: MembersRecord, now: MembersRecord, *, test_only: bool = Fals
     for id, old in before["clients"].items():
         new = now["clients"][id]
         both_known = old["train"] is not None and new["train"] is not None
-        pairs = [("test", old["test"], new["test"])]
-        if not test_only:
-            pairs.insert(0, ("training", old["train"], new["train"]))
-        for kind, data, other in pairs:
+        pairs = [("training", old["train"], new["train"]), ("test", old["test"], new["test"])]
+        for kind, data, other in pairs[1:] if test_only else pairs:
             if data is None or other is None:
                 if data is not other and both_known:
                     return f"client '{id}' has {'no' if other is None else 'now'} {kind} data"
-            elif data["examples"] != other["examples"]:
-                counts = f"{other['examples']} {kind} examples, and had {data['examples']}"
-                return f"client '{id}' has {counts}"
+            elif (had := data["examples"]) != (has := other["examples"]):
+                return f"client '{id}' has {has} {kind} examples, and had {had}"
             elif (part := _other_part(data, other)) is not None:
                 return f"client '{id}' has other {kind} data of the same size: the {part} differ"
     return None
@@ -134,10 +126,9 @@ def of_models(before: MembersRecord, now: MembersRecord) -> str | None:
         data, other_data = record["train"], other["train"]
         if old is None or new is None or data is None or other_data is None:
             continue
-        if same_data(data, other_data) and is_close(old["initial"], new["initial"]):
-            why = _other_model(id, old, new)
-            if why is not None:
-                return why
+        comparable = same_data(data, other_data) and is_close(old["initial"], new["initial"])
+        if comparable and (why := _other_model(id, old, new)) is not None:
+            return why
     return None
 
 
@@ -154,11 +145,6 @@ def _other_model(id: str, old: ModelRecord, new: ModelRecord) -> str | None:
     losses, others_losses = old["losses"], new["losses"]
     if losses is None or others_losses is None or is_close(losses, others_losses):
         return None
-    return (
-        f"client '{id}' has another loss: for the same outputs and targets it is "
-        f"{_listed(others_losses)}, and was {_listed(losses)}"
-    )
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:.4g}" for number in numbers)
+    now, was = (", ".join(f"{loss:.4g}" for loss in found) for found in (others_losses, losses))
+    what = f"client '{id}' has another loss: for the same outputs and targets"
+    return f"{what} it is {now}, and was {was}"

@@ -109,11 +109,7 @@ def _data_record(client: str, data: Data) -> tuple[DataRecord, tuple[Tensor, Ten
     if isinstance(data, tuple):
         return {"examples": count, "sample": sketches, "targets": whole(data[1])}, examples
     if [sketch(part) for part in sample()] != sketches:
-        return {
-            "examples": count,
-            "sample": None,
-            "targets": None,
-        }, None  # the data set draws random numbers
+        return {"examples": count, "sample": None, "targets": None}, None  # it draws random numbers
     return {"examples": count, "sample": sketches, "targets": None}, examples
 
 
@@ -133,9 +129,7 @@ def _model_record(
 
     They are called in training mode, and then in evaluation mode with the buffers as they are then.
     """
-    initial = [
-        number for module in (encoder, head) for number in of_all(held_tensors(module).values())
-    ]
+    initial = [*of_all(held_tensors(encoder).values()), *of_all(held_tensors(head).values())]
     record: ModelRecord = {"initial": initial, "features": [], "outputs": [], "losses": []}
     losses: list[float] = []
     inputs, targets = sample

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fedgradnorm.errors import FederationError, FedGradNormError, described
+from fedgradnorm.errors import FederationError, described, raised_as
 from fedgradnorm.modules.comparing import (
     GENERATORS,
     HOOKS,
@@ -58,17 +58,12 @@ class Source:
 
     def original(self, key: Any) -> nn.Module:
         """The module that the factory itself gives, which must not be written to."""
-        try:
+        with raised_as(FederationError, f"{self.what}: its factory raised"):
             module = self._call(key)
-        except FedGradNormError:
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            raise FederationError(f"{self.what}: its factory raised {described(error)}") from error
         if not isinstance(module, nn.Module):
-            raise FederationError(
-                f"{self.what}: expected a function that makes an nn.Module, "
-                f"and it gave {type(module).__name__}"
-            )
+            found = f"and it gave {type(module).__name__}"
+            expected = "expected a function that makes an nn.Module"
+            raise FederationError(f"{self.what}: {expected}, {found}")
         return module
 
     def make(self, key: Any) -> nn.Module:
@@ -76,10 +71,8 @@ class Source:
         if self.shared:
             module = self.original(key)
             for name in {name for name, _ in trainable(module)} ^ self._trained:
-                raise FederationError(
-                    f"{self.what}: '{name}' was frozen, or is no longer, since the federation was "
-                    "made: make a new one"
-                )
+                text = f"'{name}' was frozen, or is no longer, since the federation was made"
+                raise FederationError(f"{self.what}: {text}: make a new one")
             own = self._copied(module, "gives the same module again and again")
             FOLLOWED[own] = _Followed(module, own, self.what)
             return own
@@ -91,44 +84,33 @@ class Source:
         return self.original(key)
 
     def _copied(self, module: nn.Module, reason: str) -> nn.Module:
+        text, hint = f"{self.what}: its factory {reason}", "let every call make a new one"
         if any(parameter._backward_hooks for parameter in module.parameters()):
-            raise FederationError(
-                f"{self.what}: its factory {reason}, and hooks on its parameters would be lost in "
-                "a copy: let every call make a new one, with its hooks"
-            )
+            why = "hooks on its parameters would be lost in a copy"
+            raise FederationError(f"{text}, and {why}: {hint}, with its hooks")
         try:
             return duplicate(module)
         except Exception as error:  # the user's own code may raise anything
-            raise FederationError(
-                f"{self.what}: its factory {reason}, and {_uncopyable(module)} cannot be copied "
-                f"({described(error)}): let every call make a new one, or delete what an earlier "
-                "pass has left in it"
-            ) from error
+            why = f"{_uncopyable(module)} cannot be copied ({described(error)})"
+            hint = f"{hint}, or delete what an earlier pass has left in it"
+            raise FederationError(f"{text}, and {why}: {hint}") from error
 
 
 def _difference(first: nn.Module, second: nn.Module, what: str) -> str | None:
-    """The name of a tensor or a plain attribute whose values differ in two modules, or None.
-
-    Raises:
-        FederationError: a tensor that is not in both modules, or has another shape or type.
-    """
+    """The name of a tensor or a plain attribute whose values differ in two modules, or None."""
     tensors, others = held_tensors(first), held_tensors(second)
     for name in sorted(tensors.keys() | others.keys()):
         pair = [held[name] for held in (tensors, others) if name in held]
         if len(pair) < 2 or len({(tensor.shape, tensor.dtype) for tensor in pair}) > 1:
-            raise FederationError(
-                f"{what}: two calls of its factory give other parameters: '{name}' is not the same "
-                "kind of tensor in both"
-            )
+            why = f"'{name}' is not the same kind of tensor in both"
+            raise FederationError(f"{what}: two calls of its factory give other parameters: {why}")
         if not torch.allclose(pair[0], pair[1], rtol=0.0, atol=0.0, equal_nan=True):
             return name
-    parts = zip(first.named_modules(), second.modules(), strict=True)
-    for (prefix, part), twin in parts:
+    for (prefix, part), twin in zip(first.named_modules(), second.modules(), strict=True):
         values = plain_attributes(vars(twin))
         for name, value in plain_attributes(vars(part)).items():
-            if name.startswith("_torch"):  # a compiled module is numbered
-                continue
-            if name not in values or not is_value(value):
+            is_number = name.startswith("_torch")  # that of a compiled module
+            if is_number or name not in values or not is_value(value):
                 continue
             if comparable(value) != comparable(values[name]):
                 return f"{prefix}.{name}".strip(".")
@@ -156,20 +138,15 @@ class _Followed:
         self._fixed = _not_followed(original)
 
     def update(self) -> None:
-        """Set in the copy what was set in plain attributes of the original.
-
-        Raises:
-            FederationError: a tensor, a module or a hook of the original was changed.
-        """
+        """Set in the copy what was set in plain attributes of the original; refuse all else."""
         now = _not_followed(self._original)
         if now != self._fixed:
             names = self._fixed.keys() | now.keys()
             name = next(name for name in names if self._fixed.get(name) != now.get(name))
-            raise FederationError(
-                f"{self._what}: '{name}' of the module that its factory gives was changed while "
-                "training, which trains copies of that module: of these, only attributes without "
-                "tensors and modules follow"
-            )
+            text = f"'{name}' of the module that its factory gives was changed while training"
+            why = "which trains copies of that module"
+            hint = "of these, only attributes without tensors and modules follow"
+            raise FederationError(f"{self._what}: {text}, {why}: {hint}")
         for (attributes, own), seen in zip(self._pairs, self._seen, strict=True):
             for name, value in plain_attributes(attributes).items():
                 key = comparable(value)
@@ -187,8 +164,7 @@ def _not_followed(module: nn.Module) -> dict[str, object]:
     keys: dict[str, object] = {}
     for prefix, part in module.named_modules():
         for name, tensor in tensors_of(part).items():
-            state = id(tensor), tensor._version, tensor.requires_grad
-            keys[f"{prefix}.{name}".strip(".")] = state
+            keys[f"{prefix}.{name}".strip(".")] = id(tensor), tensor._version, tensor.requires_grad
         keys[prefix or "the layers"] = [(name, id(child)) for name, child in part.named_children()]
         for name in HOOKS:
             hooks = getattr(part, name, {}).values()

@@ -27,16 +27,6 @@ from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 
-__all__ = [
-    "Checkpoint",
-    "later_than",
-    "load_checkpoint",
-    "load_newest",
-    "save_checkpoint",
-    "set_aside",
-    "sound_rounds",
-]
-
 FORMAT: Literal[1] = 1
 NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
 WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
@@ -94,8 +84,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = _tensors_of(checkpoint).items()
     content = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors}, metadata)
     folder.mkdir(exist_ok=True)
-    name = f"round-{checkpoint.server.round:08}-{_checksum(content)}.safetensors"
-    path = folder / name
+    path = folder / f"round-{checkpoint.server.round:08}-{_checksum(content)}.safetensors"
     write_atomically(path, content)
     for old in [*_superfluous(_paths(folder), path, keep), *folder.glob(".*.writing")]:
         old.unlink(missing_ok=True)
@@ -105,11 +94,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def _tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     server = checkpoint.server
     tensors = {"server/encoder": server.encoder}
-    tensors |= _under("server/buffers", server.buffers)
-    tensors |= _under("server/optimizer", server.optimizer)
+    tensors |= under("server/buffers/", server.buffers)
+    tensors |= under("server/optimizer/", server.optimizer)
     for client, state in checkpoint.clients.items():
         for part in ("head", "encoder_buffers", "head_velocity"):
-            tensors |= _under(f"client/{client}/{part}", getattr(state, part))
+            tensors |= under(f"client/{client}/{part}/", getattr(state, part))
         if state.encoder is not None:
             tensors[f"client/{client}/encoder"] = state.encoder
     return tensors
@@ -141,11 +130,8 @@ def _superfluous(paths: Sequence[Path], saved: Path, keep: int) -> list[Path]:
     round = round_of(saved)
     rounds = {round_of(path) for path in paths if round_of(path) <= round}
     first_kept = sorted(rounds, reverse=True)[:keep][-1]
-    return [
-        path
-        for path in paths
-        if path != saved and (round_of(path) == round or round_of(path) < first_kept)
-    ]
+    others = [path for path in paths if path != saved]
+    return [path for path in others if round_of(path) == round or round_of(path) < first_kept]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -171,11 +157,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_newest(
     folder: Path, last: int | None = None
 ) -> tuple[Checkpoint | None, Path | None, dict[Path, str]]:
-    """Read the newest sound checkpoint of a folder.
-
-    Args:
-        folder: the folder of checkpoints.
-        last: checkpoints of rounds after this one are skipped. None: all are tried.
+    """Read the newest sound checkpoint of a folder, of a round up to ``last`` if it is not None.
 
     Returns:
         The checkpoint and its path, None and None if there is no sound one; and what is wrong with
@@ -223,22 +205,22 @@ def _restored(numbers: Numbers, tensors: Mapping[str, Tensor]) -> Checkpoint:
     server = ServerState(
         round=numbers["round"],
         encoder=tensors["server/encoder"],
-        buffers=_of(tensors, "server/buffers"),
+        buffers=with_prefix("server/buffers/", tensors),
         weighting=WeightingState(numbers["weights"], numbers["memory"]),
-        optimizer=_of(tensors, "server/optimizer"),
+        optimizer=with_prefix("server/optimizer/", tensors),
         norms=numbers["norms"],
     )
-    clients = {
-        client: ClientState(
-            head=_of(tensors, f"client/{client}/head"),
+    clients = {}
+    for client, initial_loss in numbers["clients"].items():
+        own = with_prefix(f"client/{client}/", tensors)
+        clients[client] = ClientState(
+            head=with_prefix("head/", own),
             initial_loss=initial_loss,
-            encoder_buffers=_of(tensors, f"client/{client}/encoder_buffers"),
-            head_velocity=_of(tensors, f"client/{client}/head_velocity"),
+            encoder_buffers=with_prefix("encoder_buffers/", own),
+            head_velocity=with_prefix("head_velocity/", own),
             round=numbers["rounds"][client],
-            encoder=tensors.get(f"client/{client}/encoder"),
+            encoder=own.get("encoder"),
         )
-        for client, initial_loss in numbers["clients"].items()
-    }
     settings, members = numbers["settings"], numbers["members"]
     return Checkpoint(server, clients, settings, members, numbers["seconds"], numbers["costs"])
 
@@ -253,10 +235,12 @@ def _checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a prefix to their names."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start, items = f"{prefix}/", tensors.items()
-    return {name.removeprefix(start): held for name, held in items if name.startswith(start)}
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names have a prefix, without the prefix."""
+    items = tensors.items()
+    return {name.removeprefix(prefix): held for name, held in items if name.startswith(prefix)}

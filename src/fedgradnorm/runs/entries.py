@@ -22,18 +22,6 @@ from pathlib import Path
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
 
-__all__ = [
-    "CHECKPOINTS",
-    "ENTRIES",
-    "PROFILE",
-    "RESULTS",
-    "STATUS",
-    "UNDONE",
-    "how_to_resume",
-    "not_writable",
-    "writing",
-]
-
 CHECKPOINTS, PROFILE, UNDONE, STATUS = "checkpoints", "profile", "undone", "status.json"
 
 ENTRIES = {
@@ -53,13 +41,7 @@ def how_to_resume(folder: Path, config: RunConfig) -> str:
 
 
 def not_writable(folder: Path, error: Exception, hint: str = "") -> RunError:
-    """The error for a run's folder that cannot be written.
-
-    Args:
-        folder: the run's folder.
-        error: why it cannot be written.
-        hint: what else to say, such as how to resume the run.
-    """
+    """The error for a run's folder that cannot be written; the hint says how to resume the run."""
     reason = getattr(error, "strerror", None) or error
     text = f"run folder {str(folder)!r:.300}: cannot be written: {reason}"
     return RunError(f"{text}; {hint}" if hint else text)

@@ -11,15 +11,6 @@ from fedgradnorm.runs.entries import CHECKPOINTS, ENTRIES, RESULTS, UNDONE, not_
 from fedgradnorm.runs.settings import as_toml, load_config_of
 from fedgradnorm.runs.writer import end_of_round
 
-__all__ = [
-    "check_free",
-    "create_run",
-    "put_back",
-    "remove_replaced",
-    "replaced_by",
-    "set_rounds_aside",
-]
-
 
 def create_run(folder: Path, config: RunConfig, *, overwrite: bool = False) -> None:
     """Make a run's folder with its settings, or leave everything as it is.
@@ -69,8 +60,8 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if names is not None and folder.samefile("."):
         raise RunError(f"run folder {folder} is the current folder: expected one of its own")
     if names is None or folder.is_symlink():
-        text = f"run folder {folder} exists, and is a link or no folder"
-        raise RunError(f"{text}: choose another run.dir")
+        text = "exists, and is a link or no folder: choose another run.dir"
+        raise RunError(f"run folder {folder} {text}")
     if not overwrite:
         how = "--overwrite on the command line, overwrite=True in Python"
         raise RunError(f"run folder {folder} exists: choose another one, or replace it: {how}")
@@ -132,11 +123,7 @@ def remove_replaced(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Move the replaced run back to its folder, in place of the new one.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Move the replaced run back to its folder. Raises RunError if that cannot be written."""
     old = replaced_by(folder)
     with writing(folder, f"the run that was there is in {old}"):
         if folder.exists():
@@ -147,7 +134,5 @@ def put_back(folder: Path) -> None:
 
 def _has_rounds(folder: Path) -> bool:
     """Whether metrics.jsonl has a complete line."""
-    try:
-        return b"\n" in (folder / "metrics.jsonl").read_bytes()
-    except FileNotFoundError:
-        return False
+    path = folder / "metrics.jsonl"
+    return path.exists() and b"\n" in path.read_bytes()

@@ -12,8 +12,6 @@ from filelock import FileLock, Timeout
 from fedgradnorm.errors import RunError
 from fedgradnorm.runs.entries import not_writable, writing
 
-__all__ = ["LOCK_TIMEOUT", "alone_in", "being_written", "lock_of"]
-
 LOCK_TIMEOUT = 5.0
 """Seconds that a run waits for another one in its folder to end, such as one just killed."""
 

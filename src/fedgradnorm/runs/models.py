@@ -15,11 +15,9 @@ from fedgradnorm.federation import Federation
 from fedgradnorm.identity import members_record, of_clients, of_data, of_encoder, of_models
 from fedgradnorm.modules import load_held
 from fedgradnorm.parameters import load_buffers, load_flat
-from fedgradnorm.runs.checkpoint import load_newest
+from fedgradnorm.runs.checkpoint import load_newest, with_prefix
 from fedgradnorm.runs.entries import CHECKPOINTS
 from fedgradnorm.runs.reader import Run
-
-__all__ = ["check_client_id", "evaluate_run", "federation_of", "joined", "load_model"]
 
 
 def load_model(run: str | Path, client: str, federation: Federation | None = None) -> nn.Module:
@@ -53,11 +51,7 @@ def check_client_id(client: object) -> None:
 
 
 def federation_of(run: Run, federation: object) -> Federation:
-    """The federation that was given, or, for None, the one that the run's settings describe.
-
-    Raises:
-        FederationError: something else was given.
-    """
+    """The federation that was given, or, for None, the one that the run's settings describe."""
     if federation is None:
         return build_federation(run.config)
     if not isinstance(federation, Federation):
@@ -75,8 +69,7 @@ def _check_same(run: Run, federation: Federation, *, with_data: bool) -> None:
         if with_data:
             why = why or of_data(before, now, test_only=True) or of_models(before, now)
         if why is not None:
-            text = "the federation is not the one that was trained"
-            raise RunError(f"{run.folder}: {text}: {why}")
+            raise RunError(f"{run.folder}: the federation is not the one that was trained: {why}")
 
 
 def _loaded(run: Run, client: str, federation: Federation) -> nn.Module:
@@ -96,8 +89,8 @@ def _loaded(run: Run, client: str, federation: Federation) -> nn.Module:
         load_held(encoder, shared)
         if "encoder" in saved:
             load_flat(encoder, saved["encoder"])
-        load_head(head, _with_prefix(saved, "head."))
-        load_buffers(encoder, _with_prefix(saved, "buffer.").items())
+        load_head(head, with_prefix("head.", saved))
+        load_buffers(encoder, with_prefix("buffer.", saved).items())
     except (RuntimeError, KeyError, FederationError) as error:
         reason = " ".join(str(error).split())[:300]
         text = f"the saved models do not fit the federation: {reason}"
@@ -124,10 +117,9 @@ def evaluate_run(run: str | Path, federation: Federation | None = None) -> dict[
     for client in federation.clients:
         if client.test_data is not None:
             model = _loaded(saved_run, client.id, federation)
-            encoder, head = model.get_submodule("encoder"), model.get_submodule("head")
-            evaluations[client.id] = evaluate_client(
-                client, encoder, head, training.seed, training.eval_batch_size
-            )
+            parts = model.get_submodule("encoder"), model.get_submodule("head")
+            settings = training.seed, training.eval_batch_size
+            evaluations[client.id] = evaluate_client(client, *parts, *settings)
     return evaluations
 
 
@@ -143,8 +135,3 @@ def _check_fits(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def joined(encoder: nn.Module, head: nn.Module) -> nn.Module:
     """Encoder and head as one module in evaluation mode, with these two children."""
     return nn.Sequential(OrderedDict(encoder=encoder, head=head)).eval()
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    items = tensors.items()
-    return {name.removeprefix(prefix): held for name, held in items if name.startswith(prefix)}

@@ -16,8 +16,6 @@ from fedgradnorm.errors import RunError
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.runs.settings import load_config_of
 
-__all__ = ["Run"]
-
 TAIL = 2**16
 """The number of bytes at the end of metrics.jsonl in which the last round is searched first."""
 
@@ -62,12 +60,13 @@ class Run:
         """
         if self.is_finished():
             return self.rows()
+        path = self.folder / "metrics.jsonl"
         try:
-            *lines, torn = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")
+            *lines, torn = path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise RunError(f"{self.folder / 'metrics.jsonl'}: cannot be read; {error}") from error
+            raise RunError(f"{path}: cannot be read; {error}") from error
         return _whole(self._parsed(lines), torn=torn)
 
     def last_round(self) -> list[Row]:
@@ -95,15 +94,13 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether summary.json is there, and has all rounds of the settings."""
-        if not (self.folder / "summary.json").exists():
-            return False
-        return self.summary()["rounds"] >= self.config.train.num_rounds
+        has_summary = (self.folder / "summary.json").exists()
+        return has_summary and self.summary()["rounds"] >= self.config.train.num_rounds
 
     def members(self) -> MembersRecord | None:
         """The record in members.json; None if the clients are on other machines."""
-        if not (self.folder / "members.json").exists():
-            return None
-        return self._read("members.json", MEMBERS)
+        is_here = (self.folder / "members.json").exists()
+        return self._read("members.json", MEMBERS) if is_here else None
 
     def summary(self) -> Summary:
         """The summary in summary.json."""
@@ -165,13 +162,9 @@ class Run:
 
 
 def _whole(rows: list[Row], *, torn: bytes) -> list[Row]:
-    """The rows without those of an incomplete last round.
+    """The rows without those of an incomplete last round, which has fewer than the one before.
 
-    A round never has fewer lines than the one before.
-
-    Args:
-        rows: the complete lines.
-        torn: the bytes after the last complete line.
+    ``torn`` has the bytes after the last complete line.
     """
     if not rows:
         return rows

@@ -6,20 +6,6 @@ from typing import Annotated, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict  # pydantic refuses the standard library's before 3.12
 
-__all__ = [
-    "ClientRecord",
-    "ClientSummary",
-    "DataRecord",
-    "Heard",
-    "MembersRecord",
-    "MetricSummary",
-    "ModelRecord",
-    "Row",
-    "Sketch",
-    "Summary",
-    "TaskSummary",
-]
-
 Count = Annotated[int, Field(ge=0)]
 
 

@@ -10,8 +10,6 @@ from fedgradnorm.runs.records import Row
 from fedgradnorm.server import RoundRecord, ServerState
 from fedgradnorm.training import method_of
 
-__all__ = ["rows_of"]
-
 
 def rows_of(
     federation: Members,

@@ -11,8 +11,6 @@ from fedgradnorm.errors import ConfigError, RunError
 from fedgradnorm.runs.entries import how_to_resume, writing
 from fedgradnorm.validation import validated
 
-__all__ = ["as_toml", "load_config_of", "write_config"]
-
 
 def as_toml(config: RunConfig) -> bytes:
     """The settings as TOML. Raises ConfigError if a value has no TOML form."""

@@ -13,17 +13,6 @@ from fedgradnorm.federation import Client, Members
 from fedgradnorm.runs.records import Heard, MetricSummary, Row, Summary, TaskSummary
 from fedgradnorm.task import Metric, Task
 
-__all__ = [
-    "LOSS_RATIO",
-    "SMOOTHED",
-    "check_targets",
-    "costs_text",
-    "rounds_to",
-    "silent_texts",
-    "summarise",
-    "task_curve",
-]
-
 Curve = Literal["loss", "inverse_training_rate", "weight", "metric"]
 
 LOSS_RATIO = "loss ratio "
@@ -63,10 +52,8 @@ def rounds_to(
 ) -> int | None:
     """The first round at which the mean of a curve over five rounds has reached its target.
 
-    The mean is over the round and the four before it, as far as they have values.
-
-    Returns:
-        The round, or None if the target is never reached.
+    The mean is over the round and the four before it, as far as they have values. None: the target
+    is never reached.
 
     >>> rounds_to({1: 0.9, 2: 0.3, 3: 0.7, 4: 0.3, 5: 0.2}, 0.5)
     5
@@ -219,8 +206,7 @@ def _summarise_task(
         target = settings.metric_targets[task.name]
         reached = rounds_to(metrics, target, higher_is_better=metric.higher_is_better)
         rounds[f"{metric.name} {target:g}"] = reached
-    own = [row for row in rows if row["task"] == task.name]
-    summary = None
+    own, summary = [row for row in rows if row["task"] == task.name], None
     if metric is not None and metrics:
         last_round = max(row["round"] for row in rows)
         summary = _summarise_metric(metric, metrics, own, last_round, guesses)
@@ -241,15 +227,7 @@ def _summarise_metric(
     last_round: int,
     guesses: Mapping[str, Mapping[str, float]],
 ) -> MetricSummary:
-    """A task's main metric.
-
-    Args:
-        metric: the metric.
-        curve: by round, its mean over the task's clients.
-        rows: the lines of these clients.
-        last_round: the last round of the run.
-        guesses: by client, the metrics of the best constant answer.
-    """
+    """A task's main metric. The curve and the rows are those of the task's clients."""
     best = (max if metric.higher_is_better else min)(curve, key=curve.__getitem__)
     heard = sorted({row["client"] for row in rows if row["loss"] is not None})  # as in the curve
     by_client = [guesses.get(client, {}) for client in heard]

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from safetensors.torch import save as to_bytes
@@ -16,12 +15,10 @@ from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.modules import held_tensors
-from fedgradnorm.runs.checkpoint import Checkpoint, save_checkpoint
+from fedgradnorm.runs.checkpoint import Checkpoint, save_checkpoint, under
 from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume, writing
 from fedgradnorm.runs.records import MembersRecord, Row, Summary
 from fedgradnorm.server import ServerState
-
-__all__ = ["RunWriter", "end_of_round"]
 
 
 class RunWriter:
@@ -48,12 +45,7 @@ class RunWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # after an error, a second one about the same folder would only hide the first
         with self._writing() if error is None else suppress(OSError):
             self._metrics.close()
@@ -78,11 +70,7 @@ class RunWriter:
         seconds: float,
         costs: Mapping[str, float],
     ) -> Path:
-        """Write a checkpoint, after the lines that belong to it are on the disk.
-
-        Returns:
-            Its path.
-        """
+        """Write a checkpoint, after the lines that belong to it are on the disk; give its path."""
         with self._writing():
             os.fsync(self._metrics.fileno())
             settings = self.config.model_dump(mode="json")
@@ -97,9 +85,7 @@ class RunWriter:
             if self.config.run.experiment is not None:  # the heads are on other machines
                 return
             for client, state in states.items():
-                tensors = {f"head.{name}": tensor for name, tensor in state.head.items()}
-                for name, tensor in state.encoder_buffers.items():
-                    tensors[f"buffer.{name}"] = tensor
+                tensors = under("head.", state.head) | under("buffer.", state.encoder_buffers)
                 if state.encoder is not None:
                     tensors["encoder"] = state.encoder
                 _save(tensors, models / "heads" / f"{client}.safetensors")
@@ -117,11 +103,7 @@ class RunWriter:
 
 
 def end_of_round(file: BinaryIO, folder: Path, round: int) -> int:
-    """The position in metrics.jsonl at which the lines of a round end.
-
-    Raises:
-        RunError: lines up to there are damaged or missing.
-    """
+    """Where a round's lines end in metrics.jsonl. RunError: earlier ones are damaged or missing."""
     file.seek(0)
     end, last, path = 0, 0, folder / "metrics.jsonl"
     for number, line in enumerate(file, start=1):
