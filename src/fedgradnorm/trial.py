@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,14 +18,12 @@ from fedgradnorm.data import NUMBERS, Data, bad_examples, batch_with, is_finite,
 from fedgradnorm.errors import FederationError, FedGradNormError, described, warn
 from fedgradnorm.evaluation import NotFinite, evaluate
 from fedgradnorm.guess import constant_answer
+from fedgradnorm.members import Client
 from fedgradnorm.messages import has_rate, no_rate
 from fedgradnorm.modules import kind_of, reads_tensors_of
 from fedgradnorm.parameters import trainable
 from fedgradnorm.soundness import SAMPLE, Unsound, check_loss, check_pairs, one_number, shapes
 from fedgradnorm.task import Task
-
-if TYPE_CHECKING:
-    from fedgradnorm.federation import Client
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Trial:
 
 
 def check_client(
-    client: "Client",
+    client: Client,
     encoder: nn.Module,
     head: nn.Module,
     batch_size: int,
@@ -91,7 +88,7 @@ def check_client(
 
 
 @contextmanager
-def _named(client: "Client", kind: str) -> Iterator[None]:
+def _named(client: Client, kind: str) -> Iterator[None]:
     """Let an error name the client and its data."""
     try:
         yield
@@ -108,7 +105,7 @@ def _named(client: "Client", kind: str) -> Iterator[None]:
 class _Pass:
     """A client and scratch space for its pass. `check_client` explains the attributes."""
 
-    client: "Client"
+    client: Client
     encoder: nn.Module
     head: nn.Module
     batch_size: int
