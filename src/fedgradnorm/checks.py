@@ -9,9 +9,9 @@ from fedgradnorm import identity
 from fedgradnorm.config import RunConfig, dotted
 from fedgradnorm.errors import ConfigError, FederationError, RunError
 from fedgradnorm.federation import Federation, Members
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.runs.checkpoint import Checkpoint
 from fedgradnorm.runs.reader import Run
-from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.summary import check_targets
 from fedgradnorm.training import method_of
 

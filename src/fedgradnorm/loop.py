@@ -23,6 +23,7 @@ from fedgradnorm.errors import FedGradNormError, RunError, StoppedError, describ
 from fedgradnorm.evaluation import Evaluation, constant_guess
 from fedgradnorm.federation import Federation, Members
 from fedgradnorm.identity import members_record
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.notices import Notices
 from fedgradnorm.profiling import profiler_of
 from fedgradnorm.randomness import seeded
@@ -32,7 +33,6 @@ from fedgradnorm.runs.checkpoint import load_newest, set_aside
 from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume
 from fedgradnorm.runs.lock import alone_in
 from fedgradnorm.runs.reader import Run
-from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.runs.rows import rows_of
 from fedgradnorm.runs.settings import write_config
 from fedgradnorm.runs.writer import RunWriter

@@ -9,8 +9,8 @@ from fedgradnorm.errors import FederationError, nearest
 from fedgradnorm.federation import Client, Federation, Members, absent, absent_client
 from fedgradnorm.flower.layout import arrays_of
 from fedgradnorm.flower.messages import Greeting, Refusal
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.parameters import buffers_of, trainable
-from fedgradnorm.runs.records import MembersRecord
 from fedgradnorm.task import Task
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
-from fedgradnorm.runs.records import DataRecord
+from fedgradnorm.identity.records import DataRecord
 
 LostState = Literal["refuse", "newest", "fresh"]
 LOST_STATE: tuple[LostState, ...] = ("refuse", "newest", "fresh")

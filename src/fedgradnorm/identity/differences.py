@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from fedgradnorm.identity.records import ClientRecord, DataRecord, MembersRecord, ModelRecord
 from fedgradnorm.identity.sketches import SKETCH_SCALE, WHOLE_SCALE, is_close
-from fedgradnorm.runs.records import ClientRecord, DataRecord, MembersRecord, ModelRecord
 
 
 def of_encoder(before: MembersRecord, now: MembersRecord) -> str | None:

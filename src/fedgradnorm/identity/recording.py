@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from fedgradnorm.data import Data, size, take
 from fedgradnorm.federation import Client, Federation, Members
+from fedgradnorm.identity.records import ClientRecord, DataRecord, MembersRecord, ModelRecord
 from fedgradnorm.identity.sketches import means, of_all, sketch, whole
 from fedgradnorm.modules import held_tensors, load_held
 from fedgradnorm.parameters import names_in, norm_layer_slices, trainable
 from fedgradnorm.randomness import seeded
-from fedgradnorm.runs.records import ClientRecord, DataRecord, MembersRecord, ModelRecord
 
 SAMPLE = 8
 """The number of a client's examples that a record is made from."""

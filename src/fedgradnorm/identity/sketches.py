@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgradnorm.runs.records import Sketch
+from fedgradnorm.identity.records import Sketch
 
 GROUPS = 4
 """The most groups of columns that a sketch sums over."""

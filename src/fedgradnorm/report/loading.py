@@ -8,12 +8,13 @@ from typing import ParamSpec, TypeVar
 from fedgradnorm.config import MethodConfig
 from fedgradnorm.errors import RunError
 from fedgradnorm.federation import Client, absent_client
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.report.looks import looks_for
 from fedgradnorm.runs.checkpoint import load_newest
 from fedgradnorm.runs.entries import CHECKPOINTS
 from fedgradnorm.runs.lock import being_written, lock_of
 from fedgradnorm.runs.reader import Run
-from fedgradnorm.runs.records import MembersRecord, Row, Summary
+from fedgradnorm.runs.records import Row, Summary
 from fedgradnorm.runs.summary import summarise
 
 Arguments = ParamSpec("Arguments")

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
 from fedgradnorm.errors import RunError
-from fedgradnorm.runs.records import MembersRecord
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.server import ServerState
 from fedgradnorm.weighting.base import WeightingState
 

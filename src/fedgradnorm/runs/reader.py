@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgradnorm.errors import RunError
-from fedgradnorm.runs.records import MembersRecord, Row, Summary
+from fedgradnorm.identity.records import MembersRecord
+from fedgradnorm.runs.records import Row, Summary
 from fedgradnorm.runs.settings import load_config_of
 
 TAIL = 2**16

@@ -14,10 +14,11 @@ from fedgradnorm.atomic import write_atomically
 from fedgradnorm.client import ClientState
 from fedgradnorm.config import RunConfig
 from fedgradnorm.errors import RunError
+from fedgradnorm.identity.records import MembersRecord
 from fedgradnorm.modules import held_tensors
 from fedgradnorm.runs.checkpoint import Checkpoint, save_checkpoint, under
 from fedgradnorm.runs.entries import CHECKPOINTS, how_to_resume, writing
-from fedgradnorm.runs.records import MembersRecord, Row, Summary
+from fedgradnorm.runs.records import Row, Summary
 from fedgradnorm.server import ServerState
 
 
