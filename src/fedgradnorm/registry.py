@@ -169,8 +169,8 @@ def component_of(kind: str, part: object) -> Any:
 
     Args:
         kind: ``"method"``, ``"weighting"``, ``"aggregation"`` or ``"engine"``.
-        part: a name, a mapping with a name and options, or an object (not of an engine). The table
-            holds the object. Its class does not have to be importable in this process.
+        part: a name, a mapping with a name and options, such a table, or an object (not of an
+            engine), which the table holds. Its class does not have to be importable.
 
     Raises:
         ConfigError: as `resolved`; or an object of another kind.
@@ -180,6 +180,8 @@ def component_of(kind: str, part: object) -> Any:
     WeightingConfig(name='equal')
     """
     table = TABLES[kind]
+    if isinstance(part, table):
+        return resolved(kind, part)
     if isinstance(part, str):
         return resolved(kind, table(name=part))
     if isinstance(part, Mapping):

@@ -111,7 +111,7 @@ def check_a_killed_superlink(deployment):
     assert 1 <= done < 3
     deployment.start_superlink()
     run = deployment.finish(deployment.start_run())
-    assert f"going on after round {done} of 3" in deployment.log("run")
+    assert f"resuming after round {done} of 3" in deployment.log("run")
     assert [row for row in run.rows() if row["round"] <= done] == before
     assert_same(run, in_process(deployment, "reference"))
     assert_same(run, in_process(deployment, "flower-local"))

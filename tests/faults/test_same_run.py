@@ -408,7 +408,7 @@ def test_a_folder_that_cannot_be_written_is_not_said_to_be_in_use():
 
 
 def test_a_run_waits_a_little_for_the_one_before_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedgradnorm.runs.folder.LOCK_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("fedgradnorm.runs.lock.LOCK_TIMEOUT", PATIENCE)
     folder = stopped(tmp_path / "run", federation())
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
     lock.acquire()

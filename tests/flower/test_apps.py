@@ -240,7 +240,7 @@ def test_a_wrong_setting_of_the_server_is_named(tmp_path, options, message):
 
 
 UNFIT = {
-    "train.method=centralized": "train.method: centralized keeps all clients in lockstep, which is for the simulation alone",
+    "train.method=centralized": "train.method: centralized keeps all clients in lockstep",
     'train.participants=[["nobody"]]': "there is no client 'nobody'",
     "train.min_clients=9": "train.min_clients: expected at most the 4 clients, found 9",
     "run.metric_targets={nope=0.5}": "run.metric_targets.nope: there is no task 'nope'",

@@ -160,7 +160,7 @@ def test_a_method_in_lockstep_is_refused_before_a_run_is_replaced(tmp_path):
     ]
     with pytest.raises(
         ConfigError,
-        match="train.method: centralized keeps all clients in lockstep, which is for the simulation alone",
+        match="train.method: centralized keeps all clients in lockstep",
     ):
         run(load_config(None, words), overwrite=True)
     assert contents(tmp_path / "run") == before
@@ -202,7 +202,7 @@ def test_numbers_that_no_message_can_hold_are_refused_at_once(encoder, tmp_path)
 
 def test_the_name_of_an_experiment_is_refused_where_clients_are_here(tmp_path):
     with pytest.raises(
-        ConfigError, match="run.experiment: 'x' is a run whose clients are on other machines"
+        ConfigError, match="run.experiment: the clients of 'x' are on other machines"
     ):
         done(*SMALL, "run.experiment=x", f"run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
