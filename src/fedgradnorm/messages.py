@@ -54,8 +54,6 @@ class Instruction:
         attempt: how often the round was repeated before.
         step: which of the round's encoder steps to take, from 0, if the server steps after each of
             them; None: all.
-        only_summed: whether the gradient only enters the server's sum, so that precision relative
-            to ω suffices. If False, gradients are compared with one another.
     """
 
     round: int
@@ -65,7 +63,6 @@ class Instruction:
     training: TrainConfig
     attempt: int = 0
     step: int | None = None
-    only_summed: bool = False
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fedgradnorm.aggregation.base import Aggregation
-from fedgradnorm.aggregation.mean import Mean
 from fedgradnorm.config import TrainConfig
 from fedgradnorm.engine import Engine
 from fedgradnorm.errors import StoppedError, WeightingError
@@ -119,9 +118,8 @@ def _run_step(
 ) -> tuple[ServerState, RoundRecord]:
     """A whole round, or in lockstep one step of it."""
     before = engine.client_states
-    only_summed = isinstance(aggregate, Mean) and not weighting.reads_gradients
     for attempt in range(training.max_retries + 1):
-        instructions = instruct(state, federation, training, attempt, step, only_summed=only_summed)
+        instructions = instruct(state, federation, training, attempt, step)
         # sorted, so that sums do not depend on the engine
         replies = sorted(engine.execute(instructions), key=attrgetter("client"))
         reports, dropped = screen(
@@ -213,13 +211,11 @@ def instruct(
     training: TrainConfig,
     attempt: int = 0,
     step: int | None = None,
-    *,
-    only_summed: bool = False,
 ) -> list[Instruction]:
     """One `Instruction` for each participant of the next round, sorted by client id."""
     round, encoder, buffers = state.round + 1, state.encoder, state.buffers
     return [
-        Instruction(round, client, encoder, buffers, training, attempt, step, only_summed)
+        Instruction(round, client, encoder, buffers, training, attempt, step)
         for client in participants(federation, training, round)
     ]
 

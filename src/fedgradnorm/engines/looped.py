@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from fedgradnorm.engines.phases import HEAD, Batch, Phase, WrongProgram, both
 from fedgradnorm.engines.workspace import same, views
 from fedgradnorm.federation import Client
 from fedgradnorm.messages import Instruction
-from fedgradnorm.parameters import concatenated, flatten, load_flat, trainable
+from fedgradnorm.parameters import concatenated, flatten, trainable
 from fedgradnorm.training.round import LocalRound
 from fedgradnorm.training.steps import (
     GATHERED_BYTES,
@@ -29,12 +28,6 @@ from fedgradnorm.training.steps import (
 ENCODED_AT_ONCE, CONVOLVED_AT_ONCE = 1024, 128
 """Examples in one pass through the encoder: enough for full speed. Convolutions, whose outputs are
 large, get few enough for the caches."""
-
-FEWEST_DIGITS = 1e-2
-"""Maximum relative error of a gradient that is recovered as (start - end) / (steps * lr)."""
-
-SMALLEST_STEP = 0.02
-"""With a smaller τ_ω β this is not tried: the encoder would seldom move far enough."""
 
 
 class Programs(NamedTuple):
@@ -60,13 +53,11 @@ class ProgramSteps:
 
     Attributes:
         programs: of the client's phases.
-        norm_layer: the place of the norm layer in the flat encoder.
         plain: the steps without programs.
         tried: chooses the step of each phase that is compared with autograd; None: no step is.
     """
 
     programs: Programs
-    norm_layer: tuple[slice, ...]
     plain: PlainSteps
     tried: int | None = None
 
@@ -95,53 +86,11 @@ class ProgramSteps:
         if self.tried is not None:
             batch = take(client.train_data, order[self.tried % len(order)])
             phase.hold_against_autograd(model, client.task, batch)
-        plain_server = training.server_optimizer == "sgd" and training.server_lr <= 1
-        for_its_step = local.instruction.only_summed and plain_server and not with_head
-        if for_its_step and len(order) * training.encoder_lr >= SMALLEST_STEP:
-            gradient, loss = self._read_off(local, phase, order, start)
-            if gradient is not None:
-                return gradient, loss
-            load_flat(local.encoder, start)
         starts = list(views(local.encoder, start).values())
         sums = [torch.zeros_like(parameter) for _, parameter in trainable(local.encoder)]
         rates, batches = (training.head_lr, training.encoder_lr), batches_of(client, order)  # α, β
         loss = _run(phase, model, local, batches, *rates, starts, sums)
         return concatenated(sums).div_(len(order)), loss
-
-    def _read_off(
-        self, local: LocalRound, phase: Phase, order: np.ndarray, start: Tensor
-    ) -> tuple[Tensor | None, float]:
-        """The round's gradient as (start - end) / (steps * β), and the mean loss.
-
-        The gradient is None where rounding is too large a share of it.
-        """
-        steps, rate = len(order), local.instruction.training.encoder_lr  # β
-        starts = views(local.encoder, start)
-        parameters = [parameter.detach() for _, parameter in trainable(local.encoder)]
-        ends = np.cumsum([part.numel() for part in parameters]).tolist()
-        places = [
-            slice(end - part.numel(), end) for end, part in zip(ends, parameters, strict=True)
-        ]
-        sums = [
-            torch.zeros_like(parameter) if place in self.norm_layer else None
-            for parameter, place in zip(parameters, places, strict=True)
-        ]
-        model, batches = both(local.encoder, local.head), batches_of(local.client, order)
-        loss = _run(phase, model, local, batches, rate, rate, list(starts.values()), sums)
-        gradient = torch.empty_like(start)
-        parts = views(local.encoder, gradient).values()
-        for parameter, before, part in zip(parameters, starts.values(), parts, strict=True):
-            torch.sub(before, parameter, out=part)
-        gradient.mul_(1 / (steps * rate))
-        for place, total in zip(places, sums, strict=True):
-            if total is not None:
-                torch.mul(total.reshape(-1), 1 / steps, out=gradient[place])
-        length, size = (
-            torch.stack([vector[place].norm() for place in self.norm_layer]).norm()
-            for vector in (gradient, start)
-        )
-        rounding = torch.finfo(start.dtype).eps * size / (math.sqrt(steps) * rate)
-        return gradient if rounding <= FEWEST_DIGITS * length else None, loss
 
 
 @torch.no_grad()

@@ -282,7 +282,7 @@ class VectorizedEngine(Engine):
         head = self.shortcuts.head_alone(client) if alone else workspace.head(client)
         if not alone:
             once = partial(encoded_once, tried=job.tried) if plan.encode_once else encoded
-            steps = ProgramSteps(job.programs, workspace.norm_layer, PlainSteps(once), job.tried)
+            steps = ProgramSteps(job.programs, PlainSteps(once), job.tried)
         models = workspace.encoder, head, workspace.norm_layer
         given = self._states[client.id], job.instructions[0]
         report, state = local_update(client, *models, *given, steps=steps, random_model=alone)

@@ -52,8 +52,8 @@ class Weighting(Options, ABC):
     An option out of range raises ConfigError when the object is made.
 
     Attributes:
-        reads_gradients: whether ``update`` reads the gradients in the reports. If False, only the
-            server's sum reads them, and an engine may compute them with a little less precision.
+        reads_gradients: whether ``update`` reads the gradients in the reports. If False, it needs
+            only their numbers, and only the server's sum reads gradients.
     """
 
     reads_gradients: ClassVar[bool] = True
