@@ -1,6 +1,7 @@
 """A client's model as a file that is used without this package."""
 
 import io
+import logging
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,9 @@ def _program(model: nn.Module, inputs: Tensor) -> bytes:
 def _onnx(model: nn.Module, inputs: Tensor) -> bytes:
     if find_spec("onnxscript") is None:
         raise ConfigError('--onnx: its packages are not installed: pip install "fedgradnorm[onnx]"')
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of torchvision's operations, which are not needed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own use of old names
@@ -82,6 +86,8 @@ def _onnx(model: nn.Module, inputs: Tensor) -> bytes:
             )
     except Exception as error:  # the user's own model may do anything
         raise RunError(f"the model cannot be exported to ONNX: {described(error)}") from error
+    finally:
+        logger.setLevel(level)
     if program is None:
         raise RunError("the model cannot be exported to ONNX: torch gave no program")
     content: bytes = program.model_proto.SerializeToString()
