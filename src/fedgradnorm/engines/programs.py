@@ -154,6 +154,9 @@ def _traced(
             raise Untraceable(f"{node.target} gives a shape that depends on values")
         if node.target is torch.ops.aten.as_strided.default:
             raise Untraceable(f"{node.target} depends on how a tensor lies in memory")
+    for node in module.graph.nodes:
+        if node.op == "get_attr":  # a constant, of which an older torch notes nothing
+            node.meta.setdefault("val", getattr(module, str(node.target)))
     simplify(module.graph)
     return module
 
